@@ -1,0 +1,64 @@
+"""Digests of files and folders by content, remembered by size and time so that nothing is read twice."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ctrkit import files
+
+
+class Digests:
+    """Content digests. With a cache file, a file whose size, mtime and inode have not moved is not read again."""
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self._cache = cache
+        self._known: dict[str, list[object]] = {}
+        self._dirty = False
+        if cache is not None and cache.is_file():
+            try:
+                self._known = json.loads(cache.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                self._known = {}
+
+    def of(self, path: Path) -> str:
+        """Return the digest of a file's bytes, or of a folder's names and bytes. "missing" if there is nothing."""
+        if path.is_dir():
+            h = hashlib.blake2b(digest_size=16)
+            for inner in sorted(_walk(path)):
+                h.update(os.fsencode(str(inner.relative_to(path))) + b"\0" + self._file(inner).encode() + b"\n")
+            return h.hexdigest()
+        return self._file(path) if path.is_file() else "missing"
+
+    def _file(self, path: Path) -> str:
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        name = os.path.abspath(path)
+        known = self._known.get(name)
+        if known is not None and known[:3] == stamp:
+            return str(known[3])
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        self._known[name] = [*stamp, digest]
+        self._dirty = True
+        return digest
+
+    def save(self) -> None:
+        """Write the cache file, if there is one and something new is known."""
+        if self._cache is not None and self._dirty:
+            files.write_text(self._cache, json.dumps(self._known))
+            self._dirty = False
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    for base, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                yield Path(base, name)
+
+
+def text(value: str) -> str:
+    """Return the digest of a string."""
+    return hashlib.blake2b(value.encode(), digest_size=16).hexdigest()

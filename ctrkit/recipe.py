@@ -1,0 +1,418 @@
+"""Recipes: one TOML file that holds every setting of a run, one table a stage, checked when it is loaded.
+
+`load` reads `data/NAME/recipe.toml` (or any path), lays a variant's overrides and `--set table.key=value` over
+it, and returns a frozen `Recipe`. An unknown key is an error that names the nearest right one.
+"""
+
+import datetime
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from ctrkit.errors import UsageError, nearest
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+# Days by number from the end (1 = the last day present), a share of the time range, or dates.
+Days = Annotated[int, Field(ge=0)] | Fraction | tuple[datetime.date, ...]
+
+
+class Table(BaseModel):
+    """A recipe table: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Simulate(Table):
+    """`[simulate]`: the demo shop. Everything in it is simulated, and said to be."""
+
+    seed: int = 1
+    users: Annotated[int, Field(ge=1)] = 3000
+    goods: Annotated[int, Field(ge=1)] = 1500
+    days: Annotated[int, Field(ge=2)] = 8
+    """Days of impressions; behaviours begin `history_days` earlier."""
+    history_days: Annotated[int, Field(ge=0)] = 14
+    first_day: datetime.date = datetime.date(2024, 3, 1)
+    impressions_per_user_day: Annotated[float, Field(gt=0)] = 12.0
+    active_share: Rate = 0.5
+    """Share of users who visit on a given day."""
+    clicks_per_user_day: Annotated[float, Field(ge=0)] = 1.6
+    """Organic goods clicks of a user per day, in expectation, tastes and accidents together."""
+    accidental_share: Rate = 0.4
+    """Share of organic clicks that follow no taste; they are short."""
+    categories: Annotated[int, Field(ge=2)] = 24
+    shops: Annotated[int, Field(ge=1)] = 200
+    tastes: Annotated[int, Field(ge=1)] = 3
+    """A user has 1 to `tastes` tastes, each over a category and a look."""
+    ads: Annotated[int, Field(ge=1)] = 400
+    """Ads alive on a day."""
+    new_ads_per_day: Annotated[int, Field(ge=0)] = 60
+    picture_signal: Annotated[float, Field(ge=0)] = 1.0
+    """How much the look decides a click; 0 makes pictures carry nothing."""
+    category_signal: Annotated[float, Field(ge=0)] = 1.0
+    picture_size: Annotated[int, Field(ge=16, le=1024)] = 64
+
+
+class Source(Table):
+    """One input table: which files, what its columns are called, which of its rows count."""
+
+    files: str | tuple[str, ...]
+    """File names or globs, relative to the raw folder. CSV, TSV, JSONL or Parquet, each also .gz or .zst."""
+    columns: dict[str, str] = {}
+    """Our name → the file's column name. Columns not named keep their own."""
+    where: str = ""
+    """SQL condition over the file's columns; rows where it does not hold are not read."""
+
+
+class Convert(Table):
+    """`[convert]`: raw logs to samples."""
+
+    impressions: Source | None = None
+    """Needs columns `user`, `ad`, `time`; `id` to join clicks by."""
+    label: str = ""
+    """SQL expression over an impression's columns that is true for a click. Else clicks are joined by `id`."""
+    clicks: Source | None = None
+    users: Source | None = None
+    """One row a user, key `user`."""
+    ads: Source | None = None
+    """One row an ad, key `ad`; may name the ad's `goods`."""
+    goods: Source | None = None
+    """One row a goods, key `goods`."""
+    behaviours: Source | None = None
+    """Needs columns `user`, `goods`, `time`; `type` and `dwell` (seconds) where known."""
+    time_unit: Literal["s", "ms", "iso"] = "s"
+    """What the time columns hold: epoch seconds, epoch milliseconds or ISO-8601 text with zone."""
+    time_zone: str = "UTC"
+    """Where midnight is: the zone of the day boundary."""
+    max_reject_rate: Rate = 0.01
+
+
+class Split(Table):
+    """`[split]`: which days train, validate and test. Test days come last, validation days just before them."""
+
+    test: Days = 1
+    valid: Days = 1
+
+
+class Feature(Table):
+    """`[features.NAME]`: one input of the model."""
+
+    of: Literal["user", "ad", "scene", "behaviour"]
+    column: str = ""
+    """Column of the joined tables, or a template such as "{goods}.jpg". Default: the feature's name.
+    Scene features may use `hour` and `weekday`, taken from the time."""
+    kind: Literal["id", "image"] = "id"
+    vocab: str = ""
+    """Features of one vocabulary share one table. Default: the feature's name; `image` for pictures."""
+    multi_hot: bool = False
+    """A list column, or text split at `separator`."""
+    separator: str = "|"
+    min_count: Annotated[int, Field(ge=1)] = 1
+    """Values seen less often in training become unknown (index 1)."""
+    width: Annotated[int, Field(ge=1)] = 12
+    """Embedding width (DICM section IV: 12)."""
+    switch: Literal["", "ad_id", "user_ids"] = ""
+    """DICM uses the feature only when this switch of `[train]` is on. Default: always, and `user_ids` for
+    behaviour ids."""
+
+
+class SelectClicks(Table):
+    """`[select-clicks]`: the typical clicks before each day (DICM section VI)."""
+
+    window_days: Annotated[int, Field(ge=1)] | None = 14
+    """Days before the served day's midnight that count; leave out (or `"all"` in TOML) for all earlier days."""
+    min_dwell: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds; shorter visits are accidents. Clicks without a dwell time pass."""
+    max_behaviours: Annotated[int, Field(ge=1)] = 50
+    types: tuple[str, ...] = ()
+    """Behaviour types that count; empty: all."""
+    dwell_scale: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds of dwell that count as much as one visit more, in the score."""
+    half_life_days: Annotated[float, Field(gt=0)] = 7.0
+    """Days after which a behaviour's score halves."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("window_days") == "all":
+            return {**data, "window_days": None}
+        return data
+
+
+class ExtractImages(Table):
+    """`[extract-images]`: the fixed part of the extractor, once per distinct picture (DICM section IV-A)."""
+
+    backbone: str = "vgg16:fc6"
+    """torchvision model and layer."""
+    weights: str = "published"
+    """`published` (torchvision's own, downloaded), `random` (seeded) or the path of a state dict."""
+    seed: int = 0
+    size: Annotated[int, Field(ge=32)] = 224
+    """Side of the square the network sees, in pixels."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch: Annotated[int, Field(ge=1)] = 32
+    device: str = "auto"
+    template: str = "{image}"
+    """Path of a picture below the pictures folder."""
+    max_bad_rate: Rate = 0.05
+    """Share of referred pictures that may be missing or unreadable."""
+
+
+class Group(Table):
+    """`[group]`: common features once per (user, day)."""
+
+    seed: int = 0
+    """Of the shuffle of training groups."""
+    block_groups: Annotated[int, Field(ge=1)] = 2000
+    """Groups in a Parquet row group, the shuffle block."""
+
+
+class Train(Table):
+    """`[train]`: model, switches and training rules."""
+
+    model: Literal["dicm", "din", "base", "lr"] = "dicm"
+    # What DICM looks at (its Table I).
+    ad_id: bool = True
+    ad_image: bool = True
+    user_ids: bool = False
+    user_images: bool = True
+    pooling: Literal["attentive", "sum", "max"] = "attentive"
+    """The aggregator of Usernet."""
+    extractor: tuple[int, ...] = (256, 64, 12)
+    """Layer widths of the trainable part (DICM Table III)."""
+    share_extractors: bool = False
+    """One extractor for Adnet and Usernet instead of two."""
+    tower: tuple[int, ...] = (200, 80)
+    """Hidden widths of the discriminator, before the two outputs."""
+    attention: tuple[int, ...] = (80, 40)
+    """Hidden widths of DICM's attention network."""
+    din: Literal["din-v1", "din-code"] = "din-code"
+    """`din-v1`: g over [V_i; V_a; V_i-V_a], weights not normalised. `din-code`: as in the authors' code."""
+    activation: Literal["prelu", "dice"] = "prelu"
+    batch_norm: bool = True
+    # How it learns.
+    seed: int = 1
+    epochs: Annotated[int, Field(ge=1)] = 2
+    batch: Annotated[int, Field(ge=1)] = 3000
+    """Samples a step, over all ranks."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.9
+    decay_steps: Annotated[int, Field(ge=1)] = 24000
+    """The learning rate is multiplied by `decay` every `decay_steps` steps (DICM section VI)."""
+    regularisation: Literal["adaptive", "difacto", "l2", "none"] = "adaptive"
+    """On id tables: DIN eq. 9, eq. 10, plain L2 on the batch's rows, or nothing."""
+    regularisation_strength: Annotated[float, Field(ge=0)] = 0.01
+    """λ."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 on the weight matrices of the dense layers."""
+    unknown_rate: Rate = 0.01
+    """Chance that a frequent ad or scene id is trained as unknown; a rare one more often (see docs)."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between validations; 0: at the end of each epoch."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Validations without a better GAUC before training stops; 0: never stop early. The best is kept."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads. Fixed, since sums depend on it in the last bits."""
+    device: str = "cpu"
+    shuffle_pictures: bool = False
+    """A control: give each picture another picture's vector. Nothing visual can be learned then."""
+
+
+class Predict(Table):
+    """`[predict]`."""
+
+    split: Literal["train", "valid", "test"] = "test"
+    batch: Annotated[int, Field(ge=1)] = 4096
+
+
+class Eval(Table):
+    """`[eval]`."""
+
+    weight: Literal["impressions", "clicks"] = "impressions"
+    baseline: str = ""
+    """Variant that R-GAUC and gains are against."""
+    compare: tuple[tuple[str, str], ...] = ()
+    """Pairs of variants (better, worse) to compare by paired bootstrap."""
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    """Resamples of users; 0: no intervals."""
+    seed: int = 0
+
+
+class Report(Table):
+    """`[report]`."""
+
+    title: str = ""
+    gallery_variant: str = ""
+    """Whose attention is shown. Default: the first variant with attention over pictures."""
+    gallery_cases: Annotated[int, Field(ge=0)] = 8
+    gallery_pictures: Annotated[int, Field(ge=1)] = 6
+    """Pictures in each of the two rows, highest and lowest weight."""
+
+
+VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+class Recipe(Table):
+    """A whole recipe."""
+
+    name: VariantName
+    about: str = ""
+    simulate: Simulate | None = None
+    convert: Convert = Convert()
+    split: Split = Split()
+    features: dict[str, Feature] = {}
+    select_clicks: SelectClicks = Field(default=SelectClicks(), alias="select-clicks")
+    extract_images: ExtractImages = Field(default=ExtractImages(), alias="extract-images")
+    group: Group = Group()
+    train: Train = Train()
+    predict: Predict = Predict()
+    eval: Eval = Eval()
+    report: Report = Report()
+    variants: dict[VariantName, dict[str, dict[str, Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_features(cls, data: Any) -> Any:
+        """Write the defaults that depend on the feature's name or kind."""
+        features = data.get("features") if isinstance(data, dict) else None
+        if not isinstance(features, dict) or not all(isinstance(f, dict) for f in features.values()):
+            return data
+        filled = {}
+        for name, feature in features.items():
+            feature = dict(feature)
+            feature.setdefault("column", name)
+            feature.setdefault("vocab", "image" if feature.get("kind") == "image" else name)
+            if feature.get("of") == "behaviour" and feature.get("kind", "id") == "id":
+                feature.setdefault("switch", "user_ids")
+            filled[name] = feature
+        return {**data, "features": filled}
+
+    def select(self, *, of: str, kind: str = "id") -> dict[str, Feature]:
+        """Return the features of one owner and kind, in the recipe's order."""
+        return {n: f for n, f in self.features.items() if f.of == of and f.kind == kind}
+
+    def tables(self, *names: str) -> dict[str, Any]:
+        """Return the named tables as plain JSON values, for sidecars and digests."""
+        plain = self.model_dump(mode="json", by_alias=True)
+        return {name: plain[name] for name in names}
+
+
+def find(recipe: str | Path) -> Path:
+    """Return the file of a recipe given as a path or as the name of one that ships with ctrkit."""
+    path = Path(recipe)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    if (path / "recipe.toml").is_file():
+        return path / "recipe.toml"
+    package = Path(__file__).parent
+    homes = [package.parent / "data", package / "recipes"]
+    for home in homes:
+        if (home / recipe / "recipe.toml").is_file():
+            return home / recipe / "recipe.toml"
+    known = {p.parent.name for home in homes for p in home.glob("*/recipe.toml")}
+    raise UsageError(f"no recipe {str(recipe)!r}: neither a file nor a shipped recipe{nearest(str(recipe), known)}")
+
+
+def load(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, lay `variant`'s overrides and then `sets` (each `table.key=value`) over it.
+
+    Raises UsageError for a file that is not TOML, an unknown key, a wrong value or an unknown variant.
+    """
+    path = find(recipe)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} is not a TOML file: {e}") from None
+    data.setdefault("name", path.parent.name if path.name == "recipe.toml" else path.stem)
+    overrides = [_parse_set(text) for text in sets]
+    for override in overrides:
+        data = _merge(data, override)
+    if variant is not None:
+        variants = data.get("variants", {})
+        if variant not in variants:
+            raise UsageError(f"{path} has no variant {variant!r}{nearest(variant, variants)}")
+        data = _merge(data, variants[variant])
+        for override in overrides:
+            data = _merge(data, override)
+    return _validate(data, str(path))
+
+
+def _validate(data: dict[str, Any], where: str) -> Recipe:
+    try:
+        checked = Recipe.model_validate(data)
+        for name, override in checked.variants.items():
+            base = {k: v for k, v in data.items() if k != "variants"}
+            try:
+                Recipe.model_validate(_merge(base, override))
+            except ValidationError as e:
+                raise UsageError(f"{where}, variant {name!r}: {_explain(e)}") from None
+        return checked
+    except ValidationError as e:
+        raise UsageError(f"{where}: {_explain(e)}") from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def _parse_set(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    parts = re.findall(r'"([^"]*)"|([^."]+)', key.strip())
+    names = [quoted or bare for quoted, bare in parts]
+    if not equals or len(names) < 2:
+        raise UsageError(f"--set {text!r} is not of the form table.key=value, such as train.epochs=3")
+    try:
+        parsed: Any = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for name in reversed(names):
+        parsed = {name: parsed}
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def _explain(error: ValidationError) -> str:
+    """Say each fault of a recipe in one sentence, with the nearest known key for an unknown one."""
+    sentences = []
+    for fault in error.errors():
+        loc = [str(part) for part in fault["loc"]]
+        where = ".".join(loc)
+        if fault["type"] == "extra_forbidden":
+            table = _model_at(loc[:-1])
+            known = [f.alias or n for n, f in table.model_fields.items()] if table else []
+            place = f"table [{'.'.join(loc[:-1])}]" if loc[:-1] else "the recipe"
+            sentences.append(f"{place} has no key {loc[-1]!r}{nearest(loc[-1], known)}")
+        else:
+            given = "" if fault["type"] == "missing" else f" (given: {fault['input']!r})"
+            sentences.append(f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{given}")
+    return ". ".join(dict.fromkeys(sentences)) + "."
+
+
+def _model_at(loc: Sequence[str]) -> type[Table] | None:
+    """Return the table class at a place in the recipe, e.g. ["features", "age"] → Feature."""
+    if not loc:
+        return Recipe
+    tables: dict[str, type[Table]] = {
+        "simulate": Simulate,
+        "convert": Convert,
+        "split": Split,
+        "features": Feature,
+        "select-clicks": SelectClicks,
+        "extract-images": ExtractImages,
+        "group": Group,
+        "train": Train,
+        "predict": Predict,
+        "eval": Eval,
+        "report": Report,
+    }
+    if loc[0] == "convert" and len(loc) > 1:
+        return Source
+    return tables.get(loc[0])
