@@ -1,0 +1,325 @@
+"""The demo world: a simulated shop whose pictures carry the users' tastes, so that the right answers are known.
+
+Goods and ads have a category and a *look* (hue, shape, texture), and the look is what their picture shows; the
+two are independent. A user has a few tastes, each one a category and a look. What the user clicks on depends
+on the best match with any one taste, so a model has to activate the part of the history that concerns the ad.
+Besides: position, the ad's own appeal (in part its look's), the user's age and gender by category, accidental
+short clicks, long-tailed popularity and new ads every day. `picture_signal = 0` takes the look out of it all.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from PIL import Image, ImageDraw
+
+from ctrkit.progress import track
+from ctrkit.recipe import Simulate
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
+TEXTURES = ("plain", "stripes", "dots", "checks")
+DAY_SECONDS = 86_400
+HUE_SHARPNESS = 5.0  # von Mises concentration: about 50 degrees of hue count as alike
+TARGETING = 1.5  # how much more often an ad of one of the user's categories is shown, in logits
+BROWSING = 7.0  # how closely organic clicks follow the taste, in logits
+INTERCEPT, MATCH, POSITION = -2.6, 3.2, -0.12  # click logit: constant, per unit of match, per position
+APPEAL, QUALITY, AFFINITY = 0.9, 0.4, 0.35  # click logit: look's appeal, ad's own quality, age and gender by category
+
+
+@dataclass(frozen=True)
+class Items:
+    """Goods or ads: parallel arrays of length n."""
+
+    category: Ints
+    shop: Ints
+    hue: Floats
+    """Radians."""
+    shape: Ints
+    texture: Ints
+    popularity: Floats
+
+    def __len__(self) -> int:
+        return len(self.category)
+
+
+@dataclass(frozen=True)
+class Tastes:
+    """All users' tastes, parallel arrays of length n; `user` says whose, in rising order."""
+
+    user: Ints
+    category: Ints
+    hue: Floats
+    shape: Ints
+    texture: Ints
+
+
+def simulate(config: Simulate, out: Path) -> dict[str, int]:
+    """Write the raw logs and pictures of a simulated shop into the folder `out`; return the row counts.
+
+    Parts of the world draw from generators of their own, so that a setting changes only what it is about.
+    """
+    out.mkdir(parents=True)
+    streams = iter(np.random.default_rng(s) for s in np.random.SeedSequence(config.seed).spawn(8))
+    goods = _items(next(streams), config.goods, config)
+    ads = _ads(next(streams), goods, config)
+    users = next(streams)
+    tastes = _tastes(users, config)
+    profile = pl.DataFrame(
+        {
+            "user": _names("u", config.users),
+            "gender": users.choice(["f", "m"], config.users),
+            "age": users.choice(["18-24", "25-34", "35-44", "45-59", "60+"], config.users),
+        }
+    )
+    impressions, clicks, truth = _impressions(next(streams), ads, tastes, profile, config)
+    behaviours = _behaviours(next(streams), goods, tastes, config)
+    tables = {
+        "users": profile,
+        "goods": _item_table("goods", "g", goods),
+        "ads": _item_table("ad", "a", ads).with_columns(
+            pl.Series("goods", [f"g{g}" for g in _ad_goods(config, len(ads))])
+        ),
+        "impressions": impressions,
+        "clicks": clicks,
+        "behaviours": behaviours,
+    }
+    for name, table in tables.items():
+        table.write_csv(out / f"{name}.csv")
+    truth.write_parquet(out / "truth.parquet")
+    pictures = out / "pictures"
+    pictures.mkdir()
+    rng = next(streams)
+    drawn = [("g", goods, i) for i in range(len(goods))] + [("a", ads, i) for i in range(len(ads))]
+    for prefix, items, i in track(drawn, "simulate", len(drawn), "pictures"):
+        picture = draw(rng, items.hue[i], int(items.shape[i]), int(items.texture[i]), config.picture_size)
+        picture.save(pictures / f"{prefix}{i}.jpg", quality=90)
+    return {**{name: table.height for name, table in tables.items()}, "pictures": len(drawn)}
+
+
+def look_match(hue_a: Floats, shape_a: Ints, texture_a: Ints, hue_b: Floats, shape_b: Ints, texture_b: Ints) -> Floats:
+    """Return how alike two looks are, in [0, 1]; arguments broadcast. Hue decides, shape and texture refine."""
+    hue = np.exp(HUE_SHARPNESS * (np.cos(hue_a - hue_b) - 1.0))
+    return np.asarray(hue * (0.5 + 0.3 * (shape_a == shape_b) + 0.2 * (texture_a == texture_b)))
+
+
+def _names(prefix: str, n: int) -> list[str]:
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def _item_table(key: str, prefix: str, items: Items) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            key: _names(prefix, len(items)),
+            "category": [f"c{c}" for c in items.category],
+            "shop": [f"s{s}" for s in items.shop],
+            "image": [f"{prefix}{i}.jpg" for i in range(len(items))],
+        }
+    )
+
+
+def _items(rng: np.random.Generator, n: int, config: Simulate) -> Items:
+    category = rng.integers(config.categories, size=n)
+    per_category = max(1, config.shops // config.categories)
+    return Items(
+        category=category,
+        shop=category * per_category + rng.integers(per_category, size=n),
+        hue=rng.uniform(0, 2 * np.pi, n),
+        shape=rng.integers(len(SHAPES), size=n),
+        texture=rng.integers(len(TEXTURES), size=n),
+        popularity=np.exp(rng.normal(0.0, 1.0, n)),
+    )
+
+
+def _ad_goods(config: Simulate, n: int) -> Ints:
+    return np.random.default_rng([config.seed, 99]).integers(config.goods, size=n)
+
+
+def _ads(rng: np.random.Generator, goods: Items, config: Simulate) -> Items:
+    """Ads sell goods, whose category and shop they share, but each shows a creative picture of its own."""
+    n = config.ads + config.new_ads_per_day * (config.days - 1)
+    creative = _items(rng, n, config)
+    sold = _ad_goods(config, n)
+    return Items(
+        category=goods.category[sold],
+        shop=goods.shop[sold],
+        hue=creative.hue,
+        shape=creative.shape,
+        texture=creative.texture,
+        popularity=creative.popularity,
+    )
+
+
+def _tastes(rng: np.random.Generator, config: Simulate) -> Tastes:
+    user = np.repeat(np.arange(config.users), rng.integers(1, config.tastes + 1, config.users))
+    n = len(user)
+    return Tastes(
+        user=user,
+        category=rng.integers(config.categories, size=n),
+        hue=rng.uniform(0, 2 * np.pi, n),
+        shape=rng.integers(len(SHAPES), size=n),
+        texture=rng.integers(len(TEXTURES), size=n),
+    )
+
+
+def _match(tastes: Tastes, rows: Ints, items: Items, config: Simulate) -> Floats:
+    """Return [len(rows), n]: how well each item suits each of the given tastes."""
+    category = tastes.category[rows, None] == items.category
+    look = look_match(
+        tastes.hue[rows, None],
+        tastes.shape[rows, None],
+        tastes.texture[rows, None],
+        items.hue,
+        items.shape,
+        items.texture,
+    )
+    return 0.5 * config.category_signal * category + config.picture_signal * look
+
+
+def _impressions(
+    rng: np.random.Generator, ads: Items, tastes: Tastes, profile: pl.DataFrame, config: Simulate
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    n_taste = np.bincount(tastes.user, minlength=config.users)
+    first_taste = np.concatenate([[0], np.cumsum(n_taste)])
+    interested = np.zeros((config.users, config.categories), bool)
+    interested[tastes.user, tastes.category] = True
+    appeal = config.picture_signal * APPEAL * (np.cos(ads.hue - 1.0) + 0.5 * (ads.texture == 1))
+    quality = appeal + rng.normal(0.0, QUALITY, len(ads))
+    people = profile.select(pl.concat_str("gender", "age").rank("dense").cast(pl.Int64) - 1).to_series().to_numpy()
+    affinity = rng.normal(0.0, AFFINITY, (people.max() + 1, config.categories))
+    midnight = _epoch(config)
+    columns: dict[str, list[npt.NDArray[np.generic]]] = {k: [] for k in ("time", "user", "ad", "position", "p", "click")}
+    for day in range(config.days):
+        alive = np.arange(day * config.new_ads_per_day, config.ads + day * config.new_ads_per_day)
+        shown = Items(**{f: getattr(ads, f)[alive] for f in Items.__dataclass_fields__})
+        active = np.flatnonzero(rng.random(config.users) < config.active_share)
+        match = _match(tastes, np.arange(len(tastes.user)), shown, config)
+        best = np.maximum.reduceat(match, first_taste[:-1], axis=0)[active]
+        wanted = np.log(shown.popularity) + TARGETING * interested[active][:, shown.category]
+        order = np.argsort(-(wanted + rng.gumbel(size=wanted.shape)), axis=1, kind="stable")
+        length = np.minimum(1 + rng.poisson(config.impressions_per_user_day - 1.0, len(active)), len(alive))
+        who = np.repeat(np.arange(len(active)), length)
+        place = np.concatenate([np.arange(k) for k in length]) if len(active) else np.zeros(0, np.int64)
+        ad = order[who, place]
+        position = place % 6
+        logit = (
+            INTERCEPT
+            + MATCH * best[who, ad]
+            + POSITION * position
+            + quality[alive[ad]]
+            + affinity[people[active[who]], shown.category[ad]]
+        )
+        p = 1.0 / (1.0 + np.exp(-logit))
+        start = midnight + day * DAY_SECONDS + rng.integers(0, DAY_SECONDS - 1800, len(active))
+        columns["time"].append(start[who] + 20 * place // 6)
+        columns["user"].append(active[who])
+        columns["ad"].append(alive[ad])
+        columns["position"].append(position)
+        columns["p"].append(p)
+        columns["click"].append(rng.random(len(p)) < p)
+    flat = {k: np.concatenate(v) for k, v in columns.items()}
+    table = pl.DataFrame(
+        {
+            "time": flat["time"],
+            "user": [f"u{u}" for u in flat["user"]],
+            "ad": [f"a{a}" for a in flat["ad"]],
+            "position": flat["position"],
+            "p": flat["p"],
+            "click": flat["click"],
+            "delay": rng.integers(1, 15, len(flat["p"])),
+        }
+    )
+    table = table.sort("time", "user", "position", maintain_order=True).with_row_index("row")
+    table = table.with_columns(impression=pl.format("i{}", "row"))
+    return (
+        table.select("impression", "time", "user", "ad", "position"),
+        table.filter("click").select("impression", time=pl.col("time") + pl.col("delay")),
+        table.select("impression", probability="p"),
+    )
+
+
+def _behaviours(rng: np.random.Generator, goods: Items, tastes: Tastes, config: Simulate) -> pl.DataFrame:
+    """Draw organic clicks on goods: by taste with a long dwell, by accident with a short one."""
+    days = config.history_days + config.days
+    user = np.repeat(np.arange(config.users), rng.poisson(config.clicks_per_user_day * days, config.users))
+    n = len(user)
+    first = np.searchsorted(tastes.user, np.arange(config.users + 1))
+    taste = first[user] + (rng.random(n) * (first[user + 1] - first[user])).astype(np.int64)
+    by_accident = rng.random(n) < config.accidental_share
+    popular = np.log(goods.popularity)
+    chosen = np.empty(n, np.int64)
+    for part in np.array_split(np.arange(n), max(1, n // 4000)):
+        liking = popular[None] + BROWSING * _match(tastes, taste[part], goods, config) * ~by_accident[part, None]
+        chosen[part] = np.argmax(liking + rng.gumbel(size=liking.shape), axis=1)
+    seconds = np.where(by_accident, rng.lognormal(np.log(4.0), 0.6, n), rng.lognormal(np.log(40.0), 0.6, n))
+    start = _epoch(config) - config.history_days * DAY_SECONDS
+    return (
+        pl.DataFrame(
+            {
+                "user": [f"u{u}" for u in user],
+                "goods": [f"g{g}" for g in chosen],
+                "time": start + rng.integers(0, days * DAY_SECONDS, n),
+                "type": ["click"] * n,
+                "dwell": np.round(seconds, 1),
+            }
+        )
+        .sort("time", "user", "goods", maintain_order=True)
+    )
+
+
+def _epoch(config: Simulate) -> int:
+    return (config.first_day.toordinal() - 719_163) * DAY_SECONDS
+
+
+def draw(rng: np.random.Generator, hue: float, shape: int, texture: int, size: int) -> Image.Image:
+    """Draw a look: one shape in its hue and texture, jittered in place, size and light, on a pale ground."""
+    big = 2 * size
+    ground = int(rng.uniform(215, 245))
+    image = Image.new("RGB", (big, big), (ground, ground, ground))
+    level, depth = rng.uniform(0.8, 1.0), rng.uniform(0.75, 1.0)
+    bright = tuple(int(255 * level * (1 - depth * (0.5 - 0.5 * math.cos(hue - k * 2 * math.pi / 3)))) for k in range(3))
+    dark = tuple(c // 2 for c in bright)
+    fill = Image.new("RGB", (big, big), bright)
+    pen = ImageDraw.Draw(fill)
+    step = big // 8
+    name = TEXTURES[texture]
+    if name == "stripes":
+        for x in range(0, big, step):
+            pen.rectangle((x, 0, x + step // 2, big), fill=dark)
+    elif name == "dots":
+        for x in range(0, big, step):
+            for y in range(0, big, step):
+                pen.ellipse((x, y, x + step // 2, y + step // 2), fill=dark)
+    elif name == "checks":
+        for x in range(0, big, step):
+            for y in range((x // step % 2) * step, big, 2 * step):
+                pen.rectangle((x, y, x + step - 1, y + step - 1), fill=dark)
+    mask = Image.new("L", (big, big), 0)
+    radius = big * rng.uniform(0.36, 0.46)
+    cx, cy = big / 2 + rng.uniform(-0.06, 0.06, 2) * big
+    _shape(ImageDraw.Draw(mask), SHAPES[shape], cx, cy, radius)
+    image.paste(fill, (0, 0), mask)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def _shape(pen: ImageDraw.ImageDraw, name: str, cx: float, cy: float, r: float) -> None:
+    box = (cx - r, cy - r, cx + r, cy + r)
+    if name == "circle":
+        pen.ellipse(box, fill=255)
+    elif name == "square":
+        pen.rectangle((cx - 0.85 * r, cy - 0.85 * r, cx + 0.85 * r, cy + 0.85 * r), fill=255)
+    elif name == "triangle":
+        pen.polygon([(cx, cy - r), (cx - r, cy + 0.8 * r), (cx + r, cy + 0.8 * r)], fill=255)
+    elif name == "diamond":
+        pen.polygon([(cx, cy - r), (cx - 0.8 * r, cy), (cx, cy + r), (cx + 0.8 * r, cy)], fill=255)
+    elif name == "ring":
+        pen.ellipse(box, fill=255)
+        pen.ellipse((cx - r / 2, cy - r / 2, cx + r / 2, cy + r / 2), fill=0)
+    else:
+        pen.rectangle((cx - r, cy - r / 3, cx + r, cy + r / 3), fill=255)
+        pen.rectangle((cx - r / 3, cy - r, cx + r / 3, cy + r), fill=255)

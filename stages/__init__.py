@@ -1,0 +1,1 @@
+"""The stages: one thin command a file, installed as `ctrkit.stages`."""
