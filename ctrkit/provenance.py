@@ -31,7 +31,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "train": ("train", "features"),
     "predict": ("predict",),
     "eval": ("eval",),
-    "report": ("report", "name", "about"),
+    "report": ("report", "name", "about", "simulate", "extract-images", "predict"),
 }
 Inputs = Mapping[str, Path | None]
 
@@ -86,11 +86,37 @@ class Work:
     """Row counts and the like, for the sidecar."""
 
 
+class Checked(Exception):
+    """Ends a stage that was only asked whether its output is fresh."""
+
+    def __init__(self, fresh: bool) -> None:
+        super().__init__(fresh)
+        self.fresh = fresh
+
+
+_checking = False
+
+
+@contextlib.contextmanager
+def checking() -> Iterator[None]:
+    """Within the block, a stage that comes to its `output` raises `Checked` instead of doing its work."""
+    global _checking
+    _checking = True
+    try:
+        yield
+    finally:
+        _checking = False
+
+
 @contextlib.contextmanager
 def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> Iterator[Work]:
     """Yield a `Work` whose path becomes `target`, with its sidecar, when the block ends without an error."""
     known = cache()
     made_from = provenance(stage, recipe, inputs, known)
+    if _checking:
+        fresh = is_fresh(target, made_from.key, known)
+        known.save()
+        raise Checked(fresh)
     started = time.time()
     with files.atomic(target) as tmp:
         work = Work(tmp)

@@ -7,11 +7,20 @@ it, and returns a frozen `Recipe`. An unknown key is an error that names the nea
 import datetime
 import re
 import tomllib
+import zoneinfo
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from ctrkit.errors import UsageError, nearest
 
@@ -19,6 +28,15 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
 # Days by number from the end (1 = the last day present), a share of the time range, or dates.
 Days = Annotated[int, Field(ge=0)] | Fraction | tuple[datetime.date, ...]
+
+
+def _zone(name: str) -> str:
+    if name not in zoneinfo.available_timezones():
+        raise ValueError(f"no time zone {name!r}{nearest(name, zoneinfo.available_timezones())}")
+    return name
+
+
+Zone = Annotated[str, AfterValidator(_zone)]
 
 
 class Table(BaseModel):
@@ -86,16 +104,27 @@ class Convert(Table):
     """Needs columns `user`, `goods`, `time`; `type` and `dwell` (seconds) where known."""
     time_unit: Literal["s", "ms", "iso"] = "s"
     """What the time columns hold: epoch seconds, epoch milliseconds or ISO-8601 text with zone."""
-    time_zone: str = "UTC"
+    time_zone: Zone = "UTC"
     """Where midnight is: the zone of the day boundary."""
     max_reject_rate: Rate = 0.01
 
 
 class Split(Table):
-    """`[split]`: which days train, validate and test. Test days come last, validation days just before them."""
+    """`[split]`: which days train, validate and test. Test days come last, validation days just before them.
+
+    A number is that many of the last days that have samples; a share, such as 0.1, is the days that begin in that
+    last share of the time from first to last impression; dates are those days. Training days are all before.
+    """
 
     test: Days = 1
     valid: Days = 1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Split":
+        if isinstance(self.valid, tuple) and isinstance(self.test, tuple):  # noqa: SIM102
+            if self.valid and self.test and max(self.valid) >= min(self.test):
+                raise ValueError("the validation days must come before the test days")
+        return self
 
 
 class Feature(Table):
@@ -118,6 +147,12 @@ class Feature(Table):
     switch: Literal["", "ad_id", "user_ids"] = ""
     """DICM uses the feature only when this switch of `[train]` is on. Default: always, and `user_ids` for
     behaviour ids."""
+
+    @model_validator(mode="after")
+    def _one_value(self) -> "Feature":
+        if self.multi_hot and (self.of == "behaviour" or self.kind == "image"):
+            raise ValueError("multi_hot is for ids of user, ad or scene; a behaviour or a picture has one value")
+        return self
 
 
 class SelectClicks(Table):
@@ -156,6 +191,8 @@ class ExtractImages(Table):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch: Annotated[int, Field(ge=1)] = 32
     device: str = "auto"
+    folder: str = "pictures"
+    """Where the raw folder has its pictures."""
     template: str = "{image}"
     """Path of a picture below the pictures folder."""
     max_bad_rate: Rate = 0.05
@@ -220,6 +257,12 @@ class Train(Table):
     device: str = "cpu"
     shuffle_pictures: bool = False
     """A control: give each picture another picture's vector. Nothing visual can be learned then."""
+
+
+    @property
+    def looks_at_pictures(self) -> bool:
+        """Whether the model needs `features.h5`."""
+        return self.model == "dicm" and (self.ad_image or self.user_images)
 
 
 class Predict(Table):
@@ -290,6 +333,21 @@ class Recipe(Table):
                 feature.setdefault("switch", "user_ids")
             filled[name] = feature
         return {**data, "features": filled}
+
+    @model_validator(mode="after")
+    def _shared_vocabularies(self) -> "Recipe":
+        """Check that features of one vocabulary agree on what it is."""
+        first: dict[str, str] = {}
+        for name, feature in self.features.items():
+            other = first.setdefault(feature.vocab, name)
+            for key in ("kind", "width", "min_count"):
+                a, b = getattr(self.features[other], key), getattr(feature, key)
+                if a != b:
+                    raise ValueError(
+                        f"features {other!r} and {name!r} share the vocabulary {feature.vocab!r} but differ in {key}: "
+                        f"{a!r} and {b!r}"
+                    )
+        return self
 
     def select(self, *, of: str, kind: str = "id") -> dict[str, Feature]:
         """Return the features of one owner and kind, in the recipe's order."""
@@ -390,6 +448,8 @@ def _explain(error: ValidationError) -> str:
             known = [f.alias or n for n, f in table.model_fields.items()] if table else []
             place = f"table [{'.'.join(loc[:-1])}]" if loc[:-1] else "the recipe"
             sentences.append(f"{place} has no key {loc[-1]!r}{nearest(loc[-1], known)}")
+        elif fault["type"] == "value_error":  # raised by a validator of ours, which says what was given
+            sentences.append(f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"]))
         else:
             given = "" if fault["type"] == "missing" else f" (given: {fault['input']!r})"
             sentences.append(f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{given}")

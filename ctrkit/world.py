@@ -29,7 +29,11 @@ HUE_SHARPNESS = 5.0  # von Mises concentration: about 50 degrees of hue count as
 TARGETING = 1.5  # how much more often an ad of one of the user's categories is shown, in logits
 BROWSING = 7.0  # how closely organic clicks follow the taste, in logits
 INTERCEPT, MATCH, POSITION = -2.6, 3.2, -0.12  # click logit: constant, per unit of match, per position
-APPEAL, QUALITY, AFFINITY = 0.9, 0.4, 0.35  # click logit: look's appeal, ad's own quality, age and gender by category
+APPEAL, QUALITY, AFFINITY = (
+    0.9,
+    0.4,
+    0.35,
+)  # click logit: look's appeal, ad's own quality, age and gender by category
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def _match(tastes: Tastes, rows: Ints, items: Items, config: Simulate) -> Floats
         items.shape,
         items.texture,
     )
-    return 0.5 * config.category_signal * category + config.picture_signal * look
+    return np.asarray(0.5 * config.category_signal * category + config.picture_signal * look)
 
 
 def _impressions(
@@ -193,7 +197,9 @@ def _impressions(
     people = profile.select(pl.concat_str("gender", "age").rank("dense").cast(pl.Int64) - 1).to_series().to_numpy()
     affinity = rng.normal(0.0, AFFINITY, (people.max() + 1, config.categories))
     midnight = _epoch(config)
-    columns: dict[str, list[npt.NDArray[np.generic]]] = {k: [] for k in ("time", "user", "ad", "position", "p", "click")}
+    columns: dict[str, list[npt.NDArray[np.generic]]] = {
+        k: [] for k in ("time", "user", "ad", "position", "p", "click")
+    }
     for day in range(config.days):
         alive = np.arange(day * config.new_ads_per_day, config.ads + day * config.new_ads_per_day)
         shown = Items(**{f: getattr(ads, f)[alive] for f in Items.__dataclass_fields__})
@@ -258,18 +264,15 @@ def _behaviours(rng: np.random.Generator, goods: Items, tastes: Tastes, config: 
         chosen[part] = np.argmax(liking + rng.gumbel(size=liking.shape), axis=1)
     seconds = np.where(by_accident, rng.lognormal(np.log(4.0), 0.6, n), rng.lognormal(np.log(40.0), 0.6, n))
     start = _epoch(config) - config.history_days * DAY_SECONDS
-    return (
-        pl.DataFrame(
-            {
-                "user": [f"u{u}" for u in user],
-                "goods": [f"g{g}" for g in chosen],
-                "time": start + rng.integers(0, days * DAY_SECONDS, n),
-                "type": ["click"] * n,
-                "dwell": np.round(seconds, 1),
-            }
-        )
-        .sort("time", "user", "goods", maintain_order=True)
-    )
+    return pl.DataFrame(
+        {
+            "user": [f"u{u}" for u in user],
+            "goods": [f"g{g}" for g in chosen],
+            "time": start + rng.integers(0, days * DAY_SECONDS, n),
+            "type": ["click"] * n,
+            "dwell": np.round(seconds, 1),
+        }
+    ).sort("time", "user", "goods", maintain_order=True)
 
 
 def _epoch(config: Simulate) -> int:

@@ -1,0 +1,344 @@
+"""The fixed part of the extractor: any layer of any torchvision classification model, by name.
+
+A backbone is written `MODEL:LAYER`, such as `vgg16:fc6` (DICM section IV-A), and several joined by `+` give
+their vectors side by side. Only the layers that are needed are ever given memory. Layers of vgg and alexnet
+have their papers' names: `conv5` (after its pooling), `fc6`, `fc7` (after their ReLU) and `fc8`; any other
+layer goes by its name in the model's graph (`ctrkit extract-images --list-layers MODEL`). A layer with four
+dimensions is averaged over the last two, space, unless `:flat` follows its name.
+"""
+
+import contextlib
+import pickle
+import socket
+import urllib.error
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torchvision.models import feature_extraction
+
+from ctrkit.digests import Digests
+from ctrkit.errors import UsageError, UserError, nearest
+
+ALIASES = {
+    "vgg": {"conv5": "flatten", "fc6": "classifier.1", "fc7": "classifier.4", "fc8": "classifier.6"},
+    "alexnet": {"conv5": "flatten", "fc6": "classifier.2", "fc7": "classifier.5", "fc8": "classifier.6"},
+}
+"""Prefix of a model's name → the papers' name of a layer → its node in the model's graph."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the red, green and blue values of ImageNet, each within 0 to 1."""
+DOWNLOAD_SECONDS = 20.0
+"""How long the host of the published weights may stay silent."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of one model."""
+
+    model: str
+    name: str
+    node: str
+    flat: bool
+
+
+def parse(backbone: str) -> tuple[Layer, ...]:
+    """Return the layers that a backbone such as `vgg16:fc6` or `vgg16:fc6+resnet152:avgpool` names.
+
+    Raises UsageError, with near names, for a model or a layer that torchvision does not have.
+    """
+    return tuple(_parse_one(part.strip(), backbone) for part in backbone.split("+"))
+
+
+def _parse_one(text: str, backbone: str) -> Layer:
+    model, _, rest = text.partition(":")
+    name, _, how = rest.partition(":")
+    if not name or how not in ("", "flat"):
+        raise UsageError(
+            f"extract-images.backbone = {backbone!r}: {text!r} is not of the form MODEL:LAYER or "
+            "MODEL:LAYER:flat, such as 'vgg16:fc6'; `ctrkit extract-images --list-layers MODEL` lists layers"
+        )
+    nodes = layer_names(model)
+    node = _aliases(model).get(name, name)
+    # A block such as "features" stands for the last layer in it.
+    known = {".".join(parts[:n]) for parts in (x.split(".") for x in nodes) for n in range(1, len(parts) + 1)}
+    if node not in known:
+        raise UsageError(
+            f"extract-images.backbone = {backbone!r}: {model} has no layer {name!r}{nearest(name, known)} "
+            f"(`ctrkit extract-images --list-layers {model}` lists them all)"
+        )
+    return Layer(model, name, node, how == "flat")
+
+
+def _aliases(model: str) -> dict[str, str]:
+    return next((names for prefix, names in ALIASES.items() if model.startswith(prefix)), {})
+
+
+def layer_names(model: str) -> list[str]:
+    """Return the layers of a model in the order in which they are computed, the papers' names after them."""
+    _, nodes = feature_extraction.get_graph_node_names(_skeleton(model), suppress_diff_warning=True)
+    return [*nodes[1:], *_aliases(model)]  # the first node is the input
+
+
+def _skeleton(model: str) -> nn.Module:
+    """Return a model whose tensors have shapes but no memory."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model not in known:
+        raise UsageError(f"torchvision has no classification model {model!r}{nearest(model, known)}")
+    with torch.device("meta"):
+        return _build(model)
+
+
+def _build(model: str) -> nn.Module:
+    # googlenet and inception_v3 warn unless told whether to initialise.
+    asked = {"init_weights": True} if model in ("googlenet", "inception_v3") else {}
+    network: nn.Module = torchvision.models.get_model(model, weights=None, **asked).eval()
+    for module in network.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]  # the next layer must not change this one's values
+    return network
+
+
+class Backbone(nn.Module):
+    """Pictures [n, 3, size, size] uint8 → vectors [n, width] float32, at the dtype and device it was given.
+
+    Attributes
+    ----------
+    width: length of a vector.
+    weights: what the weights are: their file's digest, or "random, seed N".
+    """
+
+    def __init__(self, extractors: Sequence[nn.Module], layers: Sequence[Layer], width: int, weights: str) -> None:
+        super().__init__()
+        self.extractors = nn.ModuleList(extractors)
+        self.layers = tuple(layers)
+        self.width = width
+        self.weights = weights
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Return the layers' values side by side, [n, width] float32."""
+        dtype = next(self.extractors.parameters()).dtype
+        x = (pictures.float() - self.mean) / self.std
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        parts = [_vectors(e(x)["out"], layer) for e, layer in zip(self.extractors, self.layers, strict=True)]
+        return torch.cat(parts, dim=1)
+
+
+def _vectors(values: Tensor, layer: Layer) -> Tensor:
+    """Return a layer's values [n, …] as vectors [n, width] float32."""
+    values = values.float()
+    if layer.flat or values.dim() == 2:
+        return values.flatten(1)
+    return values.mean(dim=(2, 3))
+
+
+def load(
+    backbone: str,
+    *,
+    weights: str,
+    seed: int,
+    size: int,
+    dtype: str,
+    device: str,
+    known: Digests | None = None,
+) -> Backbone:
+    """Build a backbone, ready to run.
+
+    Parameters
+    ----------
+    backbone: `MODEL:LAYER`, several joined by `+`.
+    weights: `published`, `random`, the path of a state dict, or of a folder with a state dict MODEL.pth (or
+        MODEL-*.pth) for each model. Keys that the layers do not need may be absent.
+    seed: of random weights; the rules are torchvision's own.
+    size: side of the pictures in pixels; checked before any weight is loaded.
+    dtype, device: torch's names of them; device "auto" is "cuda" where there is one.
+    known: digests remembered from before.
+    """
+    layers = parse(backbone)
+    where = _device(device)
+    skeletons = {layer.model: _skeleton(layer.model) for layer in layers}
+    graphs = [_graph(skeletons[layer.model], layer) for layer in layers]
+    width = sum(_width(graph, layer, size, backbone) for graph, layer in zip(graphs, layers, strict=True))
+    networks, described = {}, []
+    for model, skeleton in skeletons.items():
+        needed: set[str] = set()
+        for graph, layer in zip(graphs, layers, strict=True):
+            if layer.model == model:
+                needed |= graph.state_dict().keys()
+        if weights == "random":
+            networks[model] = _random(model, skeleton, needed, seed)
+            described.append(f"random, seed {seed}")
+        else:
+            path = _weights_file(model, weights)
+            networks[model] = _loaded(model, skeleton, needed, path, backbone)
+            described.append((known or Digests()).of(path))
+    extractors = [
+        _graph(networks[layer.model], layer).to(where, getattr(torch, dtype)).to(memory_format=torch.channels_last)
+        for layer in layers
+    ]
+    built = Backbone(extractors, layers, width, " + ".join(dict.fromkeys(described)))
+    return built.to(where).eval().requires_grad_(False)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"extract-images.device = {name!r} is not a device; use 'auto', 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"extract-images.device = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
+    return device
+
+
+def _graph(network: nn.Module, layer: Layer) -> nn.Module:
+    """Return what computes one layer, sharing the network's tensors and holding no others."""
+    graph: nn.Module = feature_extraction.create_feature_extractor(
+        network, {layer.node: "out"}, suppress_diff_warning=True
+    )
+    return graph
+
+
+def _width(graph: nn.Module, layer: Layer, size: int, backbone: str) -> int:
+    """Return the width of a layer's vectors, found by sending shapes without values through its graph."""
+    try:
+        with torch.no_grad():
+            out = graph(torch.empty(2, 3, size, size, device="meta"))["out"]
+    except RuntimeError as e:  # what torch raises when a kernel is larger than its input
+        reason = str(e).splitlines()[0]
+        raise UsageError(
+            f"extract-images.size = {size}: {layer.model} cannot take such pictures ({reason}); set another"
+        ) from None
+    if not isinstance(out, Tensor) or out.dim() < 2 or (out.dim() not in (2, 4) and not layer.flat):
+        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UsageError(
+            f"extract-images.backbone = {backbone!r}: layer {layer.name!r} gives {shape} for 2 pictures, "
+            "which is neither a vector nor a map for each; choose another layer, or append ':flat'."
+        )
+    return _vectors(out, layer).shape[1]
+
+
+@contextlib.contextmanager
+def _parameters_on_meta(skip: set[int]) -> Iterator[list[nn.Parameter]]:
+    """Take the memory of parameters as they are made: those whose number, in order of making, is in `skip`.
+
+    Yields the list of all that were made.
+    """
+    made: list[nn.Parameter] = []
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        number = len(made)
+        kept = nn.Parameter(parameter.to("meta")) if number in skip else parameter
+        made.append(kept)
+        return kept
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        yield made
+    finally:
+        hook.remove()
+
+
+def _numbers(model: str) -> dict[str, int]:
+    """Return each parameter's place in the order in which the model's constructor makes them."""
+    with _parameters_on_meta(set()) as made:
+        network = _skeleton(model)
+    place = {id(parameter): number for number, parameter in enumerate(made)}
+    return {name: place[id(parameter)] for name, parameter in network.named_parameters()}
+
+
+def _random(model: str, skeleton: nn.Module, needed: set[str], seed: int) -> nn.Module:
+    """Build a model by its own rules of initialisation, without memory or time for what is not needed."""
+    skip = {number for name, number in _numbers(model).items() if name not in needed}
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(skip):
+        torch.manual_seed(seed)
+        return _build(model)
+
+
+def _weights_file(model: str, weights: str) -> Path:
+    """Return the file with a model's weights, downloaded if they are to be the published ones."""
+    if weights == "published":
+        return _download(model)
+    path = Path(weights)
+    if path.is_dir():
+        found = sorted(p for p in path.glob("*.pth") if p.stem.partition("-")[0] == model)
+        if len(found) != 1:
+            raise UserError(
+                f"{path} holds {len(found)} files of weights of {model}; "
+                f"exactly one {model}.pth or {model}-*.pth is needed"
+            )
+        return found[0]
+    if not path.is_file():
+        raise UserError(
+            f"extract-images.weights = {weights!r} is neither 'published' nor 'random' nor a file or folder"
+        )
+    return path
+
+
+def _download(model: str) -> Path:
+    """Return torchvision's published weights in torch's own cache, downloaded if they are not there yet."""
+    entry = torchvision.models.get_model_weights(model).DEFAULT
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    path = folder / Path(entry.url).name
+    if path.is_file():
+        return path
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = path.stem.rpartition("-")[2]
+        torch.hub.download_url_to_file(entry.url, str(path), hash_prefix=digest, progress=False)
+    except (OSError, urllib.error.URLError, RuntimeError) as e:
+        raise UserError(
+            f"the published weights of {model} could not be fetched from {entry.url} ({e}). Fetch that "
+            "file where there is a network and give it as --weights FILE (or as extract-images.weights), "
+            "or use --weights random for an untrained network."
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
+    return path
+
+
+def _loaded(model: str, skeleton: nn.Module, needed: set[str], path: Path, backbone: str) -> nn.Module:
+    """Build a model with the tensors of a state dict, those that are needed and no others."""
+    try:
+        # Mapped into memory, so that the layers that are not needed are not even read.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
+        raise UserError(f"{path} is not a state dict that torch can load: {str(e).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is not a state dict: it does not map names to tensors")
+    with _parameters_on_meta(set(_numbers(model).values())):
+        network = _build(model)  # buffers are made in earnest: some are computed, and lie in no file
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    needed = {name for name in needed if name in shapes and not name.endswith("num_batches_tracked")}
+    missing = sorted(needed - state.keys())
+    if missing:
+        raise UserError(
+            f"{path} has no weights for {len(missing)} of the {len(needed)} tensors of {model} that "
+            f"{backbone!r} needs: {_some(missing)}. It holds: {_some(sorted(state))}."
+        )
+    wrong = [
+        f"{name} {list(state[name].shape)}, not {list(shapes[name])}"
+        for name in sorted(needed)
+        if state[name].shape != shapes[name]
+    ]
+    if wrong:
+        raise UserError(f"{path} does not fit {model}: {_some(wrong)}.")
+    chosen: dict[str, Any] = {name: state[name].detach() for name in needed}
+    network.load_state_dict(chosen, strict=False, assign=True)
+    return network
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,276 @@
+"""From grouped Parquet files to batches: whole columns, jagged, common features once per group.
+
+Letters in names: G groups (user, day) of a batch, S samples, B behaviours of its groups, P (sample, behaviour)
+pairs, U distinct rows of an embedding table, N distinct pictures, F features, D width.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from ctrkit.errors import UserError
+from ctrkit.recipe import Feature
+
+Array = npt.NDArray[np.generic]
+Ints = npt.NDArray[np.int64]
+META = ("sample_id", "click")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What `groups/schema.json` says: the features, the size of each vocabulary and the digest of all."""
+
+    features: dict[str, Feature]
+    vocab_sizes: dict[str, int]
+    vocab_digest: str
+    block_groups: int
+    """Rows of a Parquet row group, the shuffle block."""
+
+    @classmethod
+    def read(cls, groups: Path) -> "Schema":
+        """Read the schema of a groups folder."""
+        path = groups / "schema.json"
+        if not path.is_file():
+            raise UserError(f"{groups} is not a groups folder: it has no schema.json. Make one with `ctrkit group`.")
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> "Schema":
+        """Make a schema from the JSON object that `to_json` returns."""
+        features, sizes, block_groups = data["features"], data["vocab_sizes"], data["block_groups"]
+        assert isinstance(features, dict)
+        assert isinstance(sizes, dict)
+        assert isinstance(block_groups, int)
+        return cls(
+            {name: Feature(**feature) for name, feature in features.items()},
+            {name: int(size) for name, size in sizes.items()},
+            str(data["vocab_digest"]),
+            block_groups,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return a JSON object."""
+        return {
+            "features": {name: feature.model_dump() for name, feature in self.features.items()},
+            "vocab_sizes": self.vocab_sizes,
+            "vocab_digest": self.vocab_digest,
+            "block_groups": self.block_groups,
+        }
+
+    def names(self, of: Sequence[str], kind: str = "id") -> list[str]:
+        """Return the names of the features of these owners and this kind, in the recipe's order."""
+        return [n for n, f in self.features.items() if f.of in of and f.kind == kind]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of unequal length: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: Ints
+    offsets: Ints
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def slice(self, start: int, stop: int) -> "Ragged":
+        """Return rows start to stop."""
+        offsets = self.offsets[start : stop + 1]
+        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def take(self, rows: Ints) -> "Ragged":
+        """Return these rows in this order."""
+        lengths = np.diff(self.offsets)[rows]
+        offsets = _offsets(lengths)
+        inner = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return Ragged(self.values[inner], offsets)
+
+
+Column = Ints | Ragged
+
+
+def _offsets(lengths: npt.ArrayLike) -> Ints:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _slice(column: Column, start: int, stop: int) -> Column:
+    return column.slice(start, stop) if isinstance(column, Ragged) else column[start:stop]
+
+
+def _take(column: Column, rows: Ints) -> Column:
+    return column.take(rows) if isinstance(column, Ragged) else column[rows]
+
+
+def _concat(columns: Sequence[Column]) -> Column:
+    if isinstance(columns[0], Ragged):
+        ragged = [c for c in columns if isinstance(c, Ragged)]
+        return Ragged(
+            np.concatenate([c.values for c in ragged]),
+            _offsets(np.concatenate([np.diff(c.offsets) for c in ragged])),
+        )
+    return np.concatenate([c for c in columns if not isinstance(c, Ragged)])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some groups with their samples and behaviours, as flat columns.
+
+    `group` columns have a row a group, `sample` columns a row a sample, `behaviour` columns a row a behaviour;
+    group i owns samples `sample_offsets[i]:sample_offsets[i + 1]`, and behaviours likewise.
+    """
+
+    group: dict[str, Column]
+    sample: dict[str, Column]
+    behaviour: dict[str, Column]
+    sample_offsets: Ints
+    behaviour_offsets: Ints
+
+    @property
+    def n_groups(self) -> int:
+        return len(self.sample_offsets) - 1
+
+    @property
+    def n_samples(self) -> int:
+        return int(self.sample_offsets[-1])
+
+    def take(self, groups: Ints) -> "Block":
+        """Return these groups in this order."""
+        samples = Ragged(np.arange(self.n_samples), self.sample_offsets).take(groups)
+        behaviours = Ragged(np.arange(self.behaviour_offsets[-1]), self.behaviour_offsets).take(groups)
+        return Block(
+            {n: _take(c, groups) for n, c in self.group.items()},
+            {n: _take(c, samples.values) for n, c in self.sample.items()},
+            {n: _take(c, behaviours.values) for n, c in self.behaviour.items()},
+            samples.offsets,
+            behaviours.offsets,
+        )
+
+    def samples(self, start: int, stop: int) -> "Block":
+        """Return samples start to stop, with the groups that own them."""
+        first = int(np.searchsorted(self.sample_offsets, start, side="right")) - 1
+        last = int(np.searchsorted(self.sample_offsets, stop, side="left"))
+        b0, b1 = self.behaviour_offsets[first], self.behaviour_offsets[last]
+        return Block(
+            {n: _slice(c, first, last) for n, c in self.group.items()},
+            {n: _slice(c, start, stop) for n, c in self.sample.items()},
+            {n: _slice(c, b0, b1) for n, c in self.behaviour.items()},
+            np.clip(self.sample_offsets[first : last + 1], start, stop) - start,
+            self.behaviour_offsets[first : last + 1] - b0,
+        )
+
+    @staticmethod
+    def concat(blocks: Sequence["Block"]) -> "Block":
+        """Return the groups of several blocks, one after the other."""
+        if len(blocks) == 1:
+            return blocks[0]
+        return Block(
+            {n: _concat([b.group[n] for b in blocks]) for n in blocks[0].group},
+            {n: _concat([b.sample[n] for b in blocks]) for n in blocks[0].sample},
+            {n: _concat([b.behaviour[n] for b in blocks]) for n in blocks[0].behaviour},
+            _offsets(np.concatenate([np.diff(b.sample_offsets) for b in blocks])),
+            _offsets(np.concatenate([np.diff(b.behaviour_offsets) for b in blocks])),
+        )
+
+
+class GroupedData:
+    """A split of a groups folder, read a shuffle block (a Parquet row group) at a time.
+
+    Parameters
+    ----------
+    groups: the folder that `ctrkit group` wrote.
+    split: "train", "valid" or "test".
+    features: names of the features to read; others are left on disk.
+    """
+
+    def __init__(self, groups: Path, split: str, features: Sequence[str]) -> None:
+        self.schema = Schema.read(groups)
+        self.split = split
+        self._names = list(features)
+        files = sorted((groups / split).glob("part-*.parquet"))
+        if not files:
+            raise UserError(f"{groups} has no {split} split; [split] in the recipe decides which days it has")
+        self._blocks = [(f, start, n) for f in files for start, n in _row_groups(f, self.schema.block_groups)]
+        self._files = files
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        scan = pl.scan_parquet(self._files).select(pl.col("sample_id").list.len().sum())
+        return int(scan.collect().item())
+
+    def frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+        """Yield these columns of each block, in order."""
+        for file, start, n in self._blocks:
+            yield pl.scan_parquet(file).slice(start, n).select(columns).collect()
+
+    def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
+        """Yield the blocks, in file order or in the order given."""
+        by_owner = {o: [n for n in self._names if self.schema.features[n].of in o] for o in _OWNERS}
+        for i in range(len(self._blocks)) if order is None else order:
+            file, start, n = self._blocks[i]
+            wanted = [*META, "group_id", *self._names]
+            frame = pl.scan_parquet(file).slice(start, n).select(wanted).collect()
+            yield _block(frame, by_owner, self.schema)
+
+    def epoch(self, batch: int, seed: Sequence[int] | None = None) -> Iterator[Block]:
+        """Yield the samples in batches of exactly `batch` (the last one shorter), each with its groups.
+
+        With a seed, blocks are shuffled and then the groups within each; samples of a group stay together.
+        """
+        rng = None if seed is None else np.random.default_rng(list(seed))
+        order = None if rng is None else list(rng.permutation(len(self._blocks)))
+        waiting: list[Block] = []
+        for block in self.blocks(order):
+            waiting.append(block if rng is None else block.take(rng.permutation(block.n_groups)))
+            if sum(b.n_samples for b in waiting) < batch:
+                continue
+            merged = Block.concat(waiting)
+            whole = merged.n_samples // batch * batch
+            for start in range(0, whole, batch):
+                yield merged.samples(start, start + batch)
+            waiting = [merged.samples(whole, merged.n_samples)] if whole < merged.n_samples else []
+        if waiting:
+            yield Block.concat(waiting)
+
+
+_OWNERS: tuple[tuple[str, ...], ...] = (("user",), ("ad", "scene"), ("behaviour",))
+
+
+def _row_groups(file: Path, size: int) -> list[tuple[int, int]]:
+    """Return (first row, rows) of each row group of a Parquet file whose groups have `size` rows."""
+    n = int(pl.scan_parquet(file).select(pl.len()).collect().item())
+    return [(start, min(size, n - start)) for start in range(0, n, size)]
+
+
+def _explode(series: pl.Series) -> pl.Series:
+    return series.filter(series.list.len() > 0).explode()
+
+
+def _ints(series: pl.Series) -> Ints:
+    return series.cast(pl.Int64).to_numpy()
+
+
+def _ragged(series: pl.Series) -> Ragged:
+    return Ragged(_ints(_explode(series)), _offsets(series.list.len().to_numpy()))
+
+
+def _block(frame: pl.DataFrame, by_owner: dict[tuple[str, ...], list[str]], schema: Schema) -> Block:
+    def column(series: pl.Series, name: str) -> Column:
+        return _ragged(series) if schema.features[name].multi_hot else _ints(series)
+
+    user, sample, behaviour = (by_owner[o] for o in _OWNERS)
+    samples: dict[str, Column] = {n: _ints(_explode(frame[n])) for n in META}
+    samples.update((n, column(_explode(frame[n]), n)) for n in sample)
+    histories = frame[behaviour[0]].list.len().to_numpy() if behaviour else np.zeros(frame.height, np.int64)
+    users: dict[str, Column] = {"group_id": _ints(frame["group_id"])}
+    users.update((n, column(frame[n], n)) for n in user)
+    return Block(
+        users,
+        samples,
+        {n: _ints(_explode(frame[n])) for n in behaviour},
+        _offsets(frame["sample_id"].list.len().to_numpy()),
+        _offsets(histories),
+    )

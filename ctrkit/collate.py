@@ -1,0 +1,93 @@
+"""Blocks of columns to a model's batch: distinct embedding rows, distinct pictures, (sample, behaviour) pairs."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ctrkit.batches import Block, Column, Ragged
+from ctrkit.embedding import Table, unknown_mask
+from ctrkit.models.batch import Batch
+from ctrkit.models.plan import Plan
+from ctrkit.picture_vectors import PictureVectors
+
+Ints = npt.NDArray[np.int64]
+
+
+class Collator:
+    """Makes batches for one model.
+
+    Parameters
+    ----------
+    plan: the model's inputs.
+    tables: width → embedding table.
+    pictures: the picture vectors, if the model looks at any.
+    unknown_rate: see `ctrkit.embedding.unknown_mask`; 0 outside training.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tables: Mapping[int, Table],
+        pictures: PictureVectors | None,
+        counts: Mapping[str, npt.NDArray[np.int64]] | None = None,
+        unknown_rate: float = 0.0,
+    ) -> None:
+        self.plan, self.tables, self.pictures = plan, tables, pictures
+        self.counts, self.unknown_rate = counts or {}, unknown_rate
+
+    def __call__(self, block: Block, seed: Sequence[int] | None = None) -> Batch:
+        """Return the batch of a block's samples; `seed` (say, the epoch) decides which ids become unknown."""
+        n = np.diff(block.sample_offsets)
+        histories = np.diff(block.behaviour_offsets)
+        group_S = np.repeat(np.arange(block.n_groups), n)
+        pairs_S = histories[group_S]
+        start_S = np.cumsum(pairs_S) - pairs_S
+        shift_S = block.behaviour_offsets[:-1][group_S] - start_S
+        clicks = block.sample["click"]
+        assert isinstance(clicks, np.ndarray)
+        batch = Batch(
+            click_S=torch.from_numpy(clicks.astype(np.float32)),
+            group_S=torch.from_numpy(group_S),
+            group_B=torch.from_numpy(np.repeat(np.arange(block.n_groups), histories)),
+            sample_P=torch.from_numpy(np.repeat(np.arange(block.n_samples), pairs_S)),
+            behaviour_P=torch.from_numpy(np.arange(pairs_S.sum()) + np.repeat(shift_S, pairs_S)),
+            n_groups=block.n_groups,
+            rows={},
+            index={},
+            segment={},
+        )
+        self._ids(block, batch, seed)
+        for name in (self.plan.ad_image, self.plan.user_image):
+            if name and self.pictures is not None:
+                column = (block.sample if name == self.plan.ad_image else block.behaviour)[name]
+                assert isinstance(column, np.ndarray)
+                batch.picture_NW[name], batch.picture_index[name] = self.pictures.gather(column)
+        return batch
+
+    def _ids(self, block: Block, batch: Batch, seed: Sequence[int] | None) -> None:
+        """Look up all ID features: per width, one `unique` over everything the batch names."""
+        named: dict[int, list[tuple[str, Ints]]] = {}
+        for position, name in enumerate(self.plan.ids):
+            feature = self.plan.schema.features[name]
+            owner = {"user": block.group, "behaviour": block.behaviour}.get(feature.of, block.sample)
+            column: Column = owner[name]
+            if isinstance(column, Ragged):
+                index = column.values
+                batch.segment[name] = torch.from_numpy(np.repeat(np.arange(len(column)), np.diff(column.offsets)))
+            else:
+                index = column
+                if seed is not None and self.unknown_rate and feature.of != "behaviour":
+                    key = owner["group_id" if feature.of == "user" else "sample_id"]
+                    assert isinstance(key, np.ndarray)
+                    count = self.counts[feature.vocab][index].astype(np.float64)
+                    index = np.where(unknown_mask(key, [*seed, position], index, count, self.unknown_rate), 1, index)
+            width = self.plan.width(name)
+            named.setdefault(width, []).append((name, self.tables[width].rows(feature.vocab, index)))
+        for width, parts in named.items():
+            distinct, inverse = np.unique(np.concatenate([rows for _, rows in parts]), return_inverse=True)
+            batch.rows[width] = torch.from_numpy(distinct)
+            ends = np.cumsum([len(rows) for _, rows in parts])[:-1]
+            for (name, _), position_ in zip(parts, np.split(inverse.reshape(-1), ends), strict=True):
+                batch.index[name] = torch.from_numpy(position_)

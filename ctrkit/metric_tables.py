@@ -1,0 +1,127 @@
+"""What eval prints: metrics.json as text and rich tables. The report uses the same words."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+UNSEEN = "unseen_ad=true"
+"""The slice that shows whether a model can do without a trained ad id."""
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """Format a number, or "n/a"."""
+    return "n/a" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 2, sign: bool = True) -> str:
+    """Format a fraction as a percentage, or "n/a"."""
+    return "n/a" if value is None else f"{value:{'+' if sign else ''}.{digits}%}"
+
+
+def interval(low: float | None, high: float | None, digits: int = 4, sign: bool = False) -> str:
+    """Format an interval as "[low, high]", or nothing where there is none."""
+    if low is None or high is None:
+        return ""
+    return f"[{number(low, digits, sign)}, {number(high, digits, sign)}]"
+
+
+def with_interval(value: float | None, low: float | None, high: float | None, sign: bool = False) -> str:
+    """Format a value and its interval."""
+    return f"{number(value, sign=sign)} {interval(low, high, sign=sign)}".rstrip()
+
+
+def computed_how(metrics: dict[str, Any]) -> str:
+    """Say how every GAUC of metrics.json was computed: weights, ties, intervals."""
+    settings = metrics["settings"]
+    text = (
+        f"GAUC is each user's AUC averaged by {settings['weight']} over users with both clicked and "
+        f"unclicked impressions; ties {settings['ties']}."
+    )
+    if settings["bootstrap"]:
+        resamples = f"{settings['bootstrap']:,} resamples, seed {settings['seed']}"
+        text += f" Intervals: {settings['interval']} ({resamples})."
+    return text
+
+
+def covered_how(one: dict[str, Any]) -> str:
+    """Say which users and impressions a GAUC covers."""
+    return (
+        f"{one['users_kept']:,} users kept, {one['users_dropped']:,} dropped for having only one class; "
+        f"{percent(one['share_covered'], 1, sign=False)} of {one['impressions']:,} impressions covered"
+    )
+
+
+def coverage(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (variants, which users and impressions their GAUCs cover); one entry if it is the same for all."""
+    by_text: dict[str, list[str]] = {}
+    for name in metrics["order"]["variants"]:
+        by_text.setdefault(covered_how(metrics["variants"][name]["all"]), []).append(name)
+    several = len(metrics["order"]["variants"]) > 1
+    return [
+        ("All variants" if several and len(by_text) == 1 else ", ".join(names), text) for text, names in by_text.items()
+    ]
+
+
+def statement(metrics: dict[str, Any]) -> Iterator[str]:
+    """Yield one line a file, its GAUC with all that it was computed with."""
+    weight, ties = metrics["settings"]["weight"], metrics["settings"]["ties"]
+    for name in metrics["order"]["variants"]:
+        one = metrics["variants"][name]["all"]
+        value = with_interval(one["gauc"], one["gauc_low"], one["gauc_high"])
+        if one["gauc"] is None:
+            value = "n/a (no user has both clicked and unclicked impressions, so none has an AUC)"
+        yield f"{name}: GAUC {value}; weighted by {weight}; {covered_how(one)}; ties {ties}"
+
+
+def overall_table(metrics: dict[str, Any]) -> Table:
+    """Return files × metrics, over all impressions."""
+    baseline = metrics["settings"]["baseline"]
+    table = Table(title="All impressions", title_justify="left", title_style="bold")
+    table.add_column("variant", overflow="fold")
+    table.add_column("GAUC")
+    if baseline:
+        table.add_column(Text(f"gain on {baseline}"))
+        table.add_column("R-GAUC", justify="right")
+    for column in ("AUC", "log loss", "NE", "calibration", "ECE"):
+        table.add_column(column, justify="right")
+    for name in metrics["order"]["variants"]:
+        one = metrics["variants"][name]["all"]
+        cells = [name, with_interval(one["gauc"], one["gauc_low"], one["gauc_high"])]
+        if baseline:
+            gain = with_interval(one["gain"], one["gain_low"], one["gain_high"], sign=True)
+            cells += ["baseline" if name == baseline else gain, percent(one["r_gauc"])]
+        cells += [number(one["auc"]), number(one["log_loss"]), number(one["normalised_entropy"])]
+        cells += [number(one["calibration"], 3), number(one["ece"])]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def slice_table(metrics: dict[str, Any]) -> Table:
+    """Return files × slices, days left out: GAUC."""
+    slices = [s for s in metrics["order"]["slices"] if not s.startswith("day=")]
+    table = Table(title="GAUC by slice", title_justify="left", title_style="bold")
+    table.add_column("variant", overflow="fold")
+    for s in slices:
+        table.add_column(Text(s), justify="right", overflow="fold")
+    for name in metrics["order"]["variants"]:
+        by_slice = metrics["variants"][name]["slices"]
+        cells = [number(by_slice[s]["gauc"]) if s in by_slice else "" for s in slices]
+        table.add_row(*(Text(cell) for cell in [name, *cells]))
+    return table
+
+
+def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
+    """Return the paired comparisons over the named slices."""
+    table = Table(title="Differences in GAUC, paired", title_justify="left", title_style="bold")
+    for column in ("better", "worse", "impressions", "difference", "95% interval", "excludes 0"):
+        table.add_column(column, overflow="fold")
+    for c in metrics["comparisons"]:
+        if c["slice"] not in slices:
+            continue
+        sure = {None: "n/a", True: "yes", False: "no"}[c["significant"]]
+        cells = [c["better"], c["worse"], c["slice"], number(c["difference"], sign=True)]
+        cells += [interval(c["low"], c["high"], sign=True), sure]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table

@@ -1,0 +1,132 @@
+"""A trained model on disk: `settings.json` and `model.pt`, tensors only."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import nn
+
+from ctrkit import files
+from ctrkit.batches import Schema
+from ctrkit.embedding import Table
+from ctrkit.errors import UserError
+from ctrkit.models import make_model
+from ctrkit.models.plan import Plan, make_plan
+from ctrkit.picture_vectors import PictureVectors
+from ctrkit.recipe import Train
+
+Counts = dict[str, npt.NDArray[np.int64]]
+
+
+@dataclass
+class TrainedModel:
+    """A network with its tables and its pictures."""
+
+    plan: Plan
+    network: nn.Module
+    tables: dict[int, Table]
+    pictures: PictureVectors | None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that predicting needs, by name."""
+        out = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        out |= {f"table.{width}": table.weight_VD for width, table in self.tables.items()}
+        if self.pictures is not None:
+            out |= {"pictures.mean": self.pictures.mean_W, "pictures.scale": self.pictures.scale}
+        return {k: v.detach().clone() for k, v in out.items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over the tensors that `state` returned."""
+        prefix = "network."
+        self.network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        for width, table in self.tables.items():
+            table.weight_VD.copy_(state[f"table.{width}"])
+        if self.pictures is not None:
+            self.pictures.mean_W, self.pictures.scale = state["pictures.mean"], state["pictures.scale"]
+
+
+def read_counts(groups: Path, schema: Schema) -> Counts:
+    """Return vocabulary → [size] n_i, the training samples that contain each index."""
+    counts = {}
+    for name, size in schema.vocab_sizes.items():
+        path = groups / "counts" / f"{name}.parquet"
+        out = np.zeros(size, np.int64)
+        if path.is_file():
+            frame = pl.read_parquet(path)
+            out[frame["index"].to_numpy()] = frame["count"].to_numpy()
+        counts[name] = out
+    return counts
+
+
+def build(train: Train, schema: Schema, counts: Counts, pictures: PictureVectors | None) -> TrainedModel:
+    """Return a model with fresh parameters, drawn from `[train] seed`."""
+    plan = make_plan(train, schema, pictures.width if pictures else 0)
+    torch.manual_seed(train.seed)
+    network = make_model(plan)
+    generator = torch.Generator().manual_seed(train.seed)
+    by_width: dict[int, list[str]] = {}
+    for name in plan.ids:
+        vocabs = by_width.setdefault(plan.width(name), [])
+        if schema.features[name].vocab not in vocabs:
+            vocabs.append(schema.features[name].vocab)
+    tables = {
+        width: Table({v: schema.vocab_sizes[v] for v in vocabs}, width, counts, generator)
+        for width, vocabs in sorted(by_width.items())
+    }
+    if train.model == "lr":
+        tables[1].weight_VD.zero_()
+    return TrainedModel(plan, network, tables, pictures)
+
+
+def open_pictures(train: Train, features: Path | None, convert: Path | None) -> PictureVectors | None:
+    """Return the picture vectors that the model needs, or None."""
+    if not train.looks_at_pictures:
+        return None
+    if features is None or convert is None:
+        raise UserError("this model looks at pictures: give --features (made by `ctrkit extract-images`) and --convert")
+    return PictureVectors(features, convert, shuffle=train.shuffle_pictures)
+
+
+def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
+    """Write `settings.json` and `model.pt` into a folder."""
+    settings = {
+        "train": model.plan.train.model_dump(mode="json"),
+        "schema": model.plan.schema.to_json(),
+        **extra,
+    }
+    settings["picture_width"] = model.plan.picture_width
+    files.write_json(folder / "settings.json", settings)
+    torch.save(model.state(), folder / "model.pt")
+
+
+def load(folder: Path, groups: Path, features: Path | None, convert: Path | None) -> TrainedModel:
+    """Read a model for use with these groups; a model trained with another vocabulary is an error."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    train, schema, here = (
+        Train(**settings["train"]),
+        Schema.from_json(settings["schema"]),
+        Schema.read(groups),
+    )
+    if schema.vocab_digest != here.vocab_digest:
+        raise UserError(
+            f"{folder} was trained with another vocabulary than {groups} was made with (digests "
+            f"{schema.vocab_digest[:8]} and {here.vocab_digest[:8]}): its ids would mean other things. Train it again "
+            "on these groups, or make the groups with the vocabulary it was trained with."
+        )
+    pictures = open_pictures(train, features, convert)
+    if pictures is not None and pictures.width != settings["picture_width"]:
+        raise UserError(
+            f"{folder} was trained on picture vectors of width {settings['picture_width']}, but {features} has width "
+            f"{pictures.width}: use the features it was trained with"
+        )
+    nothing = {v: np.zeros(n, np.int64) for v, n in schema.vocab_sizes.items()}
+    model = build(train, schema, nothing, pictures)
+    model.load_state(torch.load(folder / "model.pt", weights_only=True))
+    return model

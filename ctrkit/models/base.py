@@ -1,0 +1,26 @@
+"""DIN's base model: embedding, sum pooling of the behaviours, fully connected layers (DIN section 4.1)."""
+
+import torch
+from torch import Tensor, nn
+
+from ctrkit.models.batch import Batch, Lookup
+from ctrkit.models.layers import Discriminator, segment_sum
+from ctrkit.models.plan import Plan
+
+
+class Base(nn.Module):
+    """All ID features and the sum of the behaviours' embeddings, whatever the ad."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        width = plan.total_width([*plan.user, *plan.sample, *plan.behaviour])
+        self.discriminator = Discriminator(width, plan.train.tower, plan.train.activation, plan.train.batch_norm)
+
+    def forward(self, batch: Batch, look: Lookup) -> Tensor:
+        parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
+        if self.plan.behaviour:
+            k_BD = look.behaviours_B(self.plan.behaviour)
+            parts.append(segment_sum(k_BD, batch.group_B, batch.n_groups).index_select(0, batch.group_S))
+        out: Tensor = self.discriminator(torch.cat(parts, 1))
+        return out

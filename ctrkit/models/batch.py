@@ -1,0 +1,67 @@
+"""A batch as tensors, and the lookup of its middle vectors. Shape letters as in `ctrkit.batches`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ctrkit.models.layers import segment_sum
+
+
+@dataclass
+class Batch:
+    """One step's work. Index tensors are int64."""
+
+    click_S: Tensor
+    group_S: Tensor
+    """The group of each sample."""
+    group_B: Tensor
+    """The group of each behaviour."""
+    sample_P: Tensor
+    behaviour_P: Tensor
+    """Every (sample, behaviour of its group) pair, samples rising, behaviours oldest first."""
+    n_groups: int
+    rows: dict[int, Tensor]
+    """Embedding width → [U] distinct rows of that width's table."""
+    index: dict[str, Tensor]
+    """Feature → positions in its width's rows: [G], [S] or [B]; [values] for a multi-hot one."""
+    segment: dict[str, Tensor]
+    """Multi-hot feature → the group or sample of each of its values."""
+    picture_NW: dict[str, Tensor] = field(default_factory=dict)
+    """Picture feature → [N, W] its distinct pictures' centred vectors."""
+    picture_index: dict[str, Tensor] = field(default_factory=dict)
+    """Picture feature → [S] or [B] positions in N."""
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.click_S)
+
+
+class Lookup:
+    """Middle vectors of a batch's ID features: Basicnet, one embedding each, multi-hot ones summed."""
+
+    def __init__(self, batch: Batch, rows: Mapping[int, Tensor], width: Mapping[str, int]) -> None:
+        self.batch, self.rows, self.width = batch, rows, width
+
+    def one(self, name: str, n: int) -> Tensor:
+        """Return [n, D]: the middle vector of one feature; n is the number of its owners."""
+        values = torch.nn.functional.embedding(self.batch.index[name], self.rows[self.width[name]])
+        if name in self.batch.segment:
+            return segment_sum(values, self.batch.segment[name], n)
+        return values
+
+    def users_S(self, names: Sequence[str]) -> list[Tensor]:
+        """Return user features' middle vectors, looked up once a group and gathered to the samples."""
+        if not names:
+            return []
+        b = self.batch
+        return [torch.cat([self.one(n, b.n_groups) for n in names], 1).index_select(0, b.group_S)]
+
+    def samples_S(self, names: Sequence[str]) -> list[Tensor]:
+        """Return ad and scene features' middle vectors."""
+        return [self.one(n, self.batch.n_samples) for n in names]
+
+    def behaviours_B(self, names: Sequence[str]) -> Tensor:
+        """Return [B, sum of D]: behaviour features' embeddings side by side."""
+        return torch.cat([self.one(n, len(self.batch.group_B)) for n in names], 1)

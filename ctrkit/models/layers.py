@@ -1,0 +1,138 @@
+"""Layers that the models share. Shape letters as in `ctrkit.batches`; H is a hidden width."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Dice(nn.Module):
+    """DIN's data-dependent activation (eqs. 4, 5): y·(p + a·(1 − p)), p = sigmoid((y − E[y]) / (√Var[y] + ε)).
+
+    a is learned per channel, E and Var are the batch's in training and running averages in evaluation:
+    m ← 0.99·m + 0.01·batch with bias correction, since eqs. 6 and 7 as printed grow without bound.
+    Input and output [rows, H]; rows are real rows, never padding.
+    """
+
+    mean_H: Tensor
+    var_H: Tensor
+    seen: Tensor
+
+    def __init__(self, width: int, momentum: float = 0.01, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.a_H = nn.Parameter(torch.zeros(width))
+        self.momentum, self.eps = momentum, eps
+        self.register_buffer("mean_H", torch.zeros(width))
+        self.register_buffer("var_H", torch.zeros(width))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.training and len(y):
+            mean_H, var_H = y.mean(0), y.var(0, unbiased=False)
+            with torch.no_grad():
+                self.mean_H.lerp_(mean_H.detach(), self.momentum)
+                self.var_H.lerp_(var_H.detach(), self.momentum)
+                self.seen += 1
+        else:
+            correction = (1.0 - (1.0 - self.momentum) ** self.seen).clamp(min=self.momentum).to(y.dtype)
+            mean_H, var_H = self.mean_H / correction, self.var_H / correction
+        p = torch.sigmoid((y - mean_H) / (var_H.sqrt() + self.eps))
+        return y * (p + self.a_H * (1.0 - p))
+
+
+class PReLU(nn.PReLU):
+    """DIN eq. 3, a slope per channel, starting at 0.25."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+
+
+def activation(name: str, width: int) -> nn.Module:
+    """Return a PReLU, Dice or sigmoid for `width` channels."""
+    if name == "sigmoid":
+        return nn.Sigmoid()
+    return Dice(width) if name == "dice" else PReLU(width)
+
+
+def mlp(widths: Sequence[int], act: str) -> nn.Sequential:
+    """Return fully connected layers of these widths, an activation between them and none after the last."""
+    layers: list[nn.Module] = []
+    for i in range(1, len(widths)):
+        layers.append(nn.Linear(widths[i - 1], widths[i]))
+        if i < len(widths) - 1:
+            layers.append(activation(act, widths[i]))
+    return nn.Sequential(*layers)
+
+
+class Discriminator(nn.Module):
+    """Concatenated middle vectors → BatchNorm → fully connected layers → two outputs (DICM section IV).
+
+    Returns log-odds [S]: the difference of the two outputs, whose sigmoid is the softmax's click probability.
+    """
+
+    def __init__(self, width: int, hidden: Sequence[int], act: str, batch_norm: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+        self.layers = mlp([width, *hidden, 2], act)
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        if isinstance(self.norm, nn.BatchNorm1d) and len(x_SD) == 1:  # one row has no variance: use the running one
+            norm = self.norm
+            x_SD = nn.functional.batch_norm(x_SD, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        else:
+            x_SD = self.norm(x_SD)
+        out_S2: Tensor = self.layers(x_SD)
+        return out_S2[:, 1] - out_S2[:, 0]
+
+
+def segment_sum(values: Tensor, segment: Tensor, n: int) -> Tensor:
+    """Return [n, …]: the sum of the rows of `values` in each segment; zero where there are none."""
+    return values.new_zeros((n, *values.shape[1:])).index_add_(0, segment, values)
+
+
+def segment_max(values: Tensor, segment: Tensor, n: int) -> Tensor:
+    """Return [n, D]: the maximum of the rows of `values` in each segment; zero where there are none."""
+    index = segment.unsqueeze(1).expand_as(values)
+    out = values.new_zeros((n, values.shape[1]))
+    return out.scatter_reduce(0, index, values, "amax", include_self=False)
+
+
+def segment_softmax(logits_P: Tensor, segment_P: Tensor, n: int) -> Tensor:
+    """Return [P]: a softmax over the rows of each segment."""
+    top_n = logits_P.detach().new_full((n,), -torch.inf).scatter_reduce(0, segment_P, logits_P.detach(), "amax")
+    e_P = torch.exp(logits_P - top_n[segment_P])
+    return e_P / segment_sum(e_P, segment_P, n)[segment_P]
+
+
+class PairMLP(nn.Module):
+    """A network on a pair (query of a sample, key of a behaviour) → [P], without building the concatenation.
+
+    The input is [q; k], or [q; k; q − k; q∘k] restricted to the named `parts`. The first layer is split:
+    W[q; k; q−k; q∘k] = (W_q + W_d)·q + (W_k − W_d)·k + W_p·(q∘k), so q is projected once a sample and k once a
+    behaviour. Exact.
+    """
+
+    def __init__(self, q: int, k: int, hidden: Sequence[int], act: str, parts: str = "qk") -> None:
+        super().__init__()
+        self.parts = parts
+        if parts != "qk" and q != k:
+            raise ValueError(f"q − k and q∘k need equal widths, not {q} and {k}")
+        width = {"q": q, "k": k, "d": q, "p": q}
+        first = nn.Linear(sum(width[p] for p in parts), hidden[0])
+        weight = dict(zip(parts, torch.split(first.weight.detach(), [width[p] for p in parts], dim=1), strict=True))
+        self.weight = nn.ParameterDict({p: nn.Parameter(w.clone()) for p, w in weight.items()})
+        self.bias = nn.Parameter(first.bias.detach().clone())
+        self.act = activation(act, hidden[0])
+        self.rest = mlp([*hidden, 1], act)
+
+    def forward(self, q_SD: Tensor, k_BD: Tensor, sample_P: Tensor, behaviour_P: Tensor) -> Tensor:
+        w_q, w_k = self.weight["q"], self.weight["k"]
+        if "d" in self.parts:
+            w_q, w_k = w_q + self.weight["d"], w_k - self.weight["d"]
+        h_SH = nn.functional.linear(q_SD, w_q, self.bias)
+        h_BH = nn.functional.linear(k_BD, w_k)
+        h_PH = h_SH[sample_P] + h_BH[behaviour_P]
+        if "p" in self.parts:
+            h_PH = h_PH + nn.functional.linear(q_SD[sample_P] * k_BD[behaviour_P], self.weight["p"])
+        out_P: Tensor = self.rest(self.act(h_PH)).squeeze(1)
+        return out_P

@@ -1,0 +1,86 @@
+"""Which features a model looks at, from the recipe's `[features]` and `[train]`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctrkit.batches import Schema
+from ctrkit.errors import UsageError
+from ctrkit.recipe import Train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The inputs of one model. Names are the recipe's feature names, in its order."""
+
+    train: Train
+    schema: Schema
+    user: list[str]
+    sample: list[str]
+    """Ad and scene features."""
+    behaviour: list[str]
+    ad_image: str
+    """The ad's picture feature; "" if the model does not look at it."""
+    user_image: str
+    picture_width: int
+
+    @property
+    def ids(self) -> list[str]:
+        """All ID features of the model."""
+        return [*self.user, *self.sample, *self.behaviour]
+
+    @property
+    def features(self) -> list[str]:
+        """All features of the model, pictures included."""
+        return self.ids + [n for n in (self.ad_image, self.user_image) if n]
+
+    def width(self, name: str) -> int:
+        """Return the embedding width of an ID feature; 1 for logistic regression."""
+        return 1 if self.train.model == "lr" else self.schema.features[name].width
+
+    def total_width(self, names: Sequence[str]) -> int:
+        """Return the summed widths of ID features."""
+        return sum(self.width(n) for n in names)
+
+    def partners(self) -> dict[str, str]:
+        """Return behaviour feature → the ad feature of the same vocabulary, one-hot ones only."""
+        features = self.schema.features
+        ads = {features[n].vocab: n for n in self.sample if features[n].of == "ad" and not features[n].multi_hot}
+        return {n: ads[features[n].vocab] for n in self.behaviour if features[n].vocab in ads}
+
+
+def make_plan(train: Train, schema: Schema, picture_width: int) -> Plan:
+    """Decide the inputs of the model that `[train]` describes."""
+    features = schema.features
+    dicm = train.model == "dicm"
+
+    def wanted(name: str) -> bool:
+        switch = features[name].switch
+        if switch == "ad_id":
+            return train.ad_id
+        if switch == "user_ids":
+            return train.user_ids if dicm else train.model != "lr"
+        return True
+
+    def picture(of: str, key: str, on: bool) -> str:
+        names = schema.names((of,), "image")
+        if not (dicm and on):
+            return ""
+        if not names:
+            raise UsageError(f"[train] {key} is on, but [features] has no feature of = {of!r} with kind = 'image'")
+        return names[0]
+
+    user = [n for n in schema.names(("user",)) if wanted(n)]
+    sample = [n for n in schema.names(("ad", "scene")) if wanted(n)]
+    behaviour = [n for n in schema.names(("behaviour",)) if wanted(n) and train.model != "lr"]
+    if not user and not sample:
+        raise UsageError("the model has no ID feature of user, ad or scene; [features] must declare at least one")
+    return Plan(
+        train,
+        schema,
+        user,
+        sample,
+        behaviour,
+        picture("ad", "ad_image", train.ad_image),
+        picture("behaviour", "user_images", train.user_images),
+        picture_width,
+    )

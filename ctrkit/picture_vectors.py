@@ -1,0 +1,84 @@
+"""Picture vectors as models see them: centred and scaled, by index of the vocabulary `image`."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import Tensor
+
+from ctrkit.errors import UserError
+from ctrkit.features import FeatureStore
+
+MEMORY_LIMIT = 4 << 30
+"""Bytes of float16 features that are held in memory; larger files are read row by row from disk."""
+CONTROL_SEED = 20_170_711
+"""Of the permutation of `[train] shuffle_pictures`."""
+
+
+class PictureVectors:
+    """Reads picture vectors by vocabulary index.
+
+    Raw CNN vectors share a large common part that drowns the differences; so the mean over training pictures is
+    taken off, and one scale makes the remaining coordinates' root mean square 1. A picture without a row is zero.
+
+    Parameters
+    ----------
+    features: `features.h5`.
+    convert: the folder that `ctrkit convert` wrote, for its vocabulary `image`.
+    shuffle: give each picture another picture's vector, a control.
+    """
+
+    def __init__(self, features: Path, convert: Path, *, shuffle: bool = False) -> None:
+        self.store = FeatureStore(features, shuffle_seed=CONTROL_SEED if shuffle else None)
+        vocab = pl.read_parquet(convert / "vocab" / "image.parquet")
+        row_V = np.full(int(vocab["index"].max() or 1) + 1, -1, np.int64)  # type: ignore[arg-type]
+        row_V[vocab["index"].to_numpy()] = self.store.row_of(vocab["value"].to_list())
+        self.row_V = row_V
+        self._training = np.unique(row_V[vocab.filter(pl.col("count") > 0)["index"].to_numpy()])
+        self.names = dict(zip(vocab["index"].to_list(), vocab["value"].to_list(), strict=True))
+        if (row_V >= 0).sum() == 0:
+            raise UserError(
+                f"{features} has no vector for any picture of {convert}: was it extracted for other data? "
+                "Run `ctrkit extract-images` with this --convert folder."
+            )
+        in_memory = self.store.rows * self.store.width * 2 <= MEMORY_LIMIT
+        self._matrix = self.store.load() if in_memory else None
+        self.mean_W = torch.zeros(self.store.width)
+        self.scale = torch.ones(())
+
+    @property
+    def width(self) -> int:
+        return self.store.width
+
+    def fit(self) -> None:
+        """Set mean and scale from the pictures that training refers to."""
+        rows = self._training[self._training >= 0]
+        if len(rows) == 0:
+            raise UserError("no training sample refers to a picture that has a vector")
+        total = np.zeros(self.width)
+        square = np.zeros(self.width)
+        for part in np.array_split(rows, max(1, len(rows) // 8192)):
+            x = self._read(part).astype(np.float64)
+            total += x.sum(0)
+            square += (x * x).sum(0)
+        mean = total / len(rows)
+        variance = np.maximum(square / len(rows) - mean * mean, 0.0).mean()
+        self.mean_W = torch.from_numpy(mean.astype(np.float32))
+        self.scale = torch.tensor(1.0 / np.sqrt(variance) if variance > 0 else 1.0, dtype=torch.float32)
+
+    def _read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        if self._matrix is not None:
+            return self._matrix[rows].astype(np.float32)
+        return self.store.read(rows)
+
+    def gather(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return ([N, W] distinct vectors, [len(index)] positions in N) for indexes of the vocabulary `image`."""
+        rows = np.where(index < len(self.row_V), self.row_V[np.minimum(index, len(self.row_V) - 1)], -1)
+        distinct, position = np.unique(rows, return_inverse=True)
+        x_NW = torch.from_numpy(self._read(np.maximum(distinct, 0)))
+        x_NW = (x_NW - self.mean_W) * self.scale
+        if len(distinct) and distinct[0] < 0:
+            x_NW[0] = 0.0
+        return x_NW, torch.from_numpy(position.reshape(-1).astype(np.int64))

@@ -1,0 +1,254 @@
+"""A recipe as a graph of steps: which stage makes which file from which, for every variant.
+
+Variants share every step whose settings, and whose inputs' settings, are the same: the first variant that needs
+a step owns it. Steps of the recipe as it stands lie in `OUT/NAME/`, a variant's own in `OUT/NAME/VARIANT/`.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from ctrkit import provenance
+from ctrkit.cli import main as ctrkit_command
+from ctrkit.errors import UsageError
+from ctrkit.recipe import Recipe, load
+
+OUTPUTS = {
+    "simulate": "raw",
+    "convert": "convert",
+    "select-clicks": "behaviours",
+    "extract-images": "features.h5",
+    "group": "groups",
+    "train": "model",
+    "predict": "predictions.parquet",
+    "eval": "metrics.json",
+    "report": "report.html",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output to make."""
+
+    stage: str
+    output: Path
+    variant: str | None
+    options: tuple[str, ...]
+    """Of the stage's command, but for recipe, variant, sets and out."""
+    needs: tuple["Step", ...]
+    """Steps whose outputs it reads."""
+
+    @property
+    def target(self) -> Path:
+        """The file that Make watches: the sidecar, which is written last."""
+        return self.output.with_name(self.output.name + ".json")
+
+    @property
+    def stamp(self) -> Path:
+        """The file whose time moves only when the step has to be done again."""
+        return self.output.with_name(f".{self.output.name}.stamp")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the user asked of a run."""
+
+    recipe: str
+    raw: Path | None
+    """Raw data; None where the recipe simulates its own."""
+    weights: str | None
+    sets: tuple[str, ...]
+    out: Path
+
+
+class Graph:
+    """The steps of a recipe, in an order in which they can be made."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.steps: list[Step] = []
+        self._made: dict[str, Step] = {}
+        base = load(setting.recipe, None, setting.sets)
+        self.home = setting.out / base.name
+        if setting.raw is None and base.simulate is None:
+            raise UsageError(
+                f"recipe {base.name!r} needs raw data: give its folder as RAW=… (make) or --raw (ctrkit run)"
+            )
+        names: list[str | None] = list(base.variants) or [None]
+        # The recipe's own data steps come first, so that they lie in the run's folder whatever variants do.
+        data = self._data(None, base)
+        chains = {}
+        for name in names:
+            recipe = load(setting.recipe, name, setting.sets)
+            if recipe.simulate != base.simulate:
+                raise UsageError(f"variant {name!r} overrides [simulate]: all variants of a recipe share one world")
+            steps = self._data(name, recipe)
+            chains[name or "model"] = (steps, *self._model(name, recipe, steps))
+        predictions = {name: predict for name, (_, _, predict) in chains.items()}
+        files = [f"{name}={step.output}" for name, step in predictions.items()]
+        metrics = self._add("eval", None, base, ("--gauc", *files), tuple(predictions.values()))
+        options = ["--metrics", str(metrics.output)]
+        needs = [metrics, data["convert"], data["group"]]
+        for name, (_, model, predict) in chains.items():
+            options += ["--model", f"{name}={model.output}", "--predictions", f"{name}={predict.output}"]
+            needs += [model, predict]
+        options += ["--convert", str(data["convert"].output), "--groups", str(data["group"].output)]
+        if "extract-images" in data:
+            options += [
+                "--features",
+                str(data["extract-images"].output),
+                "--pictures",
+                str(self._pictures(base)),
+            ]
+            needs.append(data["extract-images"])
+        self._add("report", None, base, options, needs)
+
+    def _raw(self) -> Path:
+        return self.setting.raw or self.home / OUTPUTS["simulate"]
+
+    def _pictures(self, recipe: Recipe) -> Path:
+        return self._raw() / recipe.extract_images.folder
+
+    def _data(self, variant: str | None, recipe: Recipe) -> dict[str, Step]:
+        steps: dict[str, Step] = {}
+        raw, simulated = self._raw(), []
+        if self.setting.raw is None:
+            steps["simulate"] = self._add("simulate", None, recipe, (), ())
+            simulated = [steps["simulate"]]
+        convert = steps["convert"] = self._add("convert", variant, recipe, ("--raw", str(raw)), simulated)
+        clicks = steps["select-clicks"] = self._add(
+            "select-clicks",
+            variant,
+            recipe,
+            ("--raw", str(raw), "--convert", str(convert.output)),
+            [*simulated, convert],
+        )
+        if any(f.kind == "image" for f in recipe.features.values()):
+            options = ["--pictures", str(self._pictures(recipe)), "--convert", str(convert.output)]
+            if self.setting.weights:
+                options += ["--weights", self.setting.weights]
+            steps["extract-images"] = self._add("extract-images", variant, recipe, options, [*simulated, convert])
+        steps["group"] = self._add(
+            "group",
+            variant,
+            recipe,
+            ("--convert", str(convert.output), "--behaviours", str(clicks.output)),
+            [convert, clicks],
+        )
+        return steps
+
+    def _model(self, variant: str | None, recipe: Recipe, data: dict[str, Step]) -> tuple[Step, Step]:
+        train = recipe.train
+        options = ["--groups", str(data["group"].output)]
+        needs = [data["group"]]
+        if train.looks_at_pictures and "extract-images" in data:
+            options += [
+                "--features",
+                str(data["extract-images"].output),
+                "--convert",
+                str(data["convert"].output),
+            ]
+            needs += [data["convert"], data["extract-images"]]
+        logs = self.home / (variant or "") / "tensorboard"
+        model = self._add("train", variant, recipe, (*options, "--tensorboard", str(logs)), needs, own=True)
+        predict = self._add(
+            "predict", variant, recipe, (*options, "--model", str(model.output)), [*needs, model], own=True
+        )
+        return model, predict
+
+    def _add(
+        self,
+        stage: str,
+        variant: str | None,
+        recipe: Recipe,
+        options: Sequence[str],
+        needs: Sequence[Step],
+        own: bool = False,
+    ) -> Step:
+        """Add a step, or return the one that does the same work already."""
+        tables = recipe.tables(*provenance.TABLES[stage])
+        same = json.dumps([stage, tables, list(options), variant if own else None], sort_keys=True)
+        if same not in self._made:
+            output = self.home / (variant or "") / OUTPUTS[stage]
+            self._made[same] = Step(stage, output, variant, tuple(options), tuple(needs))
+            self.steps.append(self._made[same])
+        return self._made[same]
+
+    def arguments(self, step: Step) -> list[str]:
+        """Return the command line of a step, after `ctrkit`."""
+        variant = ["--variant", step.variant] if step.variant else []
+        sets = [part for text in self.setting.sets for part in ("--set", text)]
+        out = ["--json" if step.stage == "eval" else "--out", str(step.output)]
+        return [step.stage, "--recipe", self.setting.recipe, *variant, *sets, *out, *step.options]
+
+    def is_fresh(self, step: Step) -> bool:
+        """Say whether the step's output is what its stage would make now. Its inputs must be."""
+        name, *rest = self.arguments(step)
+        with provenance.checking():
+            try:
+                ctrkit_command.main([name, *rest], standalone_mode=False)
+            except provenance.Checked as checked:
+                return checked.fresh
+            except click.ClickException:
+                return False  # the stage itself will say what is wrong
+        return False
+
+    def stale(self) -> list[Step]:
+        """Return the steps that are not fresh, or whose inputs are not."""
+        found: list[Step] = []
+        for step in self.steps:
+            if any(n in found for n in step.needs) or not self.is_fresh(step):
+                found.append(step)
+        return found
+
+
+def settle(step: Step, fresh: bool) -> None:
+    """Move the step's stamp: newer than the target where the step is stale, not newer where it is fresh."""
+    target = step.target.stat().st_mtime_ns if step.target.exists() else 0
+    step.stamp.parent.mkdir(parents=True, exist_ok=True)
+    step.stamp.touch()
+    if fresh:
+        os.utime(step.stamp, ns=(target, target))
+    elif target >= step.stamp.stat().st_mtime_ns:
+        os.utime(step.stamp, ns=(target + 1, target + 1))
+
+
+def make_rules(graph: Graph, command: str) -> str:
+    """Return the Make rules of a graph.
+
+    A step's target depends on its stamp alone. The stamps of stale steps are asked again once their inputs are
+    made, so that a step whose inputs come out as they were is not done again.
+    """
+    stale = {step.output for step in graph.stale()}
+    setting = graph.setting
+    asked = ["--recipe", setting.recipe, "--out", str(setting.out)]
+    asked += ["--raw", str(setting.raw)] if setting.raw else []
+    asked += ["--weights", setting.weights] if setting.weights else []
+    asked += [part for text in setting.sets for part in ("--set", text)]
+    lines = [".PHONY: FORCE", "FORCE:", "", f"all: {graph.steps[-1].target}"]
+    by_stage: dict[str, list[Step]] = {}
+    for step in graph.steps:
+        by_stage.setdefault(step.stage, []).append(step)
+        settle(step, step.output not in stale)
+        force = "FORCE" if step.output in stale else ""
+        lines += [
+            "",
+            f"{step.target}: {step.stamp}",
+            "\t" + _shell([command, *graph.arguments(step)]),
+            f"{step.stamp}: {force} | {' '.join(str(n.target) for n in step.needs)}",
+            "\t@" + _shell([command, "rules", *asked, "--stamp", str(step.output)]),
+        ]
+    lines.append("")
+    for stage, steps in by_stage.items():
+        lines += [f".PHONY: {stage}", f"{stage}: {' '.join(str(s.target) for s in steps)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _shell(words: Sequence[str]) -> str:
+    command, *rest = words
+    return " ".join([command, *(shlex.quote(w).replace("$", "$$") for w in rest)])

@@ -1,0 +1,213 @@
+"""Reading predictions, ours or anyone's: a table with a user, a 0/1 label and a score in each row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from ctrkit.errors import UserError, nearest
+
+HISTORY_BUCKETS = ((0, 0), (1, 5), (6, 20), (21, None))
+"""Behaviours in the user's history, first and last of each slice."""
+MOST_VALUES = 100
+"""A column with more distinct values makes no slices."""
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+COMPRESSED = (".gz", ".zst")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """One file of predictions. Arrays are [rows], in the file's order."""
+
+    users: pl.Series
+    """String [users]: the distinct raw users, ascending."""
+    user: NDArray[np.int64]
+    """Row → position in `users`."""
+    click: NDArray[np.bool_]
+    score: NDArray[Any]
+    """float32 or float64, finite."""
+    slices: dict[str, NDArray[np.bool_]]
+    """Name → which rows are in it, such as "unseen_ad=true". Empty ones are left out."""
+
+
+def read(
+    path: Path, *, user: str = "user", label: str = "click", score: str = "score", slices: Sequence[str] = ()
+) -> Predictions:
+    """Read a Parquet, CSV or TSV file (text also as .gz or .zst).
+
+    Slices are made from the columns `unseen_ad`, `history_length` and `day`, where the file has them, and
+    from those named in `slices`. Raises UserError with the file, column and row (1 is the first row of data).
+    """
+    required = {"user": user, "label": label, "score": score}
+    wanted = [*required.values(), *slices]
+    frame = _read(path, wanted)
+    for what, column in required.items():
+        if column not in frame.columns:
+            raise UserError(
+                f"{path} has no column {column!r}, which should be the {what}; name it with --{what}"
+                f"{nearest(column, _columns(path))}"
+            )
+    for column in slices:
+        if column not in frame.columns:
+            raise UserError(f"{path} has no column {column!r} for --slice{nearest(column, _columns(path))}")
+    if frame.height == 0:
+        raise UserError(f"{path} has no rows; there is nothing to evaluate.")
+    names, codes = _users(frame[user], path)
+    click = _labels(frame[label], path)
+    scores = _scores(frame[score], path)
+    made = _built_in_slices(frame, path)
+    for column in slices:
+        made.update(_value_slices(frame[column], path))
+    return Predictions(users=names, user=codes, click=click, score=scores, slices=made)
+
+
+def _read(path: Path, wanted: Sequence[str]) -> pl.DataFrame:
+    """Read the columns that are wanted or that slices are built from, of those that the file has."""
+    known = {*wanted, "unseen_ad", "history_length", "day"}
+    columns = [c for c in _columns(path) if c in known]
+    if not columns:  # polars reads a choice of none as all
+        return pl.DataFrame()
+    try:
+        if _kind(path) == ".parquet":
+            return pl.read_parquet(path, columns=columns, glob=False)
+        # As text: a user "007" stays one, and a bad number can be shown as it stands in the file.
+        return pl.read_csv(
+            path, columns=columns, separator=SEPARATORS[_kind(path)], infer_schema=False, glob=False
+        )
+    except pl.exceptions.PolarsError as e:
+        raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {e}") from None
+
+
+def _kind(path: Path) -> str:
+    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
+    kind = suffixes[-1].lower() if suffixes else ""
+    if kind == ".parquet" or kind in SEPARATORS:
+        return kind
+    raise UserError(
+        f"{path}: predictions are read from .parquet, .csv and .tsv files (text also as .gz or .zst), "
+        f"and the name does not end in one of these. Rename or convert the file."
+    )
+
+
+def _columns(path: Path) -> list[str]:
+    kind = _kind(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} is not there")
+    try:
+        if kind == ".parquet":
+            return list(pl.read_parquet_schema(path))
+        head = pl.read_csv(path, separator=SEPARATORS[kind], infer_schema=False, n_rows=0, glob=False)
+        return head.columns
+    except pl.exceptions.NoDataError:
+        raise UserError(f"{path} is empty; there is nothing to evaluate.") from None
+    except pl.exceptions.PolarsError as e:
+        raise UserError(f"{path} cannot be read as {kind[1:]}: {e}") from None
+
+
+def _row(bad: pl.Series) -> int:
+    """Return the number of the first true row, 1 for the first row of data."""
+    return int(bad.arg_max() or 0) + 1
+
+
+def _users(column: pl.Series, path: Path) -> tuple[pl.Series, NDArray[np.int64]]:
+    if column.dtype.is_float():
+        whole = column.cast(pl.Int64, strict=False)
+        if (bad := (whole.cast(pl.Float64) != column.cast(pl.Float64)).fill_null(True)).any():
+            raise UserError(_at(path, column, bad, "is not a user: neither text nor a whole number"))
+        column = whole
+    try:
+        text = column.cast(pl.String)
+    except pl.exceptions.PolarsError:
+        raise UserError(
+            f"{path}: column {column.name!r} is {column.dtype}; users are text or whole numbers"
+        ) from None
+    if (bad := text.is_null()).any():
+        raise UserError(
+            f"{path}: row {_row(bad):,} has no user (column {column.name!r} is empty in "
+            f"{int(bad.sum()):,} of {len(column):,} rows). GAUC is by user: leave these rows out, or give "
+            f"each a user of its own."
+        )
+    distinct = text.unique().sort()
+    codes = pl.DataFrame({"user": distinct, "code": np.arange(len(distinct), dtype=np.int64)})
+    joined = pl.DataFrame({"user": text}).join(codes, on="user", how="left", maintain_order="left")
+    return distinct, joined["code"].to_numpy()
+
+
+def _numbers(column: pl.Series, path: Path) -> pl.Series:
+    """Return the column as numbers; text as Float64, "true" and "false" as 1 and 0, anything else null."""
+    if column.dtype == pl.String:
+        text = column.str.strip_chars()
+        truth = pl.Series(["true", "false"]), pl.Series(["1", "0"])
+        return text.str.to_lowercase().replace(*truth).cast(pl.Float64, strict=False)
+    if column.dtype == pl.Boolean:
+        return column.cast(pl.UInt8)
+    if column.dtype.is_decimal():
+        return column.cast(pl.Float64)
+    if column.dtype.is_numeric():
+        return column
+    raise UserError(f"{path}: column {column.name!r} is {column.dtype}, not numbers")
+
+
+def _labels(column: pl.Series, path: Path) -> NDArray[np.bool_]:
+    numbers = _numbers(column, path)
+    if (bad := ~(((numbers == 0) | (numbers == 1)).fill_null(False))).any():
+        raise UserError(
+            _at(path, column, bad, "is not a label: 1 is a click, 0 is none")
+            + " Name the column of the clicks with --label."
+        )
+    return (numbers == 1).to_numpy()
+
+
+def _scores(column: pl.Series, path: Path) -> NDArray[Any]:
+    numbers = _numbers(column, path)
+    if not numbers.dtype.is_float():
+        numbers = numbers.cast(pl.Float64)
+    if (bad := ~(numbers.is_finite().fill_null(False))).any():
+        raise UserError(
+            _at(path, column, bad, "is not a finite number")
+            + " Every impression needs a score; name their column with --score."
+        )
+    return numbers.cast(pl.Float32).to_numpy() if numbers.dtype == pl.Float16 else numbers.to_numpy()
+
+
+def _at(path: Path, column: pl.Series, bad: pl.Series, fault: str) -> str:
+    row = _row(bad)
+    value = column[row - 1]
+    shown = "nothing" if value is None else repr(value)
+    more = int(bad.sum()) - 1
+    others = f" ({more:,} more row{'s' if more > 1 else ''} like it)" if more else ""
+    return f"{path}: row {row:,}, column {column.name!r}: {shown} {fault}{others}."
+
+
+def _built_in_slices(frame: pl.DataFrame, path: Path) -> dict[str, NDArray[np.bool_]]:
+    """Cut by ads unseen in training, by history length and by day, as far as the columns are there."""
+    made: dict[str, NDArray[np.bool_]] = {}
+    if "unseen_ad" in frame.columns and frame["unseen_ad"].dtype in (pl.Boolean, pl.String):
+        unseen = _numbers(frame["unseen_ad"], path)
+        for name, value in (("true", 1), ("false", 0)):
+            made[f"unseen_ad={name}"] = (unseen == value).fill_null(False).to_numpy()
+    if "history_length" in frame.columns and not frame["history_length"].dtype.is_nested():
+        length = frame["history_length"].cast(pl.Float64, strict=False)
+        for low, high in HISTORY_BUCKETS:
+            inside = (length >= low) & (length <= (high if high is not None else np.inf))
+            shown = f"{low}+" if high is None else f"{low}-{high}" if high > low else f"{low}"
+            made[f"history={shown}"] = inside.fill_null(False).to_numpy()
+    if "day" in frame.columns and frame["day"].n_unique() <= MOST_VALUES:
+        made.update(_value_slices(frame["day"], path))
+    return {name: inside for name, inside in made.items() if inside.any()}
+
+
+def _value_slices(column: pl.Series, path: Path) -> dict[str, NDArray[np.bool_]]:
+    """One slice a distinct value of a column, by value."""
+    values = column.unique().drop_nulls().sort()
+    if len(values) > MOST_VALUES:
+        raise UserError(
+            f"{path}: column {column.name!r} has {len(values):,} distinct values; slices are made from at "
+            f"most {MOST_VALUES}. Choose a coarser column."
+        )
+    shown = {v: str(v).lower() if isinstance(v, bool) else str(v) for v in values}
+    return {f"{column.name}={shown[v]}": (column == v).fill_null(False).to_numpy() for v in values}

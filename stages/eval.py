@@ -1,0 +1,140 @@
+"""Compute GAUC and its kin from predictions, ours or anyone's.
+
+Reads Parquet, CSV or TSV files of predictions. Prints tables; writes metrics.json if asked.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ctrkit import files, provenance
+from ctrkit.errors import UsageError, nearest
+from ctrkit.evaluation import evaluate
+from ctrkit.metric_tables import comparison_table, computed_how, overall_table, slice_table, statement
+from ctrkit.options import path_option
+from ctrkit.progress import console, say
+from ctrkit.recipe import Eval, Recipe, load
+
+
+@click.command("eval")
+@click.argument("predictions", nargs=-1, required=True, metavar="[NAME=]FILE...")
+@click.option("--gauc", is_flag=True, help="Say what is wanted. GAUC is always computed, flag or not.")
+@click.option("--user", default="user", show_default=True, metavar="COLUMN", help="The raw user.")
+@click.option("--label", default="click", show_default=True, metavar="COLUMN", help="1 for a click, else 0.")
+@click.option("--score", default="score", show_default=True, metavar="COLUMN", help="Higher: likelier.")
+@click.option("--slice", "slices", multiple=True, metavar="COLUMN", help="Evaluate by this column too.")
+@click.option("--weight", type=click.Choice(["impressions", "clicks"]), help="What a user's AUC counts with.")
+@click.option("--baseline", metavar="NAME", help="File that gains and R-GAUC are against.")
+@click.option("--compare", multiple=True, metavar="BETTER,WORSE", help="Compare two files, paired.")
+@click.option("--bootstrap", type=click.IntRange(min=0), help="Resamples of users; 0: no intervals.")
+@click.option("--seed", type=int, help="Of the resamples.")
+@path_option("--json", "Write metrics.json here.", required=False)
+@click.option("--recipe", "recipe_name", metavar="NAME|FILE", help="Take [eval] from a recipe.")
+@click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the recipe.")
+def command(
+    predictions: tuple[str, ...],
+    gauc: bool,
+    user: str,
+    label: str,
+    score: str,
+    slices: tuple[str, ...],
+    json: Path | None,
+    recipe_name: str | None,
+    sets: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Compute GAUC and its kin from predictions, ours or anyone's.
+
+    Reads Parquet, CSV or TSV files with a user, a 0/1 label and a score in each row. Prints GAUC with how it
+    was computed, AUC, log loss, normalised entropy and calibration, over all and over the slices that the
+    columns unseen_ad, history_length and day allow; writes them as JSON with --json. Options override the
+    recipe's [eval]. A file is called by its stem, or by its folder if it is a predictions.parquet.
+
+    \b
+    ctrkit eval --gauc predictions.csv
+    ctrkit eval --gauc scores.tsv --user uid --label clicked --score p --json metrics.json
+    ctrkit eval --gauc old=a.parquet new=b.parquet --baseline old --compare new,old
+    """
+    paths = name_files(predictions)
+    if recipe_name is None and sets:
+        raise UsageError("--set changes a recipe's keys; give the recipe with --recipe")
+    recipe = load(recipe_name, sets=sets) if recipe_name else Recipe(name="eval")
+    given = override(recipe, flags)
+    settings = given.eval.model_copy(update=among(paths, given.eval, recipe, flags))
+    if json is None:
+        metrics = evaluate(paths, settings, user=user, label=label, score=score, slices=slices)
+    else:
+        with provenance.output("eval", given, paths, json) as work:
+            metrics = evaluate(paths, settings, user=user, label=label, score=score, slices=slices)
+            files.write_json(work.path, metrics)
+            work.counts.update({name: v["all"]["impressions"] for name, v in metrics["variants"].items()})
+    show(metrics)
+    if json is not None:
+        say(f"eval: {len(paths)} file{'s' if len(paths) > 1 else ''} -> {json}")
+
+
+def name_files(arguments: tuple[str, ...]) -> dict[str, Path]:
+    """Return name → path for arguments FILE or NAME=FILE."""
+    paths: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, path_text = argument.partition("=")
+        if not equals or Path(argument).exists():
+            path = Path(argument)
+            stem = path.name.split(".")[0]
+            name = path.resolve().parent.name if stem == "predictions" else stem
+        else:
+            path = Path(path_text)
+        if not name:
+            raise UsageError(f"{argument!r} gives its file no name: write NAME=FILE")
+        if name in paths:
+            raise UsageError(
+                f"{paths[name]} and {path} are both called {name!r}. Name them: "
+                f"NAME={paths[name]} OTHER={path}"
+            )
+        paths[name] = path
+    return paths
+
+
+def override(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
+    """Return the recipe with the options that were given laid over its [eval]."""
+    given = {k: v for k, v in flags.items() if v not in (None, ())}
+    if "compare" in given:
+        pairs = tuple(tuple(text.split(",")) for text in given["compare"])
+        if bad := [",".join(p) for p in pairs if len(p) != 2 or not all(p)]:
+            raise UsageError(f"--compare {bad[0]!r} is not of the form BETTER,WORSE")
+        given["compare"] = pairs
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=given)})
+
+
+def among(paths: dict[str, Path], settings: Eval, recipe: Recipe, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return baseline and comparisons that the files at hand allow.
+
+    A variant of the recipe that is not evaluated this time drops out with a word; any other name is an error.
+    """
+
+    def here(name: str, option: str) -> bool:
+        if name in paths:
+            return True
+        if not flags[option] and name in recipe.variants:
+            say(f"eval: no file of variant {name!r}, so [eval] {option} leaves it out")
+            return False
+        raise UsageError(f"{option} {name!r} is none of the files{nearest(name, paths)}")
+
+    baseline = settings.baseline if settings.baseline and here(settings.baseline, "baseline") else ""
+    compare = tuple(pair for pair in settings.compare if all(here(name, "compare") for name in pair))
+    return {"baseline": baseline, "compare": compare}
+
+
+def show(metrics: dict[str, Any]) -> None:
+    """Print the statement of every GAUC, then the tables."""
+    out = console()
+    for line in statement(metrics):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    out.print()
+    out.print(overall_table(metrics))
+    if any(not s.startswith("day=") for s in metrics["order"]["slices"]):
+        out.print(slice_table(metrics))
+    if metrics["comparisons"]:
+        out.print(comparison_table(metrics, "all", "unseen_ad=true"))
+    out.print(computed_how(metrics), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,61 @@
+"""Store common features once per user and day."""
+
+import time
+from pathlib import Path
+
+import click
+
+from ctrkit import counts, files, provenance
+from ctrkit.errors import UserError
+from ctrkit.grouping import SPLITS, group
+from ctrkit.options import path_option, recipe_options
+from ctrkit.progress import say
+from ctrkit.recipe import Recipe
+
+
+@click.command("group")
+@recipe_options
+@path_option("--convert", "What ctrkit convert wrote.")
+@path_option("--behaviours", "What ctrkit select-clicks wrote.", required=False)
+@path_option("--out", "Folder to write.")
+def command(recipe: Recipe, convert: Path, behaviours: Path | None, out: Path) -> None:
+    """Store common features once per user and day.
+
+    Reads CONVERT/samples, CONVERT/vocab and CONVERT/split.json, and the behaviours of each user and day (not needed
+    by a recipe without behaviour features).
+
+    Writes OUT/train, OUT/valid and OUT/test (one row a user and day, training rows shuffled), OUT/counts (training
+    samples that contain each id) and OUT/schema.json.
+
+    \b
+    ctrkit group --recipe demo --convert runs/demo/convert --behaviours runs/demo/behaviours --out runs/demo/groups
+    """
+    started = time.monotonic()
+    if behaviours is not None:
+        _check_made_from(behaviours, convert)
+    with provenance.output("group", recipe, {"convert": convert, "behaviours": behaviours}, out) as work:
+        work.path.mkdir()
+        work.counts = group(recipe, convert, behaviours, work.path)
+    found = work.counts
+    notes = {
+        f"{part} samples": f"{found[f'{part} samples'] / found[f'{part} groups']:.1f} a group"
+        for part in SPLITS
+        if found.get(f"{part} groups")
+    }
+    counts.show(f"group: {recipe.name}", found, notes)
+    samples = sum(found.get(f"{part} samples", 0) for part in SPLITS)
+    say(f"group: {samples:,} samples, {samples / (time.monotonic() - started):,.0f} a second")
+
+
+def _check_made_from(behaviours: Path, convert: Path) -> None:
+    """Refuse behaviours whose sidecar says that they were encoded with another vocabulary."""
+    sidecar = files.sidecar_path(behaviours)
+    if not behaviours.is_dir():
+        raise UserError(f"{behaviours} is not there; make it with ctrkit select-clicks")
+    if sidecar.is_file():
+        made_from = files.read_json(sidecar).get("inputs", {}).get("convert")
+        if made_from not in (None, provenance.cache().of(convert)):
+            raise UserError(
+                f"{behaviours} was made from another {convert} than the one that is there now, so its indexes may "
+                f"mean something else; run ctrkit select-clicks again"
+            )

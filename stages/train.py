@@ -1,0 +1,76 @@
+"""Train DICM, DIN, base or LR on grouped samples.
+
+Reads groups/, and for models that look at pictures features.h5 and convert/. Writes a model folder.
+"""
+
+from pathlib import Path
+
+import click
+
+from ctrkit import provenance
+from ctrkit.options import path_option, recipe_options
+from ctrkit.progress import say
+from ctrkit.recipe import Recipe
+
+
+@click.command("train")
+@recipe_options
+@path_option("--groups", "Folder that `ctrkit group` wrote.")
+@path_option("--features", "features.h5, for models that look at pictures.", required=False)
+@path_option("--convert", "Folder that `ctrkit convert` wrote, for models that look at pictures.", required=False)
+@path_option("--tensorboard", "Folder for TensorBoard scalars.", required=False)
+@path_option("--out", "Model folder to write.")
+def command(
+    recipe: Recipe,
+    groups: Path,
+    features: Path | None,
+    convert: Path | None,
+    tensorboard: Path | None,
+    out: Path,
+) -> None:
+    """Train DICM, DIN, base or LR.
+
+    Reads groups/ (train and valid), and features.h5 and convert/vocab/image.parquet where the model looks at
+    pictures. Writes a model folder: model.pt (tensors), settings.json, history.jsonl. The model that is kept is the
+    one with the best validation GAUC.
+
+    \b
+    ctrkit train --recipe demo --variant din --groups runs/demo/groups --out runs/demo/din/model
+    """
+    config = recipe.train
+    if not config.looks_at_pictures:
+        features = convert = None
+    inputs = {
+        "groups": groups,
+        "features": features,
+        "image vocabulary": convert / "vocab" / "image.parquet" if convert else None,
+    }
+    with provenance.output("train", recipe, inputs, out) as work:
+        import torch
+
+        from ctrkit import modelfile, training
+        from ctrkit.batches import GroupedData, Schema
+
+        torch.set_num_threads(config.threads)
+        torch.use_deterministic_algorithms(True)
+        schema = Schema.read(groups)
+        pictures = modelfile.open_pictures(config, features, convert)
+        if pictures is not None:
+            pictures.fit()
+        counts = modelfile.read_counts(groups, schema)
+        model = modelfile.build(config, schema, counts, pictures)
+        train = GroupedData(groups, "train", model.plan.features)
+        valid = GroupedData(groups, "valid", model.plan.features) if any((groups / "valid").glob("part-*")) else None
+        users = training.sample_users(valid) if valid else None
+        trainer = training.Trainer(model, counts, train, valid, users)
+        trainer.run()
+        work.path.mkdir()
+        backbone = pictures.store.attributes if pictures else None
+        modelfile.save(model, work.path, {"pictures": backbone})
+        (work.path / "history.jsonl").write_text(training.history_lines(trainer.history), encoding="utf-8")
+        if tensorboard is not None:
+            training.write_tensorboard(trainer.history, tensorboard)
+        best = max((r for r in trainer.history if r["valid_gauc"]), key=lambda r: r["valid_gauc"], default=None)
+        work.counts.update(samples=len(train), steps=trainer.steps, best=best)
+    if best is not None:
+        say(f"train: {out}: validation GAUC {best['valid_gauc']:.4f} at step {best['step']} of {trainer.steps}")

@@ -1,0 +1,168 @@
+"""Backbones: the values are torchvision's own, weights are what was asked for, faults are named."""
+
+import os
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor
+
+from ctrkit import backbones
+from ctrkit.backbones import Backbone
+from ctrkit.errors import UsageError, UserError
+
+SHARED = Path(os.environ.get("CTRKIT_SHARED", Path(__file__).parents[2] / "shared"))
+SQUEEZENET = SHARED / "weights" / "squeezenet1_1-imagenet.pth"
+
+
+def load(backbone: str, weights: object = "random", size: int = 64, dtype: str = "float32", seed: int = 5) -> Backbone:
+    return backbones.load(backbone, weights=str(weights), seed=seed, size=size, dtype=dtype, device="cpu")
+
+
+def pictures(n: int = 2, size: int = 64) -> Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def normalised(x: Tensor) -> Tensor:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (x.float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def test_vgg16_layers_are_torchvisions_own_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(weights=None).eval()
+    file = tmp_path / "vgg16.pth"
+    torch.save({k: v for k, v in vgg.state_dict().items() if not k.startswith(("classifier.3", "classifier.6"))}, file)
+    x = pictures(2, 32)
+    with torch.inference_mode():
+        conv5 = vgg.avgpool(vgg.features(normalised(x))).flatten(1)
+        fc6 = vgg.classifier[:2](conv5)
+        for layer, wanted in [("conv5", conv5), ("fc6", fc6)]:
+            network = load(f"vgg16:{layer}", file, size=32)
+            assert network.width == wanted.shape[1] == {"conv5": 25088, "fc6": 4096}[layer]
+            torch.testing.assert_close(network(x), wanted, rtol=1e-4, atol=1e-6)
+    numbers = sum(p.numel() for p in network.parameters())
+    assert numbers == sum(p.numel() for p in [*vgg.features.parameters(), *vgg.classifier[0].parameters()])
+    with pytest.raises(UserError, match=r"classifier\.3\.bias, classifier\.3\.weight"):
+        load("vgg16:fc7", file, size=32)
+    file.unlink()  # half a gigabyte
+
+
+def test_random_weights_follow_torchvisions_rules_and_the_seed() -> None:
+    torch.manual_seed(5)
+    theirs = torchvision.models.resnet18(weights=None)
+    before = torch.random.get_rng_state()
+    ours = load("resnet18:layer2")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert ours.weights == "random, seed 5"
+    wanted = dict(theirs.named_parameters())
+    found = {name.removeprefix("extractors.0."): p for name, p in ours.named_parameters()}
+    assert found.keys() == {n for n in wanted if n.startswith(("conv1", "bn1", "layer1", "layer2"))}
+    torch.testing.assert_close({n: p.detach() for n, p in found.items()}, {n: wanted[n].detach() for n in found})
+    other = load("resnet18:layer2", seed=6)
+    assert not torch.equal(next(other.parameters()), next(ours.parameters()))
+
+
+def test_maps_are_averaged_over_space_unless_flat() -> None:
+    x = pictures()
+    with torch.inference_mode():
+        flat = load("squeezenet1_1:features.3:flat")(x)
+        mean = load("squeezenet1_1:features.3")(x)
+        both = load("squeezenet1_1:features.3+resnet18:avgpool")(x)
+        resnet = load("resnet18:avgpool")(x)
+    assert mean.shape == (2, 128)
+    torch.testing.assert_close(flat.view(2, 128, -1).mean(2), mean)
+    torch.testing.assert_close(both, torch.cat([mean, resnet], 1))
+
+
+def test_a_layers_values_are_not_changed_by_the_activation_after_it() -> None:
+    with torch.inference_mode():
+        assert load("squeezenet1_1:features.0")(pictures()).min() < 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_near(dtype: str) -> None:
+    with torch.inference_mode():
+        exact, near = (load("squeezenet1_1:features.5", dtype=d)(pictures()) for d in ("float32", dtype))
+    assert near.dtype == torch.float32
+    assert not torch.equal(exact, near)
+    torch.testing.assert_close(exact, near, rtol=0.1, atol=0.1 * float(exact.abs().mean()))
+
+
+def test_the_published_squeezenet_features() -> None:
+    if not SQUEEZENET.is_file():
+        pytest.skip(f"no real weights: {SQUEEZENET} is not there (set CTRKIT_SHARED)")
+    theirs = torchvision.models.squeezenet1_1(weights=None).eval()
+    theirs.load_state_dict(torch.load(SQUEEZENET, weights_only=True), strict=False)
+    network = load("squeezenet1_1:features", SQUEEZENET)
+    with torch.inference_mode():
+        wanted = theirs.features(normalised(pictures())).mean((2, 3))
+        torch.testing.assert_close(network(pictures()), wanted, rtol=1e-4, atol=1e-4)
+    assert len(network.weights) == 32
+    with pytest.raises(UserError, match=r"no weights for 2 of the 52 .*classifier\.1\.bias"):
+        load("squeezenet1_1:classifier.1", SQUEEZENET)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        ("vgg61:fc6", "did you mean 'vgg16'"),
+        ("vgg16:fc66", "did you mean 'fc6'"),
+        ("vgg16", "MODEL:LAYER"),
+        ("vgg16:fc6:round", "MODEL:LAYER"),
+        ("squeezenet1_1:feature", "did you mean 'features"),
+        ("vit_b_16:encoder.ln", "neither a vector nor a map"),
+    ],
+)
+def test_unknown_names_are_told_with_near_ones(backbone: str, said: str) -> None:
+    with pytest.raises(UsageError) as told:
+        load(backbone, size=224)
+    assert said in told.value.message
+
+
+def test_pictures_too_small_for_the_model() -> None:
+    with pytest.raises(UsageError, match=r"extract-images\.size = 32: inception_v3 cannot take"):
+        load("inception_v3:avgpool", size=32)
+
+
+def test_device_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="not a device"):
+        backbones.load("alexnet:fc6", weights="random", seed=0, size=64, dtype="float32", device="toaster")
+
+
+def test_files_that_are_no_weights(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    with pytest.raises(UserError, match="neither 'published' nor 'random'"):
+        load("squeezenet1_1:features", file)
+    file.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match="not a state dict that torch can load"):
+        load("squeezenet1_1:features", file)
+    torch.save({"epoch": 3}, file)
+    with pytest.raises(UserError, match="does not map names to tensors"):
+        load("squeezenet1_1:features", file)
+    torch.save({"features.0.weight": torch.zeros(64, 3, 5, 5), "features.0.bias": torch.zeros(64)}, file)
+    with pytest.raises(UserError, match=r"features\.0\.weight \[64, 3, 5, 5\], not \[64, 3, 3, 3\]"):
+        load("squeezenet1_1:features.0", file)
+
+
+def test_a_folder_of_weights_serves_several_models(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet1_1-abc.pth")
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "resnet18.pth")
+    assert load("squeezenet1_1:features.2+resnet18:avgpool", tmp_path).width == 64 + 512
+    with pytest.raises(UserError, match="0 files of weights of alexnet"):
+        load("alexnet:fc6", tmp_path)
+
+
+def test_published_weights_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
+    urllib.request.install_opener(None)  # type: ignore[arg-type]  # so that the proxy is read anew
+    try:
+        with pytest.raises(UserError, match=r"published weights of squeezenet1_1 could not be fetched .*--weights FILE"):
+            load("squeezenet1_1:features", "published")
+    finally:
+        urllib.request.install_opener(None)  # type: ignore[arg-type]
+    assert not list(tmp_path.rglob("*.pth"))

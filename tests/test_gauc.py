@@ -1,0 +1,140 @@
+"""GAUC and AUC against nested loops over all pairs."""
+
+import numpy as np
+import pytest
+
+from ctrkit.gauc import GAUC, auc, gauc, user_auc
+
+
+def pairs_auc(label, score):
+    """Win 1, tie one half, over all (clicked, unclicked) pairs; None without a pair."""
+    wins = [
+        1.0 if s > t else 0.5 if s == t else 0.0
+        for y, s in zip(label, score, strict=True)
+        if y
+        for z, t in zip(label, score, strict=True)
+        if not z
+    ]
+    return sum(wins) / len(wins) if wins else None
+
+
+def loop_gauc(user, label, score, weight):
+    above, below, kept, dropped, covered = 0.0, 0.0, 0, 0, 0
+    for u in sorted(set(user)):
+        rows = [i for i, v in enumerate(user) if v == u]
+        one = pairs_auc([label[i] for i in rows], [score[i] for i in rows])
+        if one is None:
+            dropped += 1
+            continue
+        w = len(rows) if weight == "impressions" else sum(bool(label[i]) for i in rows)
+        above, below, kept, covered = above + w * one, below + w, kept + 1, covered + len(rows)
+    return (above / below if kept else None), kept, dropped, covered
+
+
+@pytest.mark.parametrize("weight", ["impressions", "clicks"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_equals_nested_loops_with_heavy_ties_and_single_class_users(weight, dtype):
+    rng = np.random.default_rng(5)
+    values = np.array([-2.5, -0.0, 0.0, 1 / 3, 0.5, 0.5 + 2**-10, 7.0], dtype)
+    for _ in range(60):
+        n = int(rng.integers(1, 50))
+        user = rng.integers(0, 9, n)
+        label = rng.random(n) < rng.choice([0.05, 0.5])
+        score = rng.choice(values, n)
+        got = gauc(user, label, score, weight)
+        value, kept, dropped, covered = loop_gauc(user.tolist(), label.tolist(), score.tolist(), weight)
+        assert (got.users_kept, got.users_dropped, got.impressions_covered) == (kept, dropped, covered)
+        assert got.impressions == n
+        assert got.value == (None if value is None else pytest.approx(value, abs=1e-14))
+        everyone = pairs_auc(label.tolist(), score.tolist())
+        assert auc(label, score) == (None if everyone is None else pytest.approx(everyone, abs=1e-14))
+
+
+def test_known_value():
+    # a: 0.9 > 0.1 and 0.9 > 0.5: AUC 1, 3 impressions. b: one tie of one pair: 0.5, 2 impressions. c: no click.
+    user = ["a", "a", "a", "b", "b", "c"]
+    got = gauc(user, [1, 0, 0, 1, 0, 0], [0.9, 0.1, 0.5, 0.4, 0.4, 0.8])
+    assert got == GAUC(
+        value=(3 * 1.0 + 2 * 0.5) / 5,
+        weight="impressions",
+        users_kept=2,
+        users_dropped=1,
+        impressions=6,
+        impressions_covered=5,
+    )
+    assert gauc(user, [1, 0, 0, 1, 0, 0], [0.9, 0.1, 0.5, 0.4, 0.4, 0.8], "clicks").value == 0.75
+
+
+def test_users_may_be_text_or_any_integers_and_rows_in_any_order():
+    rng = np.random.default_rng(1)
+    user = rng.integers(-4, 4, 200)
+    label, score = rng.integers(0, 2, 200), rng.random(200)
+    expected = gauc(user, label, score)
+    assert gauc(np.array([f"u{u}" for u in user]), label, score) == expected
+    assert gauc(user.astype(object).astype(str), label, score) == expected
+    assert gauc(user * 2**40, label, score) == expected
+    order = rng.permutation(200)
+    assert gauc(user[order], label[order], score[order]) == expected
+
+
+def test_minus_zero_ties_with_zero():
+    for dtype in (np.float32, np.float64):
+        assert auc([1, 0], np.array([-0.0, 0.0], dtype)) == 0.5
+        assert auc([1, 0], np.array([0.0, -0.0], dtype)) == 0.5
+
+
+def test_neighbouring_floats_do_not_tie():
+    for dtype in (np.float32, np.float64):
+        for value in (1e-30, 0.5, -0.5):
+            x = dtype(value)
+            assert auc([1, 0], np.array([np.nextafter(x, dtype(9)), x], dtype)) == 1.0
+    tiny = np.array([2**-149, 0.0], np.float32)
+    assert auc([1, 0], tiny) == 1.0
+
+
+def test_codes_too_large_to_pack_with_float_patterns_still_work():
+    user = np.array([2**40, 2**40, 2**40 + 1, 2**40 + 1])
+    made = user_auc(user, [1, 0, 1, 0], np.array([0.3, 0.2, 0.1, 0.2], np.float32))
+    assert made.user.tolist() == [2**40, 2**40 + 1]
+    assert made.auc.tolist() == [1.0, 0.0]
+
+
+def test_a_score_that_knows_nothing_has_gauc_one_half():
+    rng = np.random.default_rng(2)
+    user, label = rng.integers(0, 500, 20_000), rng.random(20_000) < 0.3
+    assert gauc(user, label, np.zeros(20_000)).value == 0.5
+    assert gauc(user, label, rng.random(20_000)).value == pytest.approx(0.5, abs=0.02)
+
+
+def test_knowing_only_the_user_raises_auc_but_not_gauc():
+    rng = np.random.default_rng(3)
+    user = rng.integers(0, 200, 20_000)
+    rate = rng.random(200)
+    label = rng.random(20_000) < rate[user]
+    assert auc(label, rate[user]) > 0.8
+    assert gauc(user, label, rate[user]).value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("user", "label", "score", "fault"),
+    [
+        ([1, 1], [1, 2], [0.1, 0.2], "labels"),
+        ([1, 1], [1, 0.5], [0.1, 0.2], "labels"),
+        ([1, 1], [1, 0], [0.1, float("nan")], "finite"),
+        ([1, 1], [1, 0], [0.1, float("inf")], "finite"),
+        ([1, 1], [1, 0], [0.1], "shape"),
+        ([1], [1, 0], [0.1, 0.2], "shape"),
+    ],
+)
+def test_bad_arrays_raise(user, label, score, fault):
+    with pytest.raises(ValueError, match=fault):
+        gauc(user, label, score)
+
+
+def test_unknown_weight_raises():
+    with pytest.raises(ValueError, match="weight"):
+        gauc([1], [1], [0.5], "users")
+
+
+def test_no_rows():
+    assert gauc([], [], []).value is None
