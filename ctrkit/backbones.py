@@ -8,10 +8,9 @@ dimensions is averaged over the last two, space, unless `:flat` follows its name
 """
 
 import contextlib
-import pickle
+import functools
 import socket
 import urllib.error
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchvision.models import feature_extraction
 
+from ctrkit import state_dict
 from ctrkit.digests import Digests
 from ctrkit.errors import UsageError, UserError, nearest
 
@@ -79,10 +79,11 @@ def _aliases(model: str) -> dict[str, str]:
     return next((names for prefix, names in ALIASES.items() if model.startswith(prefix)), {})
 
 
-def layer_names(model: str) -> list[str]:
+@functools.cache
+def layer_names(model: str) -> tuple[str, ...]:
     """Return the layers of a model in the order in which they are computed, the papers' names after them."""
     _, nodes = feature_extraction.get_graph_node_names(_skeleton(model), suppress_diff_warning=True)
-    return [*nodes[1:], *_aliases(model)]  # the first node is the input
+    return (*nodes[1:], *_aliases(model))  # the first node is the input
 
 
 def _skeleton(model: str) -> nn.Module:
@@ -258,7 +259,10 @@ def _numbers(model: str) -> dict[str, int]:
 
 
 def _random(model: str, skeleton: nn.Module, needed: set[str], seed: int) -> nn.Module:
-    """Build a model by its own rules of initialisation, without memory or time for what is not needed."""
+    """Build a model by its own rules of initialisation, without memory or time for what is not needed.
+
+    Numbers are drawn only for what is needed; so two layers of a model, at one seed, need not share weights.
+    """
     skip = {number for name, number in _numbers(model).items() if name not in needed}
     with torch.random.fork_rng(devices=[]), _parameters_on_meta(skip):
         torch.manual_seed(seed)
@@ -311,13 +315,7 @@ def _download(model: str) -> Path:
 
 def _loaded(model: str, skeleton: nn.Module, needed: set[str], path: Path, backbone: str) -> nn.Module:
     """Build a model with the tensors of a state dict, those that are needed and no others."""
-    try:
-        # Mapped into memory, so that the layers that are not needed are not even read.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise UserError(f"{path} is not a state dict that torch can load: {str(e).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict: it does not map names to tensors")
+    state = state_dict.read(path)
     with _parameters_on_meta(set(_numbers(model).values())):
         network = _build(model)  # buffers are made in earnest: some are computed, and lie in no file
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}

@@ -34,7 +34,7 @@ def select_clicks(recipe: Recipe, raw: Path, convert_folder: Path, out: Path) ->
     """
     features = [name for name, f in recipe.features.items() if f.of == "behaviour"]
     if not features:
-        raise UsageError("the recipe has no behaviour features, such as [features.goods] with of = \"behaviour\"")
+        raise UsageError('the recipe has no behaviour features, such as [features.goods] with of = "behaviour"')
     tables = open_tables(recipe, raw, "behaviours", "goods")
     plan = columns.plan(recipe, tables, ["behaviour"])
     rejects = Rejects()
@@ -92,9 +92,7 @@ def _pairs(samples: Path, zone: str) -> pl.DataFrame:
     return frame.unique().join(midnights, on="day", how="left").sort("user", "day")
 
 
-def _usable(
-    log: pl.DataFrame, options: SelectClicks, pairs: pl.DataFrame
-) -> tuple[pl.DataFrame, dict[str, Any]]:
+def _usable(log: pl.DataFrame, options: SelectClicks, pairs: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Drop behaviours of other types, short visits, and those of users without samples."""
     counts = {}
     if options.types:

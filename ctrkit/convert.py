@@ -26,7 +26,7 @@ def convert(recipe: Recipe, raw: Path, out: Path) -> dict[str, Any]:
     Returns the counts. Raises UserError, with nothing to keep in `out`, where the raw data cannot be used.
     """
     if not recipe.features:
-        raise UsageError("the recipe has no [features]; name at least one, such as [features.ad_id] with of = \"ad\"")
+        raise UsageError('the recipe has no [features]; name at least one, such as [features.ad_id] with of = "ad"')
     tables = open_tables(recipe, raw, *SOURCES)
     samples_plan = columns.plan(recipe, tables, SAMPLE_OWNERS)
     behaviours_plan = columns.plan(recipe, tables, ["behaviour"])

@@ -46,10 +46,9 @@ def split_days(
     span = last - first
     test = _last(days, split.test, last, span, zone, "test")
     before = [d for d in days if d < test[0]] if test else days
+    end: float = midnight(test[0], zone) if test else last
     if isinstance(split.test, float):
         end = last - split.test * span
-    else:
-        end = midnight(test[0], zone) if test else last
     valid = _last(before, split.valid, end, span, zone, "valid")
     held_out = valid + test
     train = [d for d in days if d < held_out[0]] if held_out else days

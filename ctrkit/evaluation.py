@@ -235,9 +235,7 @@ class Pairing:
         one, two = (self._labels(name) for name in (a, b))
         differs = (one != two).any(axis=0)
         at = int(np.argmax(differs))
-        first = (
-            f"{self.users[at]!r} with {one[0, at]:,} ({one[1, at]:,}) against {two[0, at]:,} ({two[1, at]:,})"
-        )
+        first = f"{self.users[at]!r} with {one[0, at]:,} ({one[1, at]:,}) against {two[0, at]:,} ({two[1, at]:,})"
         raise UserError(
             f"{a} and {b} do not cover the same impressions, so they cannot be compared: "
             f"{one[0].sum():,} impressions ({one[1].sum():,} clicked) against {two[0].sum():,} "
@@ -302,9 +300,7 @@ def _difference(a: tuple[str, str], b: tuple[str, str], resampled: Resampled) ->
     return resampled[a] - resampled[b] if a in resampled and b in resampled else None
 
 
-def _with_intervals(
-    f: Measured, slice_name: str, pairing: Pairing, settings: Eval, resampled: Resampled
-) -> Metrics:
+def _with_intervals(f: Measured, slice_name: str, pairing: Pairing, settings: Eval, resampled: Resampled) -> Metrics:
     """Fill in the interval of GAUC and, where the baseline covers the same impressions, gain and R-GAUC."""
     metrics = f.metrics[slice_name]
     low, high = _interval(resampled.get((f.name, slice_name)))
@@ -315,14 +311,10 @@ def _with_intervals(
     if base is None or metrics.gauc is None:
         return metrics
     low, high = _interval(_difference((f.name, slice_name), (settings.baseline, slice_name), resampled))
-    return replace(
-        metrics, gain=metrics.gauc - base, gain_low=low, gain_high=high, r_gauc=r_gauc(metrics.gauc, base)
-    )
+    return replace(metrics, gain=metrics.gauc - base, gain_low=low, gain_high=high, r_gauc=r_gauc(metrics.gauc, base))
 
 
-def _compare(
-    better: str, worse: str, slice_name: str, pairing: Pairing, resampled: Resampled
-) -> dict[str, Any] | None:
+def _compare(better: str, worse: str, slice_name: str, pairing: Pairing, resampled: Resampled) -> dict[str, Any] | None:
     """Compare two files over one slice; None where they do not cover it with the same impressions."""
     if not pairing.same(better, worse, slice_name):
         return None

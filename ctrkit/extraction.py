@@ -89,9 +89,9 @@ def extract(
         bad = _Bad(images, settings.max_bad_rate)
         for number, reason in sorted(contents.reasons.items()):
             bad.add([number], reason)
+        bad.check()
         order = _by_use(contents, vocabulary.counts)
         parts = target.with_name(f".{target.name}.parts-{_key(network, settings, contents, order)}")
-        parts.mkdir(parents=True, exist_ok=True)
         clipped = _extract_parts(network, settings, contents, order, bad, parts)
     row_of_content, rows = _join(parts, order, network, settings, out)
     row = np.where(contents.content >= 0, row_of_content[contents.content], -1)

@@ -74,7 +74,7 @@ def candidates(predictions: Path, cases: int, per_row: int) -> list[int]:
 
 
 def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
-    """Return the cases to show: clicked ones before others, then by how far the weights lie apart.
+    """Return the cases to show: those that fill both rows first, clicked before others, then by spread of weights.
 
     `weights` is what `ctrkit.scoring.attention_weights` returns: one row a behaviour, oldest first. An ad's
     picture is shown once, as long as there are others.
@@ -98,8 +98,8 @@ def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
             highest=tuple(shown[:n]),
             lowest=tuple(shown[n:][-per_row:]),
         )
-        found.append((not case.click, -_spread(case), case.sample_id, case))
-    ranked = [case for *_, case in sorted(found, key=lambda entry: entry[:3])]
+        found.append(case)
+    ranked = sorted(found, key=lambda c: (c.behaviours < 2 * per_row, not c.click, -_spread(c), c.sample_id))
     seen: set[str] = set()
     firsts: list[Case] = []
     repeats: list[Case] = []
@@ -110,7 +110,11 @@ def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
 
 
 def _spread(case: Case) -> float:
-    return sum(b.weight for b in case.highest) - sum(b.weight for b in case.lowest)
+    """Return the difference of the rows' mean weights, in units of the mean weight of the whole history."""
+    if not case.lowest:
+        return 0.0
+    high, low = (sum(b.weight for b in row) / len(row) for row in (case.highest, case.lowest))
+    return (high - low) * case.behaviours
 
 
 class Thumbnails:

@@ -90,8 +90,8 @@ def _gather(samples: pl.DataFrame, names: dict[str, list[str]]) -> pl.DataFrame:
         if several.height:
             user, day = several.select("user", "day").row(0)
             raise UserError(
-                f"[features.{name}] is of = \"user\" but has more than one value within a day for {several.height:,} "
-                f"users and days, such as user {user!r} on {day}; make it of = \"scene\""
+                f'[features.{name}] is of = "user" but has more than one value within a day for {several.height:,} '
+                f'users and days, such as user {user!r} on {day}; make it of = "scene"'
             )
     return groups.drop(f"distinct {n}" for n in names["user"])
 
@@ -106,9 +106,7 @@ def _attach(groups: pl.DataFrame, histories: pl.DataFrame | None, names: list[st
         raise UserError(
             f"the behaviours have no feature {missing[0]!r}; they are of another recipe: run ctrkit select-clicks again"
         )
-    joined = groups.join(
-        histories.select("day", "user", *names), on=["day", "user"], how="left", maintain_order="left"
-    )
+    joined = groups.join(histories.select("day", "user", *names), on=["day", "user"], how="left", maintain_order="left")
     return joined.with_columns(pl.col(n).fill_null(empty) for n in names)
 
 

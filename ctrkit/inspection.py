@@ -1,7 +1,6 @@
 """What is in a file or a folder that ctrkit wrote, as tables for people."""
 
 import json
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,15 +188,12 @@ def _show_features(path: Path, console: Console) -> None:
 
 
 def _show_model(path: Path, console: Console) -> None:
-    import torch
+    from ctrkit import state_dict
 
     settings = path / "settings.json"
     if settings.is_file():
         _pairs(console, "settings.json", [(k, _short(v)) for k, v in files.read_json(settings).items()])
-    try:
-        state = torch.load(path / "model.pt", map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise UserError(f"{path / 'model.pt'} is damaged: {str(e).splitlines()[0]}") from None
+    state = state_dict.read(path / "model.pt")
     rows = [(name, list(t.shape), str(t.dtype).removeprefix("torch."), t.numel()) for name, t in state.items()]
     total = sum(row[3] for row in rows)
     _print(console, f"model.pt: {total:,} numbers", ["tensor", "shape", "type", "numbers"], rows, right=["numbers"])

@@ -163,9 +163,7 @@ def behaviours_with_goods(
     return log, counts
 
 
-def keyed(
-    table: RawTable, key: str, columns: Iterable[str], rejects: Rejects
-) -> tuple[pl.DataFrame, Counts]:
+def keyed(table: RawTable, key: str, columns: Iterable[str], rejects: Rejects) -> tuple[pl.DataFrame, Counts]:
     """Read a table of one row a user, ad or goods: `key` and "S.X" for the columns asked for, sorted by key.
 
     Of rows with the same key the first counts.

@@ -20,9 +20,7 @@ def write_by_day(frame: pl.DataFrame, folder: Path) -> None:
 
 def read_by_day(folder: Path, wanted: Sequence[datetime.date], selected: Sequence[str] = ()) -> pl.DataFrame | None:
     """Read what `write_by_day` wrote for the days wanted, `day` Date added; None where no such day is there."""
-    parts = [
-        part for day in wanted for part in sorted((folder / f"day={day}").glob("part-*.parquet"))
-    ]
+    parts = [part for day in wanted for part in sorted((folder / f"day={day}").glob("part-*.parquet"))]
     if not parts:
         return None
     scan = pl.scan_parquet(parts, hive_partitioning=False, include_file_paths="path")

@@ -169,6 +169,7 @@ class Contents:
 
 def distinct(folder: Path, template: str, images: Sequence[str]) -> Contents:
     """Read every picture once and tell which have the same bytes."""
+    split_template(template)
 
     def digest(image: str) -> str | BadPicture:
         try:

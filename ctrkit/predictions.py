@@ -75,9 +75,7 @@ def _read(path: Path, wanted: Sequence[str]) -> pl.DataFrame:
         if _kind(path) == ".parquet":
             return pl.read_parquet(path, columns=columns, glob=False)
         # As text: a user "007" stays one, and a bad number can be shown as it stands in the file.
-        return pl.read_csv(
-            path, columns=columns, separator=SEPARATORS[_kind(path)], infer_schema=False, glob=False
-        )
+        return pl.read_csv(path, columns=columns, separator=SEPARATORS[_kind(path)], infer_schema=False, glob=False)
     except pl.exceptions.PolarsError as e:
         raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {e}") from None
 
@@ -122,9 +120,7 @@ def _users(column: pl.Series, path: Path) -> tuple[pl.Series, NDArray[np.int64]]
     try:
         text = column.cast(pl.String)
     except pl.exceptions.PolarsError:
-        raise UserError(
-            f"{path}: column {column.name!r} is {column.dtype}; users are text or whole numbers"
-        ) from None
+        raise UserError(f"{path}: column {column.name!r} is {column.dtype}; users are text or whole numbers") from None
     if (bad := text.is_null()).any():
         raise UserError(
             f"{path}: row {_row(bad):,} has no user (column {column.name!r} is empty in "

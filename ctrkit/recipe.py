@@ -258,7 +258,6 @@ class Train(Table):
     shuffle_pictures: bool = False
     """A control: give each picture another picture's vector. Nothing visual can be learned then."""
 
-
     @property
     def looks_at_pictures(self) -> bool:
         """Whether the model needs `features.h5`."""

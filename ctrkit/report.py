@@ -194,13 +194,17 @@ def picture_facts(features: Path) -> list[tuple[str, str]]:
             vectors, row, attributes = f["features"].shape, f["row"][:], dict(f.attrs)
     except (OSError, KeyError) as e:
         raise UserError(f"{features} is not a features.h5 of ctrkit extract-images: {e}") from None
-    weights = str(attributes.get("weights", "unknown"))
+
+    def name(attribute: str) -> str:
+        return str(attributes.get(attribute, "unknown"))
+
+    weights = name("weights")
     if weights.startswith("random"):
         weights += ": an untrained network, which sees colours and textures but knows no objects"
     return [
         ("Pictures", f"{len(row):,}, of these {int((row < 0).sum()):,} missing or unreadable"),
         ("Distinct pictures", f"{vectors[0]:,}"),
-        ("Network", f"{attributes.get('backbone', 'unknown')}, {vectors[1]:,} numbers a picture"),
+        ("Network", f"{name('backbone')}, layer {name('layer')}, {vectors[1]:,} numbers a picture"),
         ("Weights", weights),
     ]
 

@@ -247,7 +247,7 @@ def _read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
         rows = pl.scan_csv(
             path,
             separator="\t" if kind == "tsv" else ",",
-            schema={c: pl.String for c in [*_header(path), EXTRA]},
+            schema=dict.fromkeys([*_header(path), EXTRA], pl.String),
             missing_columns="insert",
             truncate_ragged_lines=True,
             row_index_name=ROW,
@@ -272,16 +272,17 @@ def _expression(sql: str, key: str, known: set[str]) -> pl.Expr | None:
     try:
         expression = pl.sql_expr(sql)
     except pl.exceptions.PolarsError as e:
-        raise UsageError(f"{key} = {sql!r} is not an SQL expression: {_first_line(e)}") from None
+        raise UsageError(
+            f"{key} = {sql!r} is not an SQL expression: {_first_line(e)}. A column whose name is a word of SQL, such "
+            f'as user, needs double quotes: "user"'
+        ) from None
     for column in expression.meta.root_names():
         if column not in known:
             raise UsageError(f"{key} = {sql!r} names a column {column!r} that is not there{nearest(column, known)}")
     return expression
 
 
-def _evaluate(
-    frame: pl.DataFrame, expression: pl.Expr, names: Mapping[str, str], text: bool, key: str
-) -> pl.Series:
+def _evaluate(frame: pl.DataFrame, expression: pl.Expr, names: Mapping[str, str], text: bool, key: str) -> pl.Series:
     """Evaluate an SQL expression over columns by `names` (the expression's → the frame's)."""
     seen = frame.select(pl.col(theirs).alias(name) for name, theirs in names.items())
     if text:
@@ -311,20 +312,20 @@ def as_number_if_numbers(column: pl.Series) -> pl.Series:
 
 def as_text(frame: pl.DataFrame, column: str) -> pl.Expr:
     """Return the expression of a column as text ids: String, or List(String) for lists. Empty text is null."""
-    return _text_of(pl.col(column), frame.schema[column], column)
+    return _text_of(pl.col(column), frame.schema[column], column).alias(column)
 
 
 def _text_of(value: pl.Expr, dtype: pl.DataType, column: str) -> pl.Expr:
     if isinstance(dtype, pl.List):
         inner = _text_of(pl.element(), dtype.inner, column)  # type: ignore[arg-type]
-        return value.list.eval(inner.drop_nulls())
+        return value.list.eval(inner).list.drop_nulls()
     if dtype.is_nested() or dtype == pl.Binary:
         raise UserError(f"column {column!r} holds {dtype}, from which no id can be made; it must be text or numbers")
     if dtype.is_float():  # such as whole numbers with gaps, written by pandas
         whole = value.cast(pl.Int64, strict=False)
         return pl.when(whole == value).then(whole.cast(pl.String)).otherwise(value.cast(pl.String))
     text = value.cast(pl.String)
-    return pl.when(text == "").then(None).otherwise(text)
+    return pl.when(text != "").then(text)
 
 
 def as_time(frame: pl.DataFrame, column: str, unit: str) -> pl.Expr:
@@ -336,8 +337,8 @@ def as_time(frame: pl.DataFrame, column: str, unit: str) -> pl.Expr:
     if isinstance(dtype, pl.Datetime):
         return value.dt.epoch("ms").cast(pl.Int64)
     if unit == "iso":
-        parsed = value.cast(pl.String).str.strip_chars().str.to_datetime(
-            "%+", time_unit="ms", time_zone="UTC", strict=False
+        parsed = (
+            value.cast(pl.String).str.strip_chars().str.to_datetime("%+", time_unit="ms", time_zone="UTC", strict=False)
         )
         return parsed.dt.epoch("ms").cast(pl.Int64)
     number = value.cast(pl.Float64, strict=False) * (1000 if unit == "s" else 1)

@@ -25,9 +25,10 @@ Ints = npt.NDArray[np.int64]
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 TEXTURES = ("plain", "stripes", "dots", "checks")
 DAY_SECONDS = 86_400
-HUE_SHARPNESS = 5.0  # von Mises concentration: about 50 degrees of hue count as alike
+HUE_SHARPNESS = 4.0  # von Mises concentration: about 50 degrees of hue count as alike
+OTHER_SHAPE = 0.2
 TARGETING = 1.5  # how much more often an ad of one of the user's categories is shown, in logits
-BROWSING = 7.0  # how closely organic clicks follow the taste, in logits
+BROWSING = 14.0  # how closely organic clicks follow the taste, in logits
 INTERCEPT, MATCH, POSITION = -2.6, 3.2, -0.12  # click logit: constant, per unit of match, per position
 APPEAL, QUALITY, AFFINITY = (
     0.9,
@@ -96,6 +97,7 @@ def simulate(config: Simulate, out: Path) -> dict[str, int]:
     for name, table in tables.items():
         table.write_csv(out / f"{name}.csv")
     truth.write_parquet(out / "truth.parquet")
+    pl.concat([_looks("g", goods), _looks("a", ads)]).write_parquet(out / "looks.parquet")
     pictures = out / "pictures"
     pictures.mkdir()
     rng = next(streams)
@@ -109,7 +111,7 @@ def simulate(config: Simulate, out: Path) -> dict[str, int]:
 def look_match(hue_a: Floats, shape_a: Ints, texture_a: Ints, hue_b: Floats, shape_b: Ints, texture_b: Ints) -> Floats:
     """Return how alike two looks are, in [0, 1]; arguments broadcast. Hue decides, shape and texture refine."""
     hue = np.exp(HUE_SHARPNESS * (np.cos(hue_a - hue_b) - 1.0))
-    return np.asarray(hue * (0.5 + 0.3 * (shape_a == shape_b) + 0.2 * (texture_a == texture_b)))
+    return np.asarray(hue * np.where(shape_a == shape_b, 1.0, OTHER_SHAPE))
 
 
 def _names(prefix: str, n: int) -> list[str]:
@@ -123,6 +125,17 @@ def _item_table(key: str, prefix: str, items: Items) -> pl.DataFrame:
             "category": [f"c{c}" for c in items.category],
             "shop": [f"s{s}" for s in items.shop],
             "image": [f"{prefix}{i}.jpg" for i in range(len(items))],
+        }
+    )
+
+
+def _looks(prefix: str, items: Items) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "image": [f"{prefix}{i}.jpg" for i in range(len(items))],
+            "hue": items.hue,
+            "shape": items.shape,
+            "texture": items.texture,
         }
     )
 

@@ -89,8 +89,7 @@ def name_files(arguments: tuple[str, ...]) -> dict[str, Path]:
             raise UsageError(f"{argument!r} gives its file no name: write NAME=FILE")
         if name in paths:
             raise UsageError(
-                f"{paths[name]} and {path} are both called {name!r}. Name them: "
-                f"NAME={paths[name]} OTHER={path}"
+                f"{paths[name]} and {path} are both called {name!r}. Name them: NAME={paths[name]} OTHER={path}"
             )
         paths[name] = path
     return paths

@@ -54,15 +54,26 @@ def test_random_weights_follow_torchvisions_rules_and_the_seed() -> None:
     torch.manual_seed(5)
     theirs = torchvision.models.resnet18(weights=None)
     before = torch.random.get_rng_state()
-    ours = load("resnet18:layer2")
+    whole = load("resnet18:fc")
     assert torch.equal(before, torch.random.get_rng_state())
-    assert ours.weights == "random, seed 5"
-    wanted = dict(theirs.named_parameters())
-    found = {name.removeprefix("extractors.0."): p for name, p in ours.named_parameters()}
-    assert found.keys() == {n for n in wanted if n.startswith(("conv1", "bn1", "layer1", "layer2"))}
-    torch.testing.assert_close({n: p.detach() for n, p in found.items()}, {n: wanted[n].detach() for n in found})
-    other = load("resnet18:layer2", seed=6)
-    assert not torch.equal(next(other.parameters()), next(ours.parameters()))
+    assert whole.weights == "random, seed 5"
+    found = {name.removeprefix("extractors.0."): p for name, p in whole.named_parameters()}
+    torch.testing.assert_close(found, {n: p.detach() for n, p in theirs.named_parameters()})
+    other = load("resnet18:fc", seed=6)
+    assert not torch.equal(next(other.parameters()), next(whole.parameters()))
+
+
+def test_a_part_of_a_random_network_holds_no_more_than_it_needs() -> None:
+    part = load("resnet18:layer2")
+    found = {name.removeprefix("extractors.0."): p for name, p in part.named_parameters()}
+    whole = [name for name, _ in torchvision.models.resnet18(weights=None).named_parameters()]
+    assert found.keys() == {n for n in whole if n.startswith(("conv1", "bn1", "layer1", "layer2"))}
+    for name, p in found.items():
+        if "bn" in name or "downsample.1" in name:
+            assert (p == (1 if name.endswith("weight") else 0)).all()
+        else:  # Kaiming's normal by fan out
+            assert float(p.std()) == pytest.approx((2 / (p.shape[0] * p.shape[2] * p.shape[3])) ** 0.5, rel=0.05)
+    assert all(torch.equal(p, q) for p, q in zip(load("resnet18:layer2").parameters(), part.parameters(), strict=True))
 
 
 def test_maps_are_averaged_over_space_unless_flat() -> None:
@@ -108,7 +119,7 @@ def test_the_published_squeezenet_features() -> None:
 @pytest.mark.parametrize(
     ("backbone", "said"),
     [
-        ("vgg61:fc6", "did you mean 'vgg16'"),
+        ("vgg61:fc6", "or 'vgg16'"),
         ("vgg16:fc66", "did you mean 'fc6'"),
         ("vgg16", "MODEL:LAYER"),
         ("vgg16:fc6:round", "MODEL:LAYER"),
@@ -161,7 +172,9 @@ def test_published_weights_out_of_reach(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     urllib.request.install_opener(None)  # type: ignore[arg-type]  # so that the proxy is read anew
     try:
-        with pytest.raises(UserError, match=r"published weights of squeezenet1_1 could not be fetched .*--weights FILE"):
+        with pytest.raises(
+            UserError, match=r"published weights of squeezenet1_1 could not be fetched .*--weights FILE"
+        ):
             load("squeezenet1_1:features", "published")
     finally:
         urllib.request.install_opener(None)  # type: ignore[arg-type]

@@ -110,5 +110,5 @@ def test_find_inverts_the_template(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert pictures.find(tmp_path, "x/{image}.jpg") == ["a", "b"]
     assert pictures.find(tmp_path, "{image}") == ["c.jpg", "x/a.jpg", "x/b.jpg", "x/d.png"]
-    with pytest.raises(UsageError, match="does not contain {image}"):
+    with pytest.raises(UsageError, match="does not contain"):
         pictures.find(tmp_path, "x.jpg")

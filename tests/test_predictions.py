@@ -114,9 +114,9 @@ def test_a_user_that_is_a_fraction_is_an_error(tmp_path):
 
 def test_missing_columns_name_the_nearest(tmp_path):
     path = written(tmp_path, "csv", TABLE.rename({"click": "clicked"}))
-    with pytest.raises(UserError, match="no column 'click', which should be the label.*--label.*'clicked'"):
+    with pytest.raises(UserError, match=r"no column 'click', which should be the label.*--label.*'clicked'"):
         read(path)
-    with pytest.raises(UserError, match="no column 'dai' for --slice.*'day'"):
+    with pytest.raises(UserError, match=r"no column 'dai' for --slice.*'day'"):
         read(written(tmp_path, "csv"), slices=["dai"])
 
 
@@ -128,14 +128,14 @@ def test_nothing_to_read(tmp_path):
         read(tmp_path / "empty.csv")
     with pytest.raises(UserError, match="is not there"):
         read(tmp_path / "none.csv")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "p.xls").write_text("x")
+    (tmp_path / "q.parquet").write_text("no")
     with pytest.raises(UserError, match="is not a file"):
-        (tmp_path / "folder.csv").mkdir()
         read(tmp_path / "folder.csv")
     with pytest.raises(UserError, match=r"\.parquet, \.csv and \.tsv"):
-        (tmp_path / "p.xls").write_text("x")
         read(tmp_path / "p.xls")
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        (tmp_path / "q.parquet").write_text("no")
         read(tmp_path / "q.parquet")
 
 

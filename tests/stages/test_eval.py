@@ -1,0 +1,157 @@
+"""`ctrkit eval` through the command line."""
+
+import json
+
+import polars as pl
+import pytest
+from click import Context
+from click.testing import CliRunner
+
+from ctrkit.cli import COMMANDS, main
+
+# a: AUC 1 over 3 impressions; b: a tie, AUC 0.5 over 2; c: no click. GAUC (3·1 + 2·0.5) / 5 = 0.8.
+TABLE = pl.DataFrame(
+    {"user": ["a", "a", "a", "b", "b", "c"], "click": [1, 0, 0, 1, 0, 0], "score": [0.9, 0.1, 0.5, 0.4, 0.4, 0.8]}
+)
+WORSE = TABLE.with_columns(score=pl.Series([0.2, 0.1, 0.5, 0.4, 0.4, 0.8]))
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+def refused(code, *arguments):
+    """Run what must fail, and return its one paragraph."""
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def test_help_is_the_line_of_the_group():
+    command = main.get_command(Context(main), "eval")
+    assert command.get_short_help_str(200) == COMMANDS["eval"][1]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_any_table_with_other_names(tmp_path, kind):
+    table = TABLE.rename({"user": "uid", "click": "y", "score": "p"})
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        table.write_parquet(path)
+    else:
+        table.write_csv(path, separator="\t" if kind == "tsv" else ",")
+    out = tmp_path / "m.json"
+    result = run("--gauc", path, "--user", "uid", "--label", "y", "--score", "p", "--json", out)
+    assert result.exit_code == 0, result.output
+    metrics = json.loads(out.read_text())
+    one = metrics["variants"]["x"]["all"]
+    assert one["gauc"] == pytest.approx(0.8, abs=1e-15)
+    assert (one["users_kept"], one["users_dropped"], one["impressions_covered"]) == (2, 1, 5)
+    assert "x: GAUC 0.8000" in result.output
+    for word in ("weighted by impressions", "2 users kept, 1 dropped", "83.3% of 6", "ties averaged (midranks)"):
+        assert word in result.output
+    sidecar = json.loads((tmp_path / "m.json.json").read_text())
+    assert sidecar["stage"] == "eval"
+    assert sidecar["counts"] == {"x": 6}
+
+
+def test_the_flag_changes_nothing_and_no_json_writes_nothing(tmp_path):
+    TABLE.write_csv(tmp_path / "x.csv")
+    assert run(tmp_path / "x.csv").output == run("--gauc", tmp_path / "x.csv").output
+    assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_weight_by_clicks(tmp_path):
+    TABLE.write_csv(tmp_path / "x.csv")
+    assert "x: GAUC 0.7500" in run("--gauc", tmp_path / "x.csv", "--weight", "clicks").output
+
+
+def test_names_are_stems_folders_or_given(tmp_path):
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "predictions.parquet")
+        TABLE.write_parquet(paths[-1])
+    TABLE.write_csv(tmp_path / "three.csv")
+    out = tmp_path / "m.json"
+    assert run(*paths, tmp_path / "three.csv", f"four={paths[0]}", "--json", out).exit_code == 0
+    assert json.loads(out.read_text())["order"]["variants"] == ["one", "two", "three", "four"]
+    (tmp_path / "other").mkdir()
+    TABLE.write_csv(tmp_path / "other" / "three.csv")
+    said = refused(2, tmp_path / "three.csv", tmp_path / "other" / "three.csv")
+    assert "both called 'three'" in said
+    assert "NAME=" in said
+
+
+def test_same_predictions_same_bytes_wherever_they_lie(tmp_path):
+    outs = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        TABLE.write_parquet(tmp_path / folder / "good.parquet")
+        WORSE.write_parquet(tmp_path / folder / "bad.parquet")
+        out = tmp_path / folder / "metrics.json"
+        files = [tmp_path / folder / "good.parquet", tmp_path / folder / "bad.parquet"]
+        assert run("--gauc", *files, "--baseline", "bad", "--compare", "good,bad", "--json", out).exit_code == 0
+        outs.append(out.read_bytes())
+    assert outs[0] == outs[1]
+    assert str(tmp_path).encode() not in outs[0]
+
+
+def test_the_recipe_decides_and_options_override(tmp_path):
+    TABLE.write_parquet(tmp_path / "good.parquet")
+    WORSE.write_parquet(tmp_path / "bad.parquet")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[eval]\nbaseline = "bad"\nweight = "clicks"\nbootstrap = 20\ncompare = [["good", "bad"], ["good", "gone"]]\n'
+        "[variants.good]\n[variants.bad]\n[variants.gone]\n"
+    )
+    files = [tmp_path / "good.parquet", tmp_path / "bad.parquet", "--json", tmp_path / "m.json"]
+    result = run("--recipe", recipe, *files)
+    assert result.exit_code == 0, result.output
+    assert "no file of variant 'gone'" in result.stderr
+    made = json.loads((tmp_path / "m.json").read_text())
+    settings = made["settings"]
+    assert (settings["weight"], settings["baseline"], settings["bootstrap"]) == ("clicks", "bad", 20)
+    assert {(c["better"], c["worse"]) for c in made["comparisons"]} == {("good", "bad")}
+    assert run("--recipe", recipe, "--set", "eval.seed=4", "--weight", "impressions", *files).exit_code == 0
+    settings = json.loads((tmp_path / "m.json").read_text())["settings"]
+    assert (settings["weight"], settings["bootstrap"], settings["seed"]) == ("impressions", 20, 4)
+    sidecar = json.loads((tmp_path / "m.json.json").read_text())
+    assert sidecar["config"]["eval"]["weight"] == "impressions"
+
+
+def test_no_user_with_both_classes_is_said(tmp_path):
+    TABLE.filter(pl.col("click") == 1).write_csv(tmp_path / "x.csv")
+    result = run("--gauc", tmp_path / "x.csv", "--json", tmp_path / "m.json")
+    assert result.exit_code == 0
+    assert "GAUC n/a (no user has both" in result.output
+    assert json.loads((tmp_path / "m.json").read_text())["variants"]["x"]["all"]["gauc"] is None
+
+
+def test_names_from_the_data_are_not_markup(tmp_path):
+    TABLE.write_csv(tmp_path / "x.csv")
+    result = run("--gauc", f"[bold]v[/bold]={tmp_path / 'x.csv'}")
+    assert result.exit_code == 0
+    assert "[bold]v[/bold]: GAUC" in result.output
+
+
+def test_mistakes(tmp_path):
+    good = tmp_path / "good.csv"
+    TABLE.write_csv(good)
+    out = tmp_path / "m.json"
+    TABLE.with_columns(score=pl.Series([1.0, 0.1, float("nan"), 0.2, 0.1, 0.1])).write_csv(tmp_path / "nan.csv")
+    assert "row 3, column 'score'" in refused(1, tmp_path / "nan.csv", "--json", out)
+    assert "did you mean 'click'" in refused(1, good, "--label", "clik", "--json", out)
+    assert "is not there" in refused(1, tmp_path / "gone.csv", "--json", out)
+    assert "baseline 'god' is none of the files; did you mean 'good'" in refused(2, good, "--baseline", "god")
+    assert "compare 'x' is none of the files" in refused(2, good, "--compare", "good,x")
+    assert "not of the form BETTER,WORSE" in refused(2, good, "--compare", "good")
+    assert "Missing argument" in refused(2, "--gauc")
+    assert "'--weight'" in refused(2, good, "--weight", "users")
+    assert "--recipe" in refused(2, good, "--set", "eval.seed=1")
+    TABLE.head(5).write_csv(tmp_path / "short.csv")
+    said = refused(1, good, tmp_path / "short.csv", "--baseline", "short", "--json", out)
+    assert "do not cover the same impressions" in said
+    assert not [p for p in tmp_path.iterdir() if "m.json" in p.name]

@@ -1,0 +1,119 @@
+"""Which cases the gallery shows, and what of them."""
+
+import base64
+import io
+import json
+
+import polars as pl
+import pytest
+from PIL import Image
+
+from ctrkit import gallery
+from ctrkit.errors import UsageError
+from ctrkit.recipe import Recipe
+
+
+def weights(*cases):
+    """Each case: (sample_id, ad_image, click, weights oldest first)."""
+    rows = [
+        (sample_id, f"{sample_id}-{k}", w, ad, click, 0.5)
+        for sample_id, ad, click, ws in cases
+        for k, w in enumerate(ws)
+    ]
+    schema = {
+        "sample_id": pl.Int64,
+        "image": pl.String,
+        "weight": pl.Float32,
+        "ad_image": pl.String,
+        "click": pl.Int8,
+        "score": pl.Float32,
+    }
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def test_rows_hold_the_highest_and_the_lowest_weights():
+    (case,) = gallery.choose_cases(weights((7, "ad", 1, [0.1, 0.5, 0.02, 0.3, 0.08])), 3, 2)
+    assert [b.image for b in case.highest] == ["7-1", "7-3"]
+    assert [b.image for b in case.lowest] == ["7-4", "7-2"]
+    assert (case.sample_id, case.ad_image, case.click, case.behaviours) == (7, "ad", True, 5)
+
+
+@pytest.mark.parametrize(("n", "high", "low"), [(1, 1, 0), (2, 1, 1), (3, 2, 1), (4, 2, 2), (9, 3, 3)])
+def test_short_histories_are_shared_between_the_rows_without_repeats(n, high, low):
+    (case,) = gallery.choose_cases(weights((1, "ad", 1, [1 / (k + 1) for k in range(n)])), 1, 3)
+    assert (len(case.highest), len(case.lowest)) == (high, low)
+    assert not {b.image for b in case.highest} & {b.image for b in case.lowest}
+
+
+def test_clicked_cases_come_first_then_spread_and_each_ad_once():
+    table = weights(
+        (1, "x", 0, [0.9, 0.1]),
+        (2, "y", 1, [0.6, 0.4]),
+        (3, "z", 1, [0.8, 0.2]),
+        (4, "z", 1, [0.7, 0.3]),
+    )
+    assert [c.sample_id for c in gallery.choose_cases(table, 3, 1)] == [3, 2, 1]
+    # With two pictures a row, only 5 fills both rows, so that it comes before the clicked ones.
+    longer = pl.concat([table, weights((5, "w", 0, [0.25] * 4))])
+    assert [c.sample_id for c in gallery.choose_cases(longer, 3, 2)] == [5, 3, 2]
+    assert [c.sample_id for c in gallery.choose_cases(table, 9, 1)] == [3, 2, 1, 4]
+    assert gallery.choose_cases(weights(), 3, 1) == []
+
+
+def test_candidates_are_distinct_users_with_long_histories_first(tmp_path):
+    pl.DataFrame(
+        {
+            "sample_id": [1, 2, 3, 4, 5, 6],
+            "user": ["a", "a", "b", "c", "d", "e"],
+            "click": [0, 1, 0, 1, 1, 1],
+            "history_length": [9, 9, 8, 3, 0, 4],
+        },
+        schema_overrides={"history_length": pl.UInt32, "click": pl.Int8},
+    ).write_parquet(tmp_path / "p.parquet")
+    # From 4 behaviours on, two rows of two are full: 2, 6 (clicked), 3 (not); then the short 4; never the empty 5.
+    assert gallery.candidates(tmp_path / "p.parquet", 8, 2) == [2, 6, 3, 4]
+
+
+def model(folder, name, **train):
+    path = folder / name
+    path.mkdir()
+    settings = {"model": "dicm", "user_images": True, "pooling": "attentive", **train}
+    (path / "settings.json").write_text(json.dumps({"train": settings}))
+    return path
+
+
+def test_the_variant_is_the_recipes_choice_or_the_first_that_attends(tmp_path):
+    models = {
+        "lr": model(tmp_path, "lr", model="lr"),
+        "sum": model(tmp_path, "sum", pooling="sum"),
+        "blind": model(tmp_path, "blind", user_images=False),
+        "full": model(tmp_path, "full"),
+        "more": model(tmp_path, "more"),
+    }
+    recipe = {"name": "r", "variants": {"gone": {}}}
+    choose = lambda choice: gallery.choose_variant(  # noqa: E731
+        Recipe.model_validate({**recipe, "report": {"gallery_variant": choice}}), models
+    )
+    assert choose("") == "full"
+    assert choose("more") == "more"
+    assert choose("sum") is None
+    assert choose("gone") == "full"
+    with pytest.raises(UsageError, match="'ful' is none of the models; did you mean 'full'"):
+        choose("ful")
+    assert gallery.choose_variant(Recipe(name="r"), {"lr": models["lr"]}) is None
+
+
+def test_thumbnails_are_small_jpegs_and_missing_ones_none(tmp_path):
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_text("no picture")
+    thumbnails = gallery.Thumbnails(tmp_path, "{image}.png", 224)
+    head, _, data = thumbnails.uri("a").partition(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+        assert picture.size == (96, 96)
+        red, green, blue = picture.convert("RGB").getpixel((48, 48))
+        assert red > 240
+        assert max(green, blue) < 15
+    for image in ("none", "broken", "", "../secret", "/etc/x"):
+        assert thumbnails.uri(image) is None
+    assert gallery.Thumbnails(None, "{image}", 64).uri("a") is None
