@@ -8,28 +8,26 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3
 DATA ?= demo
 OUT ?= runs
-RAW ?=
-WEIGHTS ?=
-SET ?=
 JOBS ?= 2
 
 READY := .venv/.ready
-CTRKIT := .venv/bin/ctrkit
 STAGES := simulate convert select-clicks extract-images group train predict eval report
-# A -j given by the user is shared through the job server; else JOBS steps run side by side.
-PIPELINE = $(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS)) -f ctrkit/pipeline.mk \
-	CTRKIT='$(CTRKIT)' DATA='$(DATA)' OUT='$(OUT)' RAW='$(RAW)' WEIGHTS='$(WEIGHTS)' SET='$(SET)'
+# DATA, RAW, WEIGHTS, SET and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
+PIPELINE = $(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) -f ctrkit/pipeline.mk CTRKIT=.venv/bin/ctrkit
 
 .PHONY: all
-all: $(READY) ## run the recipe DATA (default: demo) from raw data to report
-	@$(PIPELINE) all
+all: $(READY) ## run the recipe DATA (demo) from raw data to report
+	+@$(PIPELINE) all
 
 .PHONY: $(STAGES)
-$(STAGES): $(READY) ## run up to this stage
-	@$(PIPELINE) $@
+$(STAGES): $(READY)
+	+@$(PIPELINE) $@
+
+.PHONY: setup
+setup: $(READY) ## make .venv and install everything into it
 
 .PHONY: test
-test: $(READY) ## run the tests
+test: $(READY) ## run the tests; PYTEST='-k name' gives pytest options
 	.venv/bin/python -m pytest $(PYTEST)
 
 .PHONY: check
@@ -39,24 +37,32 @@ check: $(READY) ## ruff and strict types
 	.venv/bin/mypy
 
 .PHONY: format
-format: $(READY) ## rewrite the code in its usual form
-	.venv/bin/ruff format .
+format: $(READY) ## write the code in its usual form
 	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
 
-.PHONY: setup
-setup: $(READY) ## make .venv and install everything into it
-$(READY): pyproject.toml constraints.txt
-	@echo "setup: .venv from constraints.txt (about 6 GB of packages, a few minutes the first time)"
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -q -c constraints.txt -e '.[dev]'
-	@touch $@
-
+# The folder of a recipe's outputs has the recipe's name, or its file's.
+NAME = $(patsubst %.toml,%,$(notdir $(patsubst %/recipe.toml,%,$(DATA))))
 .PHONY: clean
 clean: ## remove the outputs of DATA
-	rm -rf '$(OUT)/$(DATA)' '$(OUT)/.$(DATA).mk'
+	$(if $(NAME),,$(error DATA is empty: say whose outputs to remove))
+	rm -rf '$(OUT)/$(NAME)' '$(OUT)/.$(NAME).mk'
 
 .PHONY: help
 help: ## show this list
-	@echo "make [TARGET] [DATA=demo] [RAW=folder] [WEIGHTS=file] [SET='table.key=value …'] [OUT=runs] [JOBS=2]"
-	@sed -nE 's/^([a-z$$(][A-Za-z$$()_-]*):.*## (.*)$$/\1\t\2/p' Makefile \
-		| sed 's/^$$(STAGES)/$(STAGES)/' | while IFS=$$'\t' read -r name text; do printf '  %-16s %s\n' "$$name" "$$text"; done
+	@echo "make [TARGET] [DATA=recipe] [RAW=folder] [WEIGHTS=file] [SET='table.key=value …'] [OUT=runs] [JOBS=2]"
+	@echo
+	@sed -nE 's/^([a-z]+):.*## (.*)$$/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do \
+		printf '  %-15s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "One stage, after those before it:"
+	@for stage in $(STAGES); do printf '  %-15s %s\n' "$$stage" \
+		"$$(sed -nE "s/^    \"$$stage\": \(\"[a-z_.]+\", \"(.*)\"\),/\1/p" ctrkit/cli.py)"; done
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setup: .venv, from constraints.txt (several GB of packages, some minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"ctrkit needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; make PYTHON=…")'
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]'
+	@touch $@

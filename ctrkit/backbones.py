@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchvision.models import feature_extraction
 
-from ctrkit import state_dict
+from ctrkit import devices, state_dict
 from ctrkit.digests import Digests
 from ctrkit.errors import UsageError, UserError, nearest
 
@@ -165,7 +165,7 @@ def load(
     known: digests remembered from before.
     """
     layers = parse(backbone)
-    where = _device(device)
+    where = torch.device(devices.resolve(device, "extract-images.device"))
     skeletons = {layer.model: _skeleton(layer.model) for layer in layers}
     graphs = [_graph(skeletons[layer.model], layer) for layer in layers]
     width = sum(_width(graph, layer, size, backbone) for graph, layer in zip(graphs, layers, strict=True))
@@ -188,18 +188,6 @@ def load(
     ]
     built = Backbone(extractors, layers, width, " + ".join(dict.fromkeys(described)))
     return built.to(where).eval().requires_grad_(False)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"extract-images.device = {name!r} is not a device; use 'auto', 'cpu' or 'cuda'") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"extract-images.device = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
-    return device
 
 
 def _graph(network: nn.Module, layer: Layer) -> nn.Module:

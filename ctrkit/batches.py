@@ -4,7 +4,6 @@ Letters in names: G groups (user, day) of a batch, S samples, B behaviours of it
 pairs, U distinct rows of an embedding table, N distinct pictures, F features, D width.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ctrkit.errors import UserError
+from ctrkit import files
+from ctrkit.errors import UserError, nearest
 from ctrkit.recipe import Feature
 
 Array = npt.NDArray[np.generic]
@@ -37,7 +37,7 @@ class Schema:
         path = groups / "schema.json"
         if not path.is_file():
             raise UserError(f"{groups} is not a groups folder: it has no schema.json. Make one with `ctrkit group`.")
-        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return cls.from_json(files.read_json(path))
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> "Schema":
@@ -46,17 +46,20 @@ class Schema:
         assert isinstance(features, dict)
         assert isinstance(sizes, dict)
         assert isinstance(block_groups, int)
+        order = data.get("order", list(features))
+        assert isinstance(order, list)
         return cls(
-            {name: Feature(**feature) for name, feature in features.items()},
+            {name: Feature(**features[name]) for name in order},
             {name: int(size) for name, size in sizes.items()},
             str(data["vocab_digest"]),
             block_groups,
         )
 
     def to_json(self) -> dict[str, object]:
-        """Return a JSON object."""
+        """Return a JSON object; `order` keeps the features' order in files whose keys are sorted."""
         return {
             "features": {name: feature.model_dump() for name, feature in self.features.items()},
+            "order": list(self.features),
             "vocab_sizes": self.vocab_sizes,
             "vocab_digest": self.vocab_digest,
             "block_groups": self.block_groups,
@@ -190,11 +193,16 @@ class GroupedData:
         self.schema = Schema.read(groups)
         self.split = split
         self._names = list(features)
-        files = sorted((groups / split).glob("part-*.parquet"))
-        if not files:
+        for name in features:
+            if name not in self.schema.features:
+                raise UserError(
+                    f"{groups} has no feature {name!r}{nearest(name, self.schema.features)}. The model was made with "
+                    "other [features]: train it again on these groups."
+                )
+        self._files = sorted((groups / split).glob("part-*.parquet"))
+        if not self._files:
             raise UserError(f"{groups} has no {split} split; [split] in the recipe decides which days it has")
-        self._blocks = [(f, start, n) for f in files for start, n in _row_groups(f, self.schema.block_groups)]
-        self._files = files
+        self._blocks = [(f, start, n) for f in self._files for start, n in _row_groups(f, self.schema.block_groups)]
 
     def __len__(self) -> int:
         """The number of samples."""

@@ -1,26 +1,30 @@
-"""Digests of files and folders by content, remembered by size and time so that nothing is read twice."""
+"""Digests of files and folders by content, remembered by size and times so that nothing is read twice."""
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from ctrkit import files
 
+SETTLED_SECONDS = 0.05
+"""A file's times move only every few milliseconds: what is read sooner after a change may change again unseen."""
+
 
 class Digests:
-    """Content digests. With a cache file, a file whose size, mtime and inode have not moved is not read again."""
+    """Content digests. With a cache file, a file whose size, times and inode have not moved is not read again."""
 
     def __init__(self, cache: Path | None = None) -> None:
         self._cache = cache
         self._known: dict[str, list[object]] = {}
         self._dirty = False
         if cache is not None and cache.is_file():
-            try:
-                self._known = json.loads(cache.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                self._known = {}
+            with contextlib.suppress(ValueError):
+                known = json.loads(cache.read_text(encoding="utf-8"))
+                self._known = known if isinstance(known, dict) else {}
 
     def of(self, path: Path) -> str:
         """Return the digest of a file's bytes, or of a folder's names and bytes. "missing" if there is nothing."""
@@ -33,11 +37,14 @@ class Digests:
 
     def _file(self, path: Path) -> str:
         stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         name = os.path.abspath(path)
         known = self._known.get(name)
-        if known is not None and known[:3] == stamp:
-            return str(known[3])
+        if known is not None and known[:-1] == stamp:
+            return str(known[-1])
+        if self._cache is not None:
+            age = time.time() - stat.st_ctime_ns / 1e9
+            time.sleep(min(max(SETTLED_SECONDS - age, 0.0), SETTLED_SECONDS))
         with open(path, "rb") as f:
             digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         self._known[name] = [*stamp, digest]

@@ -1,6 +1,7 @@
 """Writing without loss: a temporary neighbour, fsync, rename. A killed writer leaves the old file whole."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ctrkit.errors import UserError
+from ctrkit.progress import say
+
+ASIDE = ".old"
+"""Ends the name of a folder that is about to be replaced."""
 
 
 def sidecar_path(output: Path) -> Path:
@@ -48,7 +53,7 @@ def _temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.tmp-"
     for old in path.parent.glob(f"{prefix}*"):
-        pid = old.name.removeprefix(prefix)
+        pid = old.name.removeprefix(prefix).removesuffix(ASIDE)
         if pid.isdigit() and not _alive(int(pid)):
             remove(old)
     return path.with_name(f"{prefix}{os.getpid()}")
@@ -70,8 +75,9 @@ def _alive(pid: int) -> bool:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write a file or a folder at; on success it takes the place of `path`.
 
-    Nothing of `path` changes before the block ends without an error. A folder that is replaced is moved
-    aside first, its sidecar before it, so that no sidecar ever stands beside another's content.
+    Nothing of `path` changes before the block ends without an error, and by then the new content is on disk. The
+    old sidecar goes first, so that none ever stands beside another's content; a folder that is replaced is moved
+    aside, since no folder can be renamed over a full one.
     """
     try:
         tmp = _temporary(path)
@@ -83,7 +89,7 @@ def atomic(path: Path) -> Iterator[Path]:
         _fsync_tree(tmp)
         sidecar_path(path).unlink(missing_ok=True)
         if path.is_dir() and not path.is_symlink():
-            aside = path.with_name(tmp.name + ".old")
+            aside = path.with_name(tmp.name + ASIDE)
             remove(aside)
             path.rename(aside)
             tmp.rename(path)
@@ -95,16 +101,87 @@ def atomic(path: Path) -> Iterator[Path]:
         remove(tmp)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of an output, `.NAME.lock` beside it, so that two processes never make it at once.
+
+    Waits for the one that holds it. A process that dies loses its locks.
+    """
+    lock = _lock_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _lock(lock)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def is_locked(path: Path) -> bool:
+    """Say whether some process is making this output."""
+    try:
+        fd = os.open(_lock_path(path), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _lock(lock: Path) -> int:
+    """Return a descriptor that holds the lock. Whoever held it before has removed the file, so look again."""
+    waiting = False
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waiting:
+                say(f"waiting for another process that makes {lock.name.removeprefix('.').removesuffix('.lock')}")
+            waiting = True
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), lock.stat()):
+                return fd
+        os.close(fd)
+
+
+def sweep(path: Path, *, parts: bool) -> None:
+    """Remove what killed makers of an output left beside it: temporary files, and with `parts` finished parts.
+
+    Only for the holder of the output's lock, or where nobody makes it.
+    """
+    for old in path.parent.glob(f".{path.name}.*"):
+        if ".tmp-" in old.name or (parts and ".parts-" in old.name):
+            remove(old)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically (UTF-8)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = _temporary(path)
-    with open(tmp, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    tmp.replace(path)
-    fsync(path.parent)
+    try:
+        tmp = _temporary(path)
+        try:
+            with open(tmp, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            tmp.replace(path)
+            fsync(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
 def write_json(path: Path, value: Any) -> None:

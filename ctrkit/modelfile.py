@@ -1,16 +1,17 @@
 """A trained model on disk: `settings.json` and `model.pt`, tensors only."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from ctrkit import files
+from ctrkit import files, state_dict
 from ctrkit.batches import Schema
 from ctrkit.embedding import Table
 from ctrkit.errors import UserError
@@ -31,13 +32,17 @@ class TrainedModel:
     tables: dict[int, Table]
     pictures: PictureVectors | None
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor that predicting needs, by name."""
         out = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         out |= {f"table.{width}": table.weight_VD for width, table in self.tables.items()}
         if self.pictures is not None:
             out |= {"pictures.mean": self.pictures.mean_W, "pictures.scale": self.pictures.scale}
-        return {k: v.detach().clone() for k, v in out.items()}
+        return out
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return a copy of `tensors`."""
+        return {k: v.detach().clone() for k, v in self.tensors().items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over the tensors that `state` returned."""
@@ -108,12 +113,9 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
     path = folder / "settings.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    train, schema, here = (
-        Train(**settings["train"]),
-        Schema.from_json(settings["schema"]),
-        Schema.read(groups),
-    )
+    settings = files.read_json(path)
+    train, schema = _settings(settings, path)
+    here = Schema.read(groups)
     if schema.vocab_digest != here.vocab_digest:
         raise UserError(
             f"{folder} was trained with another vocabulary than {groups} was made with (digests "
@@ -121,12 +123,48 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
             "on these groups, or make the groups with the vocabulary it was trained with."
         )
     pictures = open_pictures(train, features, convert)
-    if pictures is not None and pictures.width != settings["picture_width"]:
-        raise UserError(
-            f"{folder} was trained on picture vectors of width {settings['picture_width']}, but {features} has width "
-            f"{pictures.width}: use the features it was trained with"
-        )
+    if pictures is not None:
+        _check_pictures(pictures, settings, folder)
     nothing = {v: np.zeros(n, np.int64) for v, n in schema.vocab_sizes.items()}
     model = build(train, schema, nothing, pictures)
-    model.load_state(torch.load(folder / "model.pt", weights_only=True))
+    state, expected = state_dict.read(folder / "model.pt"), model.tensors()
+    wrong = sorted(k for k in expected.keys() | state.keys() if _shape(state, k) != _shape(expected, k))
+    if wrong:
+        raise UserError(
+            f"{folder / 'model.pt'} does not fit {path}: {wrong[0]!r} is {_shape(state, wrong[0])}, not "
+            f"{_shape(expected, wrong[0])}. Train the model again."
+        )
+    model.load_state(state)
     return model
+
+
+def _settings(settings: Any, path: Path) -> tuple[Train, Schema]:
+    """Return the `[train]` table and the schema that `save` wrote."""
+    try:
+        return Train(**settings["train"]), Schema.from_json(settings["schema"])
+    except (KeyError, TypeError, ValidationError) as e:
+        raise UserError(
+            f"{path} is not the settings of a model of this version of ctrkit ({str(e).splitlines()[0]}). Train the "
+            "model again."
+        ) from None
+
+
+def _check_pictures(pictures: PictureVectors, settings: dict[str, Any], folder: Path) -> None:
+    """Refuse picture vectors that were made in another way than those that the model was trained on."""
+    path = pictures.store.path
+    if pictures.width != settings["picture_width"]:
+        raise UserError(
+            f"{folder} was trained on picture vectors of width {settings['picture_width']}, but {path} has width "
+            f"{pictures.width}: use the features it was trained with"
+        )
+    for key in ("backbone", "layer", "weights", "preprocessing"):
+        then, now = settings["pictures"].get(key), pictures.store.attributes.get(key)
+        if then != now:
+            raise UserError(
+                f"{folder} was trained on picture vectors with {key} = {then}, but {path} has {key} = {now}: use the "
+                "features it was trained with"
+            )
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> str:
+    return f"of shape {list(tensors[name].shape)}" if name in tensors else "missing"

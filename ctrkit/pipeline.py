@@ -1,11 +1,14 @@
-"""A recipe as a graph of steps: which stage makes which file from which, for every variant.
+"""A recipe as a graph of steps: which stage makes which file from which, for every variant. And as Make rules.
 
 Variants share every step whose settings, and whose inputs' settings, are the same: the first variant that needs
 a step owns it. Steps of the recipe as it stands lie in `OUT/NAME/`, a variant's own in `OUT/NAME/VARIANT/`.
+
+What is stale is decided by content twice, never by time: when the rules are written, so that Make knows what it need
+not touch, and by each stage when its turn comes, since its inputs may have come out as they were.
 """
 
 import json
-import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +16,9 @@ from pathlib import Path
 
 import click
 
-from ctrkit import provenance
+from ctrkit import files, provenance
 from ctrkit.cli import main as ctrkit_command
-from ctrkit.errors import UsageError
+from ctrkit.errors import UsageError, nearest
 from ctrkit.recipe import Recipe, load
 
 OUTPUTS = {
@@ -46,12 +49,7 @@ class Step:
     @property
     def target(self) -> Path:
         """The file that Make watches: the sidecar, which is written last."""
-        return self.output.with_name(self.output.name + ".json")
-
-    @property
-    def stamp(self) -> Path:
-        """The file whose time moves only when the step has to be done again."""
-        return self.output.with_name(f".{self.output.name}.stamp")
+        return files.sidecar_path(self.output)
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class Graph:
         self._made: dict[str, Step] = {}
         base = load(setting.recipe, None, setting.sets)
         self.home = setting.out / base.name
+        _check_names(self.home, base)
         if setting.raw is None and base.simulate is None:
             raise UsageError(
                 f"recipe {base.name!r} needs raw data: give its folder as RAW=… (make) or --raw (ctrkit run)"
@@ -207,48 +206,66 @@ class Graph:
         return found
 
 
-def settle(step: Step, fresh: bool) -> None:
-    """Move the step's stamp: newer than the target where the step is stale, not newer where it is fresh."""
-    target = step.target.stat().st_mtime_ns if step.target.exists() else 0
-    step.stamp.parent.mkdir(parents=True, exist_ok=True)
-    step.stamp.touch()
-    if fresh:
-        os.utime(step.stamp, ns=(target, target))
-    elif target >= step.stamp.stat().st_mtime_ns:
-        os.utime(step.stamp, ns=(target + 1, target + 1))
+def _check_names(home: Path, recipe: Recipe) -> None:
+    """Refuse what cannot be the name of a Make target, or would be in the way of another output."""
+    if bad := re.search(r"[^\w./+@,-]", str(home)):
+        raise UsageError(
+            f"outputs would go to {str(home)!r}, and Make cannot work with {bad.group()!r} in their path; give OUT=… "
+            f"(make) or --out (ctrkit run) without it, perhaps relative to where you are"
+        )
+    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")}
+    if clash := sorted(taken & set(recipe.variants)):
+        raise UsageError(f"a variant cannot be called {clash[0]!r}, which is the name of an output; rename it")
 
 
 def make_rules(graph: Graph, command: str) -> str:
-    """Return the Make rules of a graph.
+    """Return the Make rules of a graph, and sweep what killed runs left beside its fresh outputs.
 
-    A step's target depends on its stamp alone. The stamps of stale steps are asked again once their inputs are
-    made, so that a step whose inputs come out as they were is not done again.
+    `command` is how Make calls ctrkit. A stale step runs after its inputs, but leaves its output alone if it turns
+    out fresh by then (CTRKIT_UNLESS_FRESH, see `ctrkit.provenance`).
     """
     stale = {step.output for step in graph.stale()}
-    setting = graph.setting
-    asked = ["--recipe", setting.recipe, "--out", str(setting.out)]
-    asked += ["--raw", str(setting.raw)] if setting.raw else []
-    asked += ["--weights", setting.weights] if setting.weights else []
-    asked += [part for text in setting.sets for part in ("--set", text)]
-    lines = [".PHONY: FORCE", "FORCE:", "", f"all: {graph.steps[-1].target}"]
-    by_stage: dict[str, list[Step]] = {}
+    by_stage: dict[str, list[Step]] = {stage: [] for stage in OUTPUTS}
+    lines = [".PHONY: FORCE", "FORCE:"]
     for step in graph.steps:
-        by_stage.setdefault(step.stage, []).append(step)
-        settle(step, step.output not in stale)
-        force = "FORCE" if step.output in stale else ""
-        lines += [
-            "",
-            f"{step.target}: {step.stamp}",
-            "\t" + _shell([command, *graph.arguments(step)]),
-            f"{step.stamp}: {force} | {' '.join(str(n.target) for n in step.needs)}",
-            "\t@" + _shell([command, "rules", *asked, "--stamp", str(step.output)]),
-        ]
-    lines.append("")
+        by_stage[step.stage].append(step)
+        if step.output in stale:
+            needs = " ".join(str(n.target) for n in step.needs)
+            lines += ["", f"{step.target}: FORCE | {needs}", "\t" + _shell([command, *graph.arguments(step)])]
+        else:
+            files.sweep(step.output, parts=True)
+            lines += ["", f"{step.target}:"]
+    report = by_stage["report"][0]
+    said = "done" if report.output in stale else "nothing to do"
+    end = f"{graph.home.name}: {said}, the report is {report.output}"
+    lines += ["", ".PHONY: all", f"all: {report.target}", "\t@" + _shell(["echo", end])]
     for stage, steps in by_stage.items():
-        lines += [f".PHONY: {stage}", f"{stage}: {' '.join(str(s.target) for s in steps)}"]
+        lines += ["", f".PHONY: {stage}", f"{stage}: {' '.join(str(s.target) for s in steps)}"]
+        if not any(s.output in stale for s in steps):
+            made = "nothing to do" if steps else "this recipe has no such step"
+            lines.append("\t@" + _shell(["echo", f"{stage}: {made}"]))
     return "\n".join(lines) + "\n"
 
 
+def write_rules(graph: Graph, command: str) -> Path:
+    """Write the Make rules of a graph to `OUT/.NAME.mk`; return that path."""
+    path = graph.setting.out / f".{graph.home.name}.mk"
+    files.write_text(path, make_rules(graph, command))
+    return path
+
+
+def find_target(graph: Graph, name: str) -> str:
+    """Return what Make calls a target that the user named: `all`, a stage, or the path of an output."""
+    if name == "all" or name in OUTPUTS:
+        return name
+    for step in graph.steps:
+        if Path(name) in (step.output, step.target):
+            return str(step.target)
+    known = ["all", *OUTPUTS, *(str(step.output) for step in graph.steps)]
+    raise UsageError(f"there is nothing called {name!r} to make{nearest(name, known)}")
+
+
 def _shell(words: Sequence[str]) -> str:
+    """Return a shell command for a Make recipe; its first word is left as it is."""
     command, *rest = words
     return " ".join([command, *(shlex.quote(w).replace("$", "$$") for w in rest)])

@@ -2,7 +2,10 @@
 
 The key of a stage's output is a digest of everything that decides its bytes: the recipe tables that the stage
 reads, the content of its inputs, and its own code, followed through the imports. An output is fresh while its
-sidecar carries the key that would be computed now and the content it then had.
+sidecar carries the key that would be computed now and the content it then had. Times decide nothing.
+
+Two variables of the environment, which `pipeline.mk` sets: CTRKIT_DIGESTS names a file that remembers digests, and
+with CTRKIT_UNLESS_FRESH a stage whose output is fresh leaves it alone.
 """
 
 import ast
@@ -12,13 +15,17 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
+
 from ctrkit import digests, files
+from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
 # The recipe tables whose change makes a stage's output stale.
@@ -37,9 +44,14 @@ Inputs = Mapping[str, Path | None]
 
 
 def cache() -> digests.Digests:
-    """Return the digest cache named by CTRKIT_DIGESTS (the Makefile sets it), or one without memory."""
+    """Return the digest cache named by CTRKIT_DIGESTS, or one without memory."""
     name = os.environ.get("CTRKIT_DIGESTS")
-    return digests.Digests(Path(name) if name else None)
+    return _named_cache(name) if name else digests.Digests()
+
+
+@functools.cache
+def _named_cache(name: str) -> digests.Digests:
+    return digests.Digests(Path(name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,30 +122,40 @@ def checking() -> Iterator[None]:
 
 @contextlib.contextmanager
 def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> Iterator[Work]:
-    """Yield a `Work` whose path becomes `target`, with its sidecar, when the block ends without an error."""
+    """Yield a `Work` whose path becomes `target`, with its sidecar, when the block ends without an error.
+
+    One process at a time makes a target; the others wait. Where CTRKIT_UNLESS_FRESH is set and the target is fresh,
+    the stage ends here, well.
+    """
     known = cache()
-    made_from = provenance(stage, recipe, inputs, known)
     if _checking:
-        fresh = is_fresh(target, made_from.key, known)
+        fresh = not files.is_locked(target) and is_fresh(target, provenance(stage, recipe, inputs, known).key, known)
         known.save()
         raise Checked(fresh)
-    started = time.time()
-    with files.atomic(target) as tmp:
-        work = Work(tmp)
-        yield work
-    sidecar = {
-        "stage": stage,
-        "key": made_from.key,
-        "content": known.of(target),
-        "config": made_from.config,
-        "inputs": made_from.inputs,
-        "code": made_from.code,
-        "counts": work.counts,
-        "versions": versions(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 3),
-    }
-    files.write_json(files.sidecar_path(target), sidecar)
+    with files.locked(target):
+        made_from = provenance(stage, recipe, inputs, known)
+        files.sweep(target, parts=False)
+        if os.environ.get("CTRKIT_UNLESS_FRESH") and is_fresh(target, made_from.key, known):
+            known.save()
+            say(f"{stage}: {target} is what it would be made again")
+            raise click.exceptions.Exit(0)
+        started = time.time()
+        with files.atomic(target) as tmp:
+            work = Work(tmp)
+            yield work
+        sidecar = {
+            "stage": stage,
+            "key": made_from.key,
+            "content": known.of(target),
+            "config": made_from.config,
+            "inputs": made_from.inputs,
+            "code": made_from.code,
+            "counts": work.counts,
+            "versions": versions(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": round(time.time() - started, 3),
+        }
+        files.write_json(files.sidecar_path(target), sidecar)
     known.save()
 
 
@@ -148,17 +170,20 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def code_digest(stage: str) -> str:
-    """Return a digest of the stage's source and of every module of ctrkit that it imports, however far."""
-    module = "ctrkit.stages." + stage.replace("-", "_")
+    """Return a digest of the stage's source, of every module of ctrkit that it imports, however far, and of the
+    package's other files that any of these names (a template, say)."""
     sources: dict[str, str] = {}
-    waiting = [module]
+    waiting = ["ctrkit.stages." + stage.replace("-", "_")]
     while waiting:
         name = waiting.pop()
         path = _source(name)
         if path is None or name in sources:
             continue
-        sources[name] = text = path.read_text(encoding="utf-8")
-        waiting += _imports(text)
+        source = _read_source(path)
+        sources[name] = source.text
+        for data in source.data:
+            sources[data.name] = data.read_text(encoding="utf-8")
+        waiting += source.imports
     return digests.text(json.dumps(sources, sort_keys=True))
 
 
@@ -173,12 +198,36 @@ def _source(module: str) -> Path | None:
     return None
 
 
-def _imports(source: str) -> list[str]:
-    """Return the modules of ctrkit that a source may import, names of packages' members included."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+@dataclass(frozen=True)
+class _Source:
+    """A module's text, the modules of ctrkit that it may import, and the other files of ctrkit that it names."""
+
+    text: str
+    imports: list[str]
+    data: list[Path]
+
+
+@functools.cache
+def _read_source(path: Path) -> _Source:
+    text = path.read_text(encoding="utf-8")
+    imports: list[str] = []
+    data: list[Path] = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            imports += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in found if name.split(".")[0] == "ctrkit"]
+            imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            data += _data_files(node.value)
+    ours = [name for name in imports if name.split(".")[0] == "ctrkit"]
+    packages = [name.rpartition(".")[0] for name in ours]
+    return _Source(text, sorted({*ours, *packages}), sorted(set(data)))
+
+
+def _data_files(name: str) -> list[Path]:
+    """Return the package's file or files called `name` that are not Python: "templates" gives all templates."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        return []
+    path = Path(__file__).parent / name
+    found = path.iterdir() if path.is_dir() else [path]
+    return [p for p in found if p.is_file() and p.suffix not in (".py", ".pyc")]

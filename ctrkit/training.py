@@ -48,7 +48,7 @@ class Trainer:
             {"params": others},
         ]
         self.adam = torch.optim.Adam([g for g in groups if g["params"]], lr=self.config.learning_rate)
-        self.steps = 0
+        self.steps = self.samples = 0
 
     def run(self) -> TrainedModel:
         """Train for the recipe's epochs; return the model with the best validation GAUC (the last without one)."""
@@ -103,7 +103,7 @@ class Trainer:
 
     def step(self, batch: Batch) -> Tensor:
         """Take one optimiser step on a batch; return its mean loss."""
-        learning_rate = self.config.learning_rate * self.config.decay ** (self.steps / self.config.decay_steps)
+        learning_rate = self.config.learning_rate * self.config.decay ** (self.steps // self.config.decay_steps)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         tables = self.model.tables
@@ -116,12 +116,14 @@ class Trainer:
         for w, r in batch.rows.items():
             tables[w].update(r, rows[w], learning_rate, self.config.regularisation, self.config.regularisation_strength)
         self.steps += 1
+        self.samples += batch.n_samples
         return loss.detach()
 
     def _evaluate(self, loss: float) -> dict[str, Any]:
         record: dict[str, Any] = {
             "step": self.steps,
             "epoch": self.epoch + 1,
+            "samples": self.samples,
             "loss": loss,
             "valid_loss": None,
             "valid_gauc": None,

@@ -25,16 +25,22 @@ Ints = npt.NDArray[np.int64]
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 TEXTURES = ("plain", "stripes", "dots", "checks")
 DAY_SECONDS = 86_400
-HUE_SHARPNESS = 4.0  # von Mises concentration: about 50 degrees of hue count as alike
-OTHER_SHAPE = 0.2
-TARGETING = 1.5  # how much more often an ad of one of the user's categories is shown, in logits
-BROWSING = 14.0  # how closely organic clicks follow the taste, in logits
-INTERCEPT, MATCH, POSITION = -2.6, 3.2, -0.12  # click logit: constant, per unit of match, per position
-APPEAL, QUALITY, AFFINITY = (
-    0.9,
-    0.4,
-    0.35,
-)  # click logit: look's appeal, ad's own quality, age and gender by category
+# Of two looks' match: the hue's von Mises concentration, and what is left of it where the shapes differ.
+HUE_SHARPNESS = 6.0
+OTHER_SHAPE = 0.85
+# A match is CATEGORY for the category and up to 1 for the look.
+CATEGORY = 0.6
+# In logits: how much more often an ad of one of the user's categories is shown; how closely organic clicks follow
+# the taste; and of a click on an ad: constant, a whole match, a position further down, the look's general appeal,
+# the ad's own quality, age and gender by category (the last two standard deviations).
+TARGETING = 1.5
+BROWSING = 12.0
+INTERCEPT = -3.4
+MATCH = 4.0
+POSITION = -0.12
+APPEAL = 0.4
+QUALITY = 0.6
+AFFINITY = 0.35
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def _match(tastes: Tastes, rows: Ints, items: Items, config: Simulate) -> Floats
         items.shape,
         items.texture,
     )
-    return np.asarray(0.5 * config.category_signal * category + config.picture_signal * look)
+    return np.asarray(CATEGORY * config.category_signal * category + config.picture_signal * look)
 
 
 def _impressions(
@@ -270,11 +276,14 @@ def _behaviours(rng: np.random.Generator, goods: Items, tastes: Tastes, config: 
     first = np.searchsorted(tastes.user, np.arange(config.users + 1))
     taste = first[user] + (rng.random(n) * (first[user + 1] - first[user])).astype(np.int64)
     by_accident = rng.random(n) < config.accidental_share
-    popular = np.log(goods.popularity)
-    chosen = np.empty(n, np.int64)
-    for part in np.array_split(np.arange(n), max(1, n // 4000)):
-        liking = popular[None] + BROWSING * _match(tastes, taste[part], goods, config) * ~by_accident[part, None]
-        chosen[part] = np.argmax(liking + rng.gumbel(size=liking.shape), axis=1)
+    liking = BROWSING * _match(tastes, np.arange(len(tastes.user)), goods, config)
+    share = np.cumsum(goods.popularity * np.exp(liking - liking.max(axis=1, keepdims=True)), axis=1)
+    popular = np.cumsum(goods.popularity)
+    luck = rng.random(n)
+    chosen = np.searchsorted(popular, luck * popular[-1])
+    for part in np.array_split(np.flatnonzero(~by_accident), max(1, n // 4000)):
+        row = share[taste[part]]
+        chosen[part] = (row < (luck[part] * row[:, -1])[:, None]).sum(axis=1)
     seconds = np.where(by_accident, rng.lognormal(np.log(4.0), 0.6, n), rng.lognormal(np.log(40.0), 0.6, n))
     start = _epoch(config) - config.history_days * DAY_SECONDS
     return pl.DataFrame(

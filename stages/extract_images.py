@@ -55,8 +55,6 @@ def command(
     ctrkit extract-images --recipe demo --pictures photos --all --weights vgg16.pth --out photos.h5
     ctrkit extract-images --list-layers resnet50
     """
-    from ctrkit import backbones, extraction
-
     settings = recipe.extract_images
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
@@ -66,24 +64,28 @@ def command(
     if not pictures.is_dir():
         raise UserError(f"--pictures {pictures} is not a folder")
     vocab = convert / "vocab" / "image.parquet" if convert is not None and not all_pictures else None
-    if vocab is None:
-        vocabulary = extraction.whole_folder(pictures, settings.template)
-    else:
-        vocabulary = extraction.read_vocabulary(vocab)
-    network = backbones.load(
-        settings.backbone,
-        weights=settings.weights,
-        seed=settings.seed,
-        size=settings.size,
-        dtype=settings.dtype,
-        device=settings.device,
-    )
-    if settings.weights == "random":
-        say(f"extract-images: weights are RANDOM ({network.weights}): the network has learned nothing")
     from_file = Path(settings.weights) if settings.weights not in ("published", "random") else None
     inputs = {"pictures": pictures, "vocab": vocab, "weights": from_file}
     with provenance.output("extract-images", recipe, inputs, out) as work:
-        work.counts.update(extraction.extract(network, settings, pictures, vocabulary, out, work.path))
+        from ctrkit import backbones, devices, extraction
+
+        if vocab is None:
+            vocabulary = extraction.whole_folder(pictures, settings.template)
+        else:
+            vocabulary = extraction.read_vocabulary(vocab)
+        device = devices.resolve(settings.device, "extract-images.device")
+        with devices.lock(device):
+            network = backbones.load(
+                settings.backbone,
+                weights=settings.weights,
+                seed=settings.seed,
+                size=settings.size,
+                dtype=settings.dtype,
+                device=device,
+            )
+            if settings.weights == "random":
+                say(f"extract-images: weights are RANDOM ({network.weights}): the network has learned nothing")
+            work.counts.update(extraction.extract(network, settings, pictures, vocabulary, out, work.path))
     extraction.remove_parts(out)
     n = work.counts
     say(

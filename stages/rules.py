@@ -7,10 +7,8 @@ from pathlib import Path
 
 import click
 
-from ctrkit import files, pipeline
+from ctrkit import pipeline
 from ctrkit.options import path_option
-
-COMMAND = "$(CTRKIT)"
 
 
 @click.command("rules")
@@ -19,23 +17,15 @@ COMMAND = "$(CTRKIT)"
 @path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False)
 @click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`.")
 @path_option("--out", "Folder of all runs.")
-@path_option("--stamp", "Only say, by a stamp file's time, whether this output has to be made again.", required=False)
-def command(
-    recipe: str, sets: tuple[str, ...], raw: Path | None, weights: str | None, out: Path, stamp: Path | None
-) -> None:
+def command(recipe: str, sets: tuple[str, ...], raw: Path | None, weights: str | None, out: Path) -> None:
     """Write the Make rules of a recipe (used by the Makefile).
 
-    Works out which stage makes which file for every variant, and which of them are stale: by the content of
-    inputs, recipe tables and code, never by time. Prints the path of the rules file.
+    Reads the recipe, and what is below --out. Works out which stage makes which file for every variant, and which of
+    them are stale: by the content of inputs, recipe tables and code, never by time. Writes OUT/.NAME.mk and prints
+    that path.
 
     \b
     make -f "$(ctrkit rules --recipe demo --out runs)" CTRKIT=ctrkit all
     """
     graph = pipeline.Graph(pipeline.Setting(recipe, raw, weights, sets, out))
-    if stamp is None:
-        path = out / f".{graph.home.name}.mk"
-        files.write_text(path, pipeline.make_rules(graph, COMMAND))
-        click.echo(path)
-    else:
-        step = next(s for s in graph.steps if s.output == stamp)
-        pipeline.settle(step, graph.is_fresh(step))
+    click.echo(pipeline.write_rules(graph, "$(CTRKIT)"))

@@ -4,14 +4,15 @@ Reads the recipe and its raw data. Writes everything under `OUT/NAME/`.
 """
 
 import os
+import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import click
 
 import ctrkit
+from ctrkit import pipeline
 from ctrkit.errors import UserError
 from ctrkit.options import path_option
 
@@ -22,8 +23,8 @@ from ctrkit.options import path_option
 @path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False)
 @click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`.")
 @path_option("--out", "Folder of all runs.", default="runs", show_default=True)
-@click.option("-j", "--jobs", default=min(2, os.cpu_count() or 1), show_default=True, help="Steps made side by side.")
-@click.option("--target", default="all", show_default=True, help="What to make: a stage's name, or a file.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Steps made side by side.")
+@click.option("--target", default="all", show_default=True, help="What to make: a stage, or an output's path.")
 def command(
     recipe: str,
     sets: tuple[str, ...],
@@ -35,7 +36,8 @@ def command(
 ) -> None:
     """Run a recipe from raw data to report, through Make.
 
-    Only what changed is made again. RECIPE is a shipped recipe's name (demo, movielens) or a file.
+    Reads the recipe and its raw data. Writes everything below OUT/NAME/, and makes again only what changed. RECIPE
+    is a shipped recipe's name (demo, movielens) or a file.
 
     \b
     ctrkit run demo
@@ -45,18 +47,13 @@ def command(
     make = shutil.which("make")
     if make is None:
         raise UserError("`ctrkit run` works through GNU Make, and there is no `make` on the PATH: install it")
-    words = [
-        make,
-        "-f",
-        str(Path(ctrkit.__file__).parent / "pipeline.mk"),
-        f"-j{jobs}",
-        "--no-print-directory",
-    ]
-    words += [f"CTRKIT={sys.executable} -m ctrkit", f"DATA={recipe}", f"OUT={out}"]
-    words += [f"RAW={raw}"] if raw else []
-    words += [f"WEIGHTS={weights}"] if weights else []
-    for text in sets:
-        if any(c.isspace() for c in text):
-            raise UserError(f"--set {text!r}: leave out the blanks, since Make splits at them")
-    words += [f"SET={' '.join(sets)}"] if sets else []
-    sys.exit(subprocess.run([*words, target], check=False).returncode)
+    graph = pipeline.Graph(pipeline.Setting(recipe, raw, weights, sets, out))
+    target = pipeline.find_target(graph, target)
+    package = Path(ctrkit.__file__).parent
+    # -P keeps the current folder off Python's path, unless it is where ctrkit lies.
+    python = [sys.executable, *([] if package.parent == Path.cwd() else ["-P"]), "-m", "ctrkit"]
+    os.environ["CTRKIT_DIGESTS"] = str(out / ".digests.json")
+    rules = pipeline.write_rules(graph, shlex.join(python))
+    words = [make, "-f", str(package / "pipeline.mk"), f"-j{jobs}", f"OUT={out}", f"CTRKIT_RULES={rules}", target]
+    sys.stdout.flush()
+    os.execv(make, words)

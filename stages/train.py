@@ -70,7 +70,11 @@ def command(
         (work.path / "history.jsonl").write_text(training.history_lines(trainer.history), encoding="utf-8")
         if tensorboard is not None:
             training.write_tensorboard(trainer.history, tensorboard)
-        best = max((r for r in trainer.history if r["valid_gauc"]), key=lambda r: r["valid_gauc"], default=None)
+        judged = [r for r in trainer.history if r["valid_gauc"] is not None]
+        best = max(judged, key=lambda r: r["valid_gauc"], default=None)
         work.counts.update(samples=len(train), steps=trainer.steps, best=best)
     if best is not None:
         say(f"train: {out}: validation GAUC {best['valid_gauc']:.4f} at step {best['step']} of {trainer.steps}")
+    else:
+        why = "there is no validation split" if valid is None else "no validation user has both clicks and non-clicks"
+        say(f"train: {out}: {why}, so the model of the last step ({trainer.steps}) is kept")

@@ -11,6 +11,7 @@ class Dice(nn.Module):
 
     a is learned per channel, E and Var are the batch's in training and running averages in evaluation:
     m ← 0.99·m + 0.01·batch with bias correction, since eqs. 6 and 7 as printed grow without bound.
+    ε, open in the paper, bounds the gradient of channels that are constant over a batch (or have one row).
     Input and output [rows, H]; rows are real rows, never padding.
     """
 
@@ -18,7 +19,7 @@ class Dice(nn.Module):
     var_H: Tensor
     seen: Tensor
 
-    def __init__(self, width: int, momentum: float = 0.01, eps: float = 1e-8) -> None:
+    def __init__(self, width: int, momentum: float = 0.01, eps: float = 1e-4) -> None:
         super().__init__()
         self.a_H = nn.Parameter(torch.zeros(width))
         self.momentum, self.eps = momentum, eps
@@ -36,7 +37,9 @@ class Dice(nn.Module):
         else:
             correction = (1.0 - (1.0 - self.momentum) ** self.seen).clamp(min=self.momentum).to(y.dtype)
             mean_H, var_H = self.mean_H / correction, self.var_H / correction
-        p = torch.sigmoid((y - mean_H) / (var_H.sqrt() + self.eps))
+        # √ has no slope at 0: a constant channel passes no gradient through its deviation.
+        deviation_H = torch.where(var_H > 0, var_H, 1.0).sqrt() * (var_H > 0)
+        p = torch.sigmoid((y - mean_H) / (deviation_H + self.eps))
         return y * (p + self.a_H * (1.0 - p))
 
 

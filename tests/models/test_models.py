@@ -1,0 +1,163 @@
+"""Every model against the papers' formulas, written as loops in float64: log-odds, gradients, grouping."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ctrkit.picture_vectors import PictureVectors
+from ctrkit.recipe import Train
+from tests.models.reference import SMALL, Array, Reference, log_loss, make, pictures, random_direction, run, weights
+from tests.small_groups import Group, alone, random_groups, some_groups
+
+SWITCHES = ("ad_id", "ad_image", "user_ids", "user_images")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "lr": {"model": "lr"},
+    "lr, no ad id": {"model": "lr", "ad_id": False},
+    "base": {"model": "base"},
+    "base, Dice": {"model": "base", "activation": "dice"},
+    "base, no BatchNorm": {"model": "base", "batch_norm": False},
+    "din-code": {"model": "din", "din": "din-code"},
+    "din-code, Dice": {"model": "din", "din": "din-code", "activation": "dice", "ad_id": False},
+    "din-v1": {"model": "din", "din": "din-v1"},
+    "din-v1, Dice": {"model": "din", "din": "din-v1", "activation": "dice"},
+    **{
+        f"dicm, {pooling}{', ids' * ids}": {"model": "dicm", "pooling": pooling, "user_ids": ids}
+        for pooling in ("attentive", "sum", "max")
+        for ids in (False, True)
+    },
+    **{
+        "dicm " + "".join(f" {'+' if on else '-'}{name}" for name, on in zip(SWITCHES, switches, strict=True)): {
+            "model": "dicm",
+            **dict(zip(SWITCHES, switches, strict=True)),
+        }
+        for switches in itertools.product([False, True], repeat=4)
+    },
+    **{
+        f"dicm, shared extractors, {pooling}": {"model": "dicm", "share_extractors": True, "pooling": pooling}
+        for pooling in ("attentive", "max")
+    },
+    "dicm, shared extractors without ad image": {"model": "dicm", "share_extractors": True, "ad_image": False},
+    "dicm, Dice": {"model": "dicm", "activation": "dice", "user_ids": True},
+    "dicm, no BatchNorm": {"model": "dicm", "batch_norm": False},
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+FORMS = {name: config for name, config in CONFIGS.items() if "-" not in name or not name.startswith("dicm")}
+each_form = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> tuple[PictureVectors, Array]:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@each_config
+def test_log_odds_and_gradients_are_the_papers(config: dict[str, Any], vectors: tuple[PictureVectors, Array]) -> None:
+    """Gradients by central differences of the loops, along a direction in which every number moves."""
+    model = make(config, vectors[0])
+    train = Train(**{**SMALL, **config})
+    groups = some_groups()
+    before = weights(model)
+    for training in (False, True):
+        found = run(model, groups, training)
+        expected = Reference(train, before, vectors[1], training).log_odds(groups)
+        np.testing.assert_allclose(found.logit_S, expected, rtol=1e-10, atol=1e-12)
+        assert np.std(found.logit_S) > 1e-3
+        direction = random_direction(before, list(found.gradients))
+        h, ends = 1e-6, []
+        for step in (h, -h):
+            moved = before | {name: before[name] + step * d for name, d in direction.items()}
+            ends.append(log_loss(Reference(train, moved, vectors[1], training).log_odds(groups), groups))
+        slope = sum(float((found.gradients[name] * d).sum()) for name, d in direction.items())
+        assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5, abs=1e-8)
+
+
+@each_form
+def test_every_parameter_is_trained(config: dict[str, Any], vectors: tuple[PictureVectors, Array]) -> None:
+    """A parameter that no sample reaches would be dead weight, or a part of the model that is left out."""
+    model = make(config, vectors[0])
+    found = run(model, random_groups(2, [5] * 8, [4] * 8), True)
+    assert set(found.gradients) >= {name for name, _ in model.network.named_parameters()}
+    # BatchNorm takes any constant off its input, and softmax off its own: only the last layers' biases may rest.
+    resting = {name for name, gradient in found.gradients.items() if not np.abs(gradient).max() > 1e-12}
+    assert resting <= {name for name in found.gradients if name.endswith("bias")}, resting
+
+
+@each_form
+def test_grouped_is_ungrouped(config: dict[str, Any], vectors: tuple[PictureVectors, Array]) -> None:
+    """BatchNorm and Dice see the expanded rows, so a shared history must change nothing."""
+    model = make(config, vectors[0])
+    groups = some_groups(3)
+    for training in (True, False):
+        together, apart = run(model, groups, training), run(model, alone(groups), training)
+        np.testing.assert_allclose(together.logit_S, apart.logit_S, rtol=1e-11, atol=1e-13)
+        for name, gradient in together.gradients.items():
+            np.testing.assert_allclose(gradient, apart.gradients[name], rtol=1e-8, atol=1e-13)
+
+
+@each_form
+def test_no_history_and_single_rows(config: dict[str, Any], vectors: tuple[PictureVectors, Array]) -> None:
+    """Batches without any behaviour, with one sample, with one pair: finite, and as the loops say."""
+    train = Train(**{**SMALL, **config})
+    cases: list[list[Group]] = [
+        random_groups(4, [3, 1], [0, 0]),
+        random_groups(5, [1], [0]),
+        random_groups(6, [1], [1]),
+        random_groups(7, [1, 2], [1, 0]),
+    ]
+    for groups in cases:
+        for training in (True, False):
+            model = make(config, vectors[0])
+            reference = Reference(train, weights(model), vectors[1], training)
+            found = run(model, groups, training)
+            np.testing.assert_allclose(found.logit_S, reference.log_odds(groups), rtol=1e-9, atol=1e-12)
+            assert all(np.isfinite(g).all() for g in found.gradients.values())
+            assert all(np.isfinite(w).all() for w in weights(model).values())
+
+
+@each_form
+def test_a_sample_does_not_see_its_neighbours_in_evaluation(
+    config: dict[str, Any], vectors: tuple[PictureVectors, Array]
+) -> None:
+    model = make(config, vectors[0])
+    groups = some_groups(8)
+    together = run(model, groups, False).logit_S
+    one_by_one = [run(model, [group], False).logit_S[0] for group in alone(groups)]
+    np.testing.assert_allclose(together, one_by_one, rtol=1e-11)
+
+
+@pytest.mark.parametrize("config", [{"model": "din"}, {"model": "din", "din": "din-v1"}, {"model": "dicm"}])
+def test_attention_weights(config: dict[str, Any], vectors: tuple[PictureVectors, Array]) -> None:
+    """DIN eq. 2's w_i and DICM's attentive weights, pair by pair; those behind a softmax sum to 1 a sample."""
+    from ctrkit.scoring import look_up
+    from tests.models.reference import collate
+
+    model = make(config, vectors[0])
+    model.network.eval()
+    groups = some_groups(9)
+    batch = collate(model, groups)
+    w_P = model.network.weights_P(batch, look_up(model, batch)).detach().numpy()  # type: ignore[operator]
+    expected = Reference(Train(**{**SMALL, **config}), weights(model), vectors[1], False).attention(groups)
+    np.testing.assert_allclose(w_P, np.concatenate(expected), rtol=1e-10)
+    sums = [w.sum() for w in expected if len(w)]
+    assert np.allclose(sums, 1.0) == (config.get("din") != "din-v1")
+
+
+def test_switches_hide_what_they_name(vectors: tuple[PictureVectors, Array]) -> None:
+    """With a switch off, what it names may be anything; with it on, it counts."""
+    groups = some_groups(10)
+    for switch, name, owner in (
+        ("ad_id", "ad_id", "samples"),
+        ("ad_image", "ad_image", "samples"),
+        ("user_ids", "colour", "behaviours"),
+        ("user_images", "image", "behaviours"),
+    ):
+        changed = some_groups(10)
+        for group in changed:
+            for row in getattr(group, owner):
+                row[name] = 1 + row[name] % 3
+        for on in (False, True):
+            model = make({"model": "dicm", "user_ids": True, switch: on}, vectors[0])
+            same = np.array_equal(run(model, groups, False).logit_S, run(model, changed, False).logit_S)
+            assert same != on, switch
