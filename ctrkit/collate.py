@@ -73,16 +73,18 @@ class Collator:
             feature = self.plan.schema.features[name]
             owner = {"user": block.group, "behaviour": block.behaviour}.get(feature.of, block.sample)
             column: Column = owner[name]
+            index = column.values if isinstance(column, Ragged) else column
             if isinstance(column, Ragged):
-                index = column.values
                 batch.segment[name] = torch.from_numpy(np.repeat(np.arange(len(column)), np.diff(column.offsets)))
-            else:
-                index = column
-                if seed is not None and self.unknown_rate and feature.of != "behaviour":
-                    key = owner["group_id" if feature.of == "user" else "sample_id"]
-                    assert isinstance(key, np.ndarray)
-                    count = self.counts[feature.vocab][index].astype(np.float64)
-                    index = np.where(unknown_mask(key, [*seed, position], index, count, self.unknown_rate), 1, index)
+            if seed is not None and self.unknown_rate:
+                key = block.sample["sample_id"] if owner is block.sample else block.group["group_id"]
+                assert isinstance(key, np.ndarray)
+                if feature.of == "behaviour":
+                    key = np.repeat(key, np.diff(block.behaviour_offsets))
+                elif isinstance(column, Ragged):
+                    key = np.repeat(key, np.diff(column.offsets))
+                count = self.counts[feature.vocab][index].astype(np.float64)
+                index = np.where(unknown_mask(key, [*seed, position], index, count, self.unknown_rate), 1, index)
             width = self.plan.width(name)
             named.setdefault(width, []).append((name, self.tables[width].rows(feature.vocab, index)))
         for width, parts in named.items():

@@ -29,7 +29,7 @@ class Table:
         self,
         sizes: Mapping[str, int],
         width: int,
-        counts: Mapping[str, npt.NDArray[np.int64]],
+        counts: Mapping[str, npt.NDArray[np.int64] | npt.NDArray[np.float64]],
         generator: torch.Generator,
         scale: float = 0.05,
         dtype: torch.dtype = torch.float32,
@@ -100,20 +100,31 @@ def unknown_mask(
 
     An id seen n times in training becomes unknown with probability rate + (1/2 − rate)/n: often if rare, so that
     the unknown row learns what a new id looks like; `rate` 0 switches it off. The draw is a hash of `key` (the
-    sample or group) and `seed`, so that batching and grouping change nothing.
+    sample or group), the id and `seed`, so that batching and grouping change nothing.
     """
     if rate == 0.0:
         return np.zeros(len(index), np.bool_)
-    chance = rate + max(0.0, 0.5 - rate) / np.maximum(count_i, 1.0)
-    return (index > 1) & (_uniform(key, seed) < chance)
+    return (index > 1) & (_uniform(key, index, seed) < _unknown_chance(count_i, rate))
 
 
-def _uniform(key: Ints, seed: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Hash keys to [0, 1) (splitmix64)."""
+def with_unknown(count_V: npt.NDArray[np.int64], rate: float) -> npt.NDArray[np.float64]:
+    """Return n_i with the samples that are expected to train the unknown row added to index 1."""
+    n_V = count_V.astype(np.float64)
+    if rate > 0.0:
+        n_V[1] += (n_V[2:] * _unknown_chance(n_V[2:], rate)).sum()
+    return n_V
+
+
+def _unknown_chance(count: npt.NDArray[np.float64], rate: float) -> npt.NDArray[np.float64]:
+    return np.asarray(rate + max(0.0, 0.5 - rate) / np.maximum(count, 1.0), np.float64)
+
+
+def _uniform(key: Ints, index: Ints, seed: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Hash to [0, 1) (splitmix64)."""
     with np.errstate(over="ignore"):
         z = key.astype(np.uint64)
-        for s in seed:
-            z = (z ^ np.uint64(s)) + np.uint64(0x9E3779B97F4A7C15)
+        for s in (index.astype(np.uint64), *(np.full(1, s, np.uint64) for s in seed)):
+            z = (z ^ s) + np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             z ^= z >> np.uint64(31)

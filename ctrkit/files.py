@@ -157,14 +157,18 @@ def _lock(lock: Path) -> int:
         os.close(fd)
 
 
-def sweep(path: Path, *, parts: bool) -> None:
-    """Remove what killed makers of an output left beside it: temporary files, and with `parts` finished parts.
+def leftovers(path: Path, *, parts: bool) -> list[Path]:
+    """Return what killed makers of an output left beside it: temporary files, and with `parts` finished parts."""
+    beside = path.parent.glob(f".{path.name}.*")
+    return sorted(p for p in beside if ".tmp-" in p.name or (parts and ".parts-" in p.name))
 
-    Only for the holder of the output's lock, or where nobody makes it.
-    """
-    for old in path.parent.glob(f".{path.name}.*"):
-        if ".tmp-" in old.name or (parts and ".parts-" in old.name):
-            remove(old)
+
+def tidy(path: Path) -> None:
+    """Remove everything that killed makers of an output left beside it, their lock too. For finished outputs."""
+    if leftovers(path, parts=True) or _lock_path(path).exists():
+        with locked(path):
+            for old in leftovers(path, parts=True):
+                remove(old)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -65,9 +66,18 @@ def coverage(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def statement(metrics: dict[str, Any]) -> Iterator[str]:
-    """Yield one line a file, its GAUC with all that it was computed with."""
+    """Yield the GAUC of each file with all that it was computed with, a line a file.
+
+    Where several files cover the same users and impressions, that is said in one line, and the GAUCs are left to
+    the table.
+    """
     weight, ties = metrics["settings"]["weight"], metrics["settings"]["ties"]
-    for name in metrics["order"]["variants"]:
+    names = metrics["order"]["variants"]
+    covered = {covered_how(metrics["variants"][name]["all"]) for name in names}
+    if len(names) > 1 and len(covered) == 1 and all(metrics["variants"][n]["all"]["gauc"] is not None for n in names):
+        yield f"GAUC of {len(names)} files: weighted by {weight}; {covered.pop()}; ties {ties}"
+        return
+    for name in names:
         one = metrics["variants"][name]["all"]
         value = with_interval(one["gauc"], one["gauc_low"], one["gauc_high"])
         if one["gauc"] is None:
@@ -75,10 +85,26 @@ def statement(metrics: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: GAUC {value}; weighted by {weight}; {covered_how(one)}; ties {ties}"
 
 
+def lines(name: str, width: int = 28) -> str:
+    """Break a long variant name after a "+", since "basic+ad_id+ad_image+user_images" has no other place for it."""
+    rows = [""]
+    for part in name.replace("+", "+\0").split("\0"):
+        if rows[-1] and len(rows[-1]) + len(part) > width:
+            rows.append("")
+        rows[-1] += part
+    return "\n".join(rows)
+
+
+def _table(title: str) -> Table:
+    looks = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    looks.padding = (0, 1, 0, 0)
+    return looks
+
+
 def overall_table(metrics: dict[str, Any]) -> Table:
     """Return files × metrics, over all impressions."""
     baseline = metrics["settings"]["baseline"]
-    table = Table(title="All impressions", title_justify="left", title_style="bold")
+    table = _table("All impressions")
     table.add_column("variant", overflow="fold")
     table.add_column("GAUC")
     if baseline:
@@ -88,7 +114,7 @@ def overall_table(metrics: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for name in metrics["order"]["variants"]:
         one = metrics["variants"][name]["all"]
-        cells = [name, with_interval(one["gauc"], one["gauc_low"], one["gauc_high"])]
+        cells = [lines(name), with_interval(one["gauc"], one["gauc_low"], one["gauc_high"])]
         if baseline:
             gain = with_interval(one["gain"], one["gain_low"], one["gain_high"], sign=True)
             cells += ["baseline" if name == baseline else gain, percent(one["r_gauc"])]
@@ -101,27 +127,27 @@ def overall_table(metrics: dict[str, Any]) -> Table:
 def slice_table(metrics: dict[str, Any]) -> Table:
     """Return files × slices, days left out: GAUC."""
     slices = [s for s in metrics["order"]["slices"] if not s.startswith("day=")]
-    table = Table(title="GAUC by slice", title_justify="left", title_style="bold")
+    table = _table("GAUC by slice")
     table.add_column("variant", overflow="fold")
     for s in slices:
         table.add_column(Text(s), justify="right", overflow="fold")
     for name in metrics["order"]["variants"]:
         by_slice = metrics["variants"][name]["slices"]
         cells = [number(by_slice[s]["gauc"]) if s in by_slice else "" for s in slices]
-        table.add_row(*(Text(cell) for cell in [name, *cells]))
+        table.add_row(*(Text(cell) for cell in [lines(name), *cells]))
     return table
 
 
 def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
     """Return the paired comparisons over the named slices."""
-    table = Table(title="Differences in GAUC, paired", title_justify="left", title_style="bold")
+    table = _table("Differences in GAUC, paired")
     for column in ("better", "worse", "impressions", "difference", "95% interval", "excludes 0"):
         table.add_column(column, overflow="fold")
     for c in metrics["comparisons"]:
         if c["slice"] not in slices:
             continue
         sure = {None: "n/a", True: "yes", False: "no"}[c["significant"]]
-        cells = [c["better"], c["worse"], c["slice"], number(c["difference"], sign=True)]
+        cells = [lines(c["better"]), lines(c["worse"]), c["slice"], number(c["difference"], sign=True)]
         cells += [interval(c["low"], c["high"], sign=True), sure]
         table.add_row(*(Text(cell) for cell in cells))
     return table

@@ -13,7 +13,7 @@ from torch import nn
 
 from ctrkit import files, state_dict
 from ctrkit.batches import Schema
-from ctrkit.embedding import Table
+from ctrkit.embedding import Table, with_unknown
 from ctrkit.errors import UserError
 from ctrkit.models import make_model
 from ctrkit.models.plan import Plan, make_plan
@@ -78,8 +78,9 @@ def build(train: Train, schema: Schema, counts: Counts, pictures: PictureVectors
         vocabs = by_width.setdefault(plan.width(name), [])
         if schema.features[name].vocab not in vocabs:
             vocabs.append(schema.features[name].vocab)
+    expected = {name: with_unknown(n_V, train.unknown_rate) for name, n_V in counts.items()}
     tables = {
-        width: Table({v: schema.vocab_sizes[v] for v in vocabs}, width, counts, generator)
+        width: Table({v: schema.vocab_sizes[v] for v in vocabs}, width, expected, generator)
         for width, vocabs in sorted(by_width.items())
     }
     if train.model == "lr":

@@ -13,6 +13,10 @@ from ctrkit.features import FeatureStore
 
 MEMORY_LIMIT = 4 << 30
 """Bytes of float16 features that are held in memory; larger files are read row by row from disk."""
+NORM = 4.0
+"""Root mean square of the vectors' norms after scaling. An Adam step moves an output of the first layer by up to
+the learning rate times the vector's 1-norm, so wide vectors of unit coordinates make the first steps too long: with
+4096 coordinates the demo's attention was not learned at all, and the smaller of 64, 20, 8 and 4 was always better."""
 CONTROL_SEED = 20_170_711
 """Of the permutation of `[train] shuffle_pictures`."""
 
@@ -21,7 +25,7 @@ class PictureVectors:
     """Reads picture vectors by vocabulary index.
 
     Raw CNN vectors share a large common part that drowns the differences; so the mean over training pictures is
-    taken off, and one scale makes the remaining coordinates' root mean square 1. A picture without a row is zero.
+    taken off, and one scale makes the root mean square of the remaining norms `NORM`. A picture without a row is zero.
 
     Parameters
     ----------
@@ -44,13 +48,18 @@ class PictureVectors:
                 "Run `ctrkit extract-images` with this --convert folder."
             )
         in_memory = self.store.rows * self.store.width * 2 <= MEMORY_LIMIT
-        self._matrix = self.store.load() if in_memory else None
+        self._matrix = torch.from_numpy(self.store.load()) if in_memory else None
         self.mean_W = torch.zeros(self.store.width)
         self.scale = torch.ones(())
 
     @property
     def width(self) -> int:
         return self.store.width
+
+    @property
+    def missing(self) -> int:
+        """How many pictures of the vocabulary have no vector."""
+        return int((self.row_V[2:] < 0).sum())
 
     def fit(self) -> None:
         """Set mean and scale from the pictures that training refers to."""
@@ -60,25 +69,24 @@ class PictureVectors:
         total = np.zeros(self.width)
         square = np.zeros(self.width)
         for part in np.array_split(rows, max(1, len(rows) // 8192)):
-            x = self._read(part).astype(np.float64)
+            x = self._read(part).numpy().astype(np.float64)
             total += x.sum(0)
             square += (x * x).sum(0)
         mean = total / len(rows)
         variance = np.maximum(square / len(rows) - mean * mean, 0.0).mean()
         self.mean_W = torch.from_numpy(mean.astype(np.float32))
-        self.scale = torch.tensor(1.0 / np.sqrt(variance) if variance > 0 else 1.0, dtype=torch.float32)
+        self.scale = torch.tensor(NORM / np.sqrt(variance * self.width) if variance > 0 else 1.0, dtype=torch.float32)
 
-    def _read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def _read(self, rows: npt.NDArray[np.int64]) -> Tensor:
         if self._matrix is not None:
-            return self._matrix[rows].astype(np.float32)
-        return self.store.read(rows)
+            return self._matrix.index_select(0, torch.from_numpy(rows)).float()
+        return torch.from_numpy(self.store.read(rows))
 
     def gather(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return ([N, W] distinct vectors, [len(index)] positions in N) for indexes of the vocabulary `image`."""
         rows = np.where(index < len(self.row_V), self.row_V[np.minimum(index, len(self.row_V) - 1)], -1)
         distinct, position = np.unique(rows, return_inverse=True)
-        x_NW = torch.from_numpy(self._read(np.maximum(distinct, 0)))
-        x_NW = (x_NW - self.mean_W) * self.scale
+        x_NW = self._read(np.maximum(distinct, 0)).sub_(self.mean_W).mul_(self.scale)
         if len(distinct) and distinct[0] < 0:
             x_NW[0] = 0.0
         return x_NW, torch.from_numpy(position.reshape(-1).astype(np.int64))

@@ -233,7 +233,7 @@ def make_rules(graph: Graph, command: str) -> str:
             needs = " ".join(str(n.target) for n in step.needs)
             lines += ["", f"{step.target}: FORCE | {needs}", "\t" + _shell([command, *graph.arguments(step)])]
         else:
-            files.sweep(step.output, parts=True)
+            files.tidy(step.output)
             lines += ["", f"{step.target}:"]
     report = by_stage["report"][0]
     said = "done" if report.output in stale else "nothing to do"

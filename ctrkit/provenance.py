@@ -134,7 +134,8 @@ def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> I
         raise Checked(fresh)
     with files.locked(target):
         made_from = provenance(stage, recipe, inputs, known)
-        files.sweep(target, parts=False)
+        for old in files.leftovers(target, parts=False):
+            files.remove(old)
         if os.environ.get("CTRKIT_UNLESS_FRESH") and is_fresh(target, made_from.key, known):
             known.save()
             say(f"{stage}: {target} is what it would be made again")

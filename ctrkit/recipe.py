@@ -247,7 +247,7 @@ class Train(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 on the weight matrices of the dense layers."""
     unknown_rate: Rate = 0.01
-    """Chance that a frequent ad or scene id is trained as unknown; a rare one more often (see docs)."""
+    """Chance that a frequent id is trained as unknown: r; that of one seen n times is r + (1/2 − r)/n."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations; 0: at the end of each epoch."""
     patience: Annotated[int, Field(ge=0)] = 0
@@ -452,7 +452,7 @@ def _explain(error: ValidationError) -> str:
         else:
             given = "" if fault["type"] == "missing" else f" (given: {fault['input']!r})"
             sentences.append(f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}{given}")
-    return ". ".join(dict.fromkeys(sentences)) + "."
+    return " ".join(s if s.endswith("?") else s + "." for s in dict.fromkeys(sentences))
 
 
 def _model_at(loc: Sequence[str]) -> type[Table] | None:

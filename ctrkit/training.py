@@ -47,7 +47,7 @@ class Trainer:
             {"params": weights, "weight_decay": self.config.weight_decay},
             {"params": others},
         ]
-        self.adam = torch.optim.Adam([g for g in groups if g["params"]], lr=self.config.learning_rate)
+        self.adam = torch.optim.Adam([g for g in groups if g["params"]], lr=self.config.learning_rate, fused=True)
         self.steps = self.samples = 0
 
     def run(self) -> TrainedModel:

@@ -52,6 +52,8 @@ def command(
     package = Path(ctrkit.__file__).parent
     # -P keeps the current folder off Python's path, unless it is where ctrkit lies.
     python = [sys.executable, *([] if package.parent == Path.cwd() else ["-P"]), "-m", "ctrkit"]
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # this Make is nobody's child
+        os.environ.pop(name, None)
     os.environ["CTRKIT_DIGESTS"] = str(out / ".digests.json")
     rules = pipeline.write_rules(graph, shlex.join(python))
     words = [make, "-f", str(package / "pipeline.mk"), f"-j{jobs}", f"OUT={out}", f"CTRKIT_RULES={rules}", target]

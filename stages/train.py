@@ -73,6 +73,10 @@ def command(
         judged = [r for r in trainer.history if r["valid_gauc"] is not None]
         best = max(judged, key=lambda r: r["valid_gauc"], default=None)
         work.counts.update(samples=len(train), steps=trainer.steps, best=best)
+        if pictures is not None:
+            work.counts["pictures without a vector"] = pictures.missing
+            if pictures.missing:
+                say(f"train: {pictures.missing:,} pictures have no vector in {features} and count as missing")
     if best is not None:
         say(f"train: {out}: validation GAUC {best['valid_gauc']:.4f} at step {best['step']} of {trainer.steps}")
     else:

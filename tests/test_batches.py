@@ -157,9 +157,9 @@ def test_schema_goes_to_json_and_back_in_any_order_of_keys() -> None:
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a groups folder: it has no schema.json"):
+    with pytest.raises(UserError, match=r"is not a groups folder: it has no schema.json"):
         Schema.read(tmp_path)
-    with pytest.raises(UserError, match="has no test split; .split. in the recipe decides"):
+    with pytest.raises(UserError, match=r"has no test split; \[split\] in the recipe decides"):
         GroupedData(folder, "test", ALL)
     with pytest.raises(UserError, match="has no valid split"):
         GroupedData(folder, "valid", ALL)

@@ -1,6 +1,6 @@
 """Batches against the groups they were made from, sample by sample."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from ctrkit.recipe import Train
 from tests.models.reference import PictureVectors, pictures
 from tests.small_groups import FEATURES, SCHEMA, SIZES, Group, alone, random_groups, some_groups, to_block
 
-ONE_HOT = ["gender", "scene", "ad_id", "ad_goods", "ad_brand"]
 COUNTS = {vocab: np.full(size, 3, np.int64) for vocab, size in SIZES.items()}
 
 
@@ -70,32 +69,61 @@ def unknown(made: TrainedModel, groups: list[Group], seed: tuple[int, ...] | Non
     return {name: index_of(made, batch, name) for name in made.plan.ids}
 
 
-def per_sample(made: TrainedModel, groups: list[Group], found: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Repeat the user features a sample, so that any grouping compares."""
-    lengths = [len(g.samples) for g in groups]
-    return {
-        name: np.repeat(values, lengths).tolist() if FEATURES[name].of == "user" else values
-        for name, values in found.items()
-        if name in ONE_HOT
-    }
+def per_sample(groups: list[Group], found: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+    """Return for each sample what it sees of every feature, a history expanded to the samples of its group."""
+    left = {name: iter(values) for name, values in found.items()}
+
+    def take(name: str, owner: dict[str, Any]) -> list[int]:
+        n = len(owner[name]) if FEATURES[name].multi_hot else 1
+        return [next(left[name]) for _ in range(n)]
+
+    out = []
+    for group in groups:
+        of_group = {n: take(n, group.user) for n in found if FEATURES[n].of == "user"}
+        histories = [n for n in found if FEATURES[n].of == "behaviour"]
+        of_group |= {n: [v for b in group.behaviours for v in take(n, b)] for n in histories}
+        for sample in group.samples:
+            out.append(of_group | {n: take(n, sample) for n in found if n not in of_group})
+    assert all(next(values, None) is None for values in left.values())
+    return out
 
 
 def test_unknown_ids_do_not_depend_on_batching_or_grouping(vectors: PictureVectors) -> None:
-    made, groups = model(vectors), random_groups(3, [3] * 40, [1] * 40)
-    whole = per_sample(made, groups, unknown(made, groups, (1, 0), 0.1))
+    made, groups = model(vectors), random_groups(3, [3] * 40, [2] * 40)
+    whole = per_sample(groups, unknown(made, groups, (1, 0), 0.1))
     apart = alone(groups)
-    assert per_sample(made, apart, unknown(made, apart, (1, 0), 0.1)) == whole
-    halves = [
-        per_sample(made, part, unknown(made, part, (1, 0), 0.1)) for part in (groups[:17], groups[17:])
-    ]
-    assert {n: halves[0][n] + halves[1][n] for n in whole} == whole
-    other_epoch = per_sample(made, groups, unknown(made, groups, (1, 1), 0.1))
-    plain = per_sample(made, groups, unknown(made, groups, None, 0.0))
-    for name in ONE_HOT:
-        assert whole[name] != plain[name]
-        assert whole[name] != other_epoch[name]
-        changed = [(a, b) for a, b in zip(plain[name], whole[name], strict=True) if a != b]
-        assert all(b == 1 and a > 1 for a, b in changed)
+    assert per_sample(apart, unknown(made, apart, (1, 0), 0.1)) == whole
+    halves = [per_sample(part, unknown(made, part, (1, 0), 0.1)) for part in (groups[:17], groups[17:])]
+    assert halves[0] + halves[1] == whole
+    other_epoch = per_sample(groups, unknown(made, groups, (1, 1), 0.1))
+    plain = per_sample(groups, unknown(made, groups, None, 0.0))
+    for name in made.plan.ids:
+        assert [s[name] for s in whole] != [s[name] for s in other_epoch]
+        pairs = [p for s, t in zip(plain, whole, strict=True) for p in zip(s[name], t[name], strict=True)]
+        changed = [(before, after) for before, after in pairs if before != after]
+        assert changed
+        assert all(before > 1 and after == 1 for before, after in changed)
+
+
+def test_an_id_twice_in_a_list_is_unknown_twice_or_not_at_all(vectors: PictureVectors) -> None:
+    made, groups = model(vectors), random_groups(3, [2] * 60, [4] * 60)
+    for group in groups:
+        for behaviour in group.behaviours:
+            behaviour["goods"] = group.behaviours[0]["goods"]
+    goods = np.array(unknown(made, groups, (1, 0), 0.3)["goods"]).reshape(60, 4)
+    assert (goods == goods[:, :1]).all()
+    assert 5 < (goods[:, 0] == 1).sum() < 55
+
+
+def test_rare_ids_become_unknown_more_often(vectors: PictureVectors) -> None:
+    """Each id by its own count: here the brand 2 was seen once, the others a million times."""
+    made, groups = model(vectors), random_groups(4, [20] * 100, [0] * 100)
+    counts = COUNTS | {"brand": np.array([0, 0, 1, 10**6, 10**6])}
+    collate = Collator(made.plan, made.tables, made.pictures, counts, 0.01)
+    after = np.array(index_of(made, collate(to_block(groups), (1, 0)), "ad_brand"))
+    before = np.array([s["ad_brand"] for g in groups for s in g.samples])
+    assert abs((after[before == 2] == 1).mean() - 0.5) < 0.12
+    assert (after[before > 2] == 1).mean() < 0.04
 
 
 def test_nothing_becomes_unknown_without_a_rate_or_outside_training(vectors: PictureVectors) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrkit.embedding import REGULARISATIONS, Table, unknown_mask
+from ctrkit.embedding import REGULARISATIONS, Table, unknown_mask, with_unknown
 
 SIZES = {"a": 6, "b": 4}
 COUNTS = {"a": np.array([0, 0, 7, 3, 1, 40]), "b": np.array([0, 2, 900, 5])}
@@ -143,7 +143,15 @@ def test_never_unknown() -> None:
     assert not mask(1, 1, 0.9).any()  # and is not drawn again where it is unknown already
 
 
-def test_the_draw_depends_on_key_and_seed_only() -> None:
+def test_the_unknown_row_counts_the_samples_that_will_train_it() -> None:
+    count = np.array([0, 3, 1, 10, 100])
+    chances = [0.01 + 0.49 / n for n in (1, 10, 100)]
+    expected = 3 + sum(n * p for n, p in zip((1, 10, 100), chances, strict=True))
+    assert with_unknown(count, 0.01).tolist() == pytest.approx([0, expected, 1, 10, 100])
+    assert with_unknown(count, 0.0).tolist() == count.tolist()
+
+
+def test_the_draw_depends_on_key_id_and_seed_only() -> None:
     rng = np.random.default_rng(0)
     index, count = rng.integers(0, 9, len(KEYS)), rng.integers(1, 50, len(KEYS)).astype(np.float64)
     whole = unknown_mask(KEYS, (1, 2, 3), index, count, 0.1)

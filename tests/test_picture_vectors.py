@@ -39,17 +39,18 @@ def rows_of(vectors: PictureVectors, index: list[int]) -> np.ndarray:
 
 def test_mean_and_scale_are_of_the_distinct_training_pictures(folder: Path) -> None:
     vectors = opened(folder)
-    assert vectors.width == 4
+    assert (vectors.width, vectors.missing) == (4, 2)
     vectors.fit()
     training = VECTORS[[1, 2, 3, 4]].astype(np.float64)  # p1 and p6 once, p3 and p7 without a vector, p5 untrained
     mean = training.mean(0)
     np.testing.assert_allclose(vectors.mean_W, mean, rtol=1e-6)
-    np.testing.assert_allclose(vectors.scale, 1 / np.sqrt(((training - mean) ** 2).mean()), rtol=1e-6)
+    norm = np.sqrt(((training - mean) ** 2).sum(1).mean())
+    np.testing.assert_allclose(vectors.scale, picture_vectors.NORM / norm, rtol=1e-6)
     found = rows_of(vectors, [2, 3, 4, 6, 8])
     np.testing.assert_allclose(found, (VECTORS[[4, 1, 2, 3, 1]] - mean) * float(vectors.scale), rtol=1e-5, atol=1e-5)
     distinct = rows_of(vectors, [2, 3, 4, 6])
     np.testing.assert_allclose(distinct.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(np.sqrt((distinct**2).mean()), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.sqrt((distinct**2).sum(1).mean()), picture_vectors.NORM, rtol=1e-5)
 
 
 def test_missing_is_zero_after_centring(folder: Path) -> None:

@@ -67,7 +67,7 @@ class DICM(nn.Module):
             k_BD = self.user_pictures_BD(batch)
             if self.attention is not None:
                 w_P = self._attend_P(batch, context_SD, k_BD)
-                v_PD = k_BD[batch.behaviour_P] * w_P.unsqueeze(1)
+                v_PD = k_BD.index_select(0, batch.behaviour_P) * w_P.unsqueeze(1)
                 parts.append(segment_sum(v_PD, batch.sample_P, batch.n_samples))
             else:
                 pool = segment_sum if self.plan.train.pooling == "sum" else segment_max

@@ -51,7 +51,7 @@ class DIN(nn.Module):
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
         w_P = self.weights_P(batch, look)
         v_BD = look.behaviours_B(self.plan.behaviour)
-        v_PD = v_BD[batch.behaviour_P] * w_P.unsqueeze(1)
+        v_PD = v_BD.index_select(0, batch.behaviour_P) * w_P.unsqueeze(1)
         parts.append(segment_sum(v_PD, batch.sample_P, batch.n_samples))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out

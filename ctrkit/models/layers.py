@@ -103,8 +103,8 @@ def segment_max(values: Tensor, segment: Tensor, n: int) -> Tensor:
 def segment_softmax(logits_P: Tensor, segment_P: Tensor, n: int) -> Tensor:
     """Return [P]: a softmax over the rows of each segment."""
     top_n = logits_P.detach().new_full((n,), -torch.inf).scatter_reduce(0, segment_P, logits_P.detach(), "amax")
-    e_P = torch.exp(logits_P - top_n[segment_P])
-    return e_P / segment_sum(e_P, segment_P, n)[segment_P]
+    e_P = torch.exp(logits_P - top_n.index_select(0, segment_P))
+    return e_P / segment_sum(e_P, segment_P, n).index_select(0, segment_P)
 
 
 class PairMLP(nn.Module):
@@ -134,8 +134,9 @@ class PairMLP(nn.Module):
             w_q, w_k = w_q + self.weight["d"], w_k - self.weight["d"]
         h_SH = nn.functional.linear(q_SD, w_q, self.bias)
         h_BH = nn.functional.linear(k_BD, w_k)
-        h_PH = h_SH[sample_P] + h_BH[behaviour_P]
+        h_PH = h_SH.index_select(0, sample_P) + h_BH.index_select(0, behaviour_P)
         if "p" in self.parts:
-            h_PH = h_PH + nn.functional.linear(q_SD[sample_P] * k_BD[behaviour_P], self.weight["p"])
+            product_PD = q_SD.index_select(0, sample_P) * k_BD.index_select(0, behaviour_P)
+            h_PH = h_PH + nn.functional.linear(product_PD, self.weight["p"])
         out_P: Tensor = self.rest(self.act(h_PH)).squeeze(1)
         return out_P

@@ -63,6 +63,19 @@ def test_the_flag_changes_nothing_and_no_json_writes_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.csv"]
 
 
+def test_what_several_files_share_is_said_once(tmp_path):
+    TABLE.write_parquet(tmp_path / "good.parquet")
+    WORSE.write_parquet(tmp_path / "bad.parquet")
+    said = run(tmp_path / "good.parquet", tmp_path / "bad.parquet").output
+    assert said.count("weighted by impressions; 2 users kept, 1 dropped") == 1
+    assert "GAUC of 2 files: weighted" in said
+    TABLE.filter(pl.col("user") != "b").write_parquet(tmp_path / "part.parquet")
+    said = run(tmp_path / "good.parquet", tmp_path / "part.parquet").output
+    assert said.count("weighted by impressions") == 2
+    assert "good: GAUC 0.8000" in said
+    assert "part: GAUC 1.0000" in said
+
+
 def test_weight_by_clicks(tmp_path):
     TABLE.write_csv(tmp_path / "x.csv")
     assert "x: GAUC 0.7500" in run("--gauc", tmp_path / "x.csv", "--weight", "clicks").output

@@ -1,0 +1,96 @@
+"""ctrkit predict, through the command line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from ctrkit.stages.predict import command
+
+from ctrkit.cli import COMMANDS
+from ctrkit.gauc import gauc
+from tests.tiny_run import TinyRun
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["--set", "train.epochs=3", "--set", "train.learning_rate=0.01", "--set", "train.user_ids=true"]
+    return tiny_run.train(tmp_path_factory.mktemp("model") / "model", *words)
+
+
+def test_help_is_the_line_in_the_list_of_commands() -> None:
+    assert command.get_short_help_str(200) == COMMANDS["predict"][1]
+
+
+def test_the_same_at_any_batch_in_the_order_of_the_groups(tiny_run: TinyRun, model: Path, tmp_path: Path) -> None:
+    tables = []
+    for batch in (1, 7, 4096):
+        out = tmp_path / f"{batch}.parquet"
+        tiny_run.must("predict", *tiny_run.reads(), "--model", model, "--set", f"predict.batch={batch}", "--out", out)
+        tables.append(pl.read_parquet(out))
+    columns = ["sample_id", "user", "ad", "day", "click", "score", "history_length", "unseen_ad"]
+    assert tables[0].columns == columns
+    groups = pl.read_parquet(tiny_run.groups / "test" / "*.parquet")
+    lists = ["sample_id", "ad", "click", "unseen_ad"]
+    expected = groups.select("user", "day", *lists, pl.col("goods").list.len().alias("history_length")).explode(lists)
+    for table in tables:
+        assert table.drop("score").equals(expected.select([c for c in columns if c != "score"]))
+        np.testing.assert_allclose(table["score"], tables[0]["score"], atol=1e-6)
+    assert tables[0]["score"].is_between(0, 1, closed="none").all()
+    assert tables[0]["score"].n_unique() > 100
+
+
+def test_the_validation_scores_are_those_of_training(tiny_run: TinyRun, model: Path, tmp_path: Path) -> None:
+    """A model read back from disk is the model that was validated: the same GAUC, to the last digit."""
+    out = tmp_path / "valid.parquet"
+    result = tiny_run.must("predict", *tiny_run.reads(), "--model", model, "--set", "predict.split=valid", "--out", out)
+    table = pl.read_parquet(out)
+    best = json.loads(model.with_name("model.json").read_text())["counts"]["best"]
+    assert gauc(table["user"].to_numpy(), table["click"], table["score"]).value == best["valid_gauc"]
+    assert f"predict: {table.height} impressions -> {out}" in result.output
+    assert json.loads((tmp_path / "valid.parquet.json").read_text())["counts"] == {"samples": table.height}
+
+
+def test_every_kind_of_model(tiny_run: TinyRun, tmp_path: Path) -> None:
+    for variant in ("lr", "base", "din", "sum"):
+        trained = tiny_run.train(tmp_path / variant, "--variant", variant)
+        words = [*tiny_run.reads(), "--model", trained, "--set", "predict.split=valid", "--set", "train.threads=2"]
+        tiny_run.must("predict", *words, "--out", tmp_path / f"{variant}.parquet")
+        table = pl.read_parquet(tmp_path / f"{variant}.parquet")
+        best = json.loads((tmp_path / f"{variant}.json").read_text())["counts"]["best"]
+        found = gauc(table["user"].to_numpy(), table["click"], table["score"]).value
+        assert found == pytest.approx(best["valid_gauc"], abs=1e-9)
+
+
+def refused(tiny_run: TinyRun, out: Path, *words: object) -> str:
+    result = tiny_run.call("predict", *words, "--out", out)
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    assert not out.exists()
+    error = result.output[result.output.index("Error: ") :].strip()
+    assert "\n" not in error
+    return error
+
+
+def test_what_does_not_fit(tiny_run: TinyRun, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "predictions.parquet"
+    reads = tiny_run.reads()
+    groups = ["--groups", tiny_run.groups]
+    assert "give --features" in refused(tiny_run, out, "--model", model, *groups)
+    assert "it has no settings.json" in refused(tiny_run, out, "--model", tmp_path / "none", *reads)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    whole = (damaged / "model.pt").read_bytes()
+    (damaged / "model.pt").write_bytes(whole[: len(whole) // 2])
+    assert "model.pt is not a state dict" in refused(tiny_run, out, "--model", damaged, *reads)
+    other = tmp_path / "groups"
+    shutil.copytree(tiny_run.groups, other)
+    schema = json.loads((other / "schema.json").read_text())
+    (other / "schema.json").write_text(json.dumps({**schema, "vocab_digest": "f" * 32}))
+    words = ["--model", model, "--groups", other, *reads[2:]]
+    assert "was trained with another vocabulary" in refused(tiny_run, out, *words)
+    shutil.rmtree(other / "test")
+    (other / "schema.json").write_text(json.dumps(schema))
+    assert "has no test split" in refused(tiny_run, out, *words)

@@ -1,0 +1,105 @@
+"""The simulated shop's known answers: what pictures, attention and typical clicks must gain, and what must not.
+
+All through the command line: two worlds are simulated, trained and evaluated; the second has no picture signal.
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORLD = Path(__file__).parent / "worlds" / "small-shop.toml"
+UNSEEN = "unseen_ad=true"
+SEEN = "unseen_ad=false"
+
+Metrics = dict[str, Any]
+
+
+def ctrkit(*words: object) -> None:
+    done = subprocess.run([sys.executable, "-m", "ctrkit", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
+    """The metrics of the small shop, all variants."""
+    out = tmp_path_factory.mktemp("shop")
+    ctrkit("run", WORLD, "--out", out)
+    metrics: Metrics = json.loads((out / "small-shop" / "metrics.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+@pytest.fixture(scope="session")
+def null_shop(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
+    """The metrics of a shop whose pictures decide nothing."""
+    out = tmp_path_factory.mktemp("null")
+    predictions = []
+    for variant in ("basic+ad_id", "basic+ad_id+user_ids", "whole"):
+        path = out / "small-shop" / variant / "predictions.parquet"
+        ctrkit("run", WORLD, "--out", out, "--set", "simulate.picture_signal=0", "--target", f"{path}.json")
+        predictions.append(f"{variant}={path}")
+    pairs = itertools.product(["whole"], ["basic+ad_id", "basic+ad_id+user_ids"])
+    compare = [word for pair in pairs for word in ("--compare", ",".join(pair))]
+    ctrkit("eval", "--gauc", *predictions, *compare, "--json", out / "null.json")
+    metrics: Metrics = json.loads((out / "null.json").read_text(encoding="utf-8"))
+    return metrics
+
+
+def gain(metrics: Metrics, better: str, worse: str, part: str = "all") -> dict[str, float]:
+    """Return difference, low and high of a paired comparison."""
+    found = [c for c in metrics["comparisons"] if (c["better"], c["worse"], c["slice"]) == (better, worse, part)]
+    assert len(found) == 1, (better, worse, part)
+    return found[0]  # type: ignore[no-any-return]
+
+
+def gauc(metrics: Metrics, variant: str, part: str) -> float:
+    of = metrics["variants"][variant]
+    value = (of["all"] if part == "all" else of["slices"][part])["gauc"]
+    return float(value)
+
+
+@pytest.mark.known_answers
+def test_pictures_help(shop: Metrics) -> None:
+    found = gain(shop, "whole", "basic+ad_id")
+    assert found["difference"] >= 0.02
+    assert found["low"] > 0
+
+
+@pytest.mark.known_answers
+def test_pictures_help_most_on_ads_never_seen_in_training(shop: Metrics) -> None:
+    assert gain(shop, "whole", "basic+ad_id", UNSEEN)["low"] > 0
+    on_unseen = gauc(shop, "whole", UNSEEN) - gauc(shop, "basic+ad_id", UNSEEN)
+    on_seen = gauc(shop, "whole", SEEN) - gauc(shop, "basic+ad_id", SEEN)
+    assert on_unseen > on_seen
+
+
+@pytest.mark.known_answers
+@pytest.mark.parametrize("pooling", ["pooling-sum", "pooling-max"])
+def test_attentive_pooling_beats_the_others(shop: Metrics, pooling: str) -> None:
+    assert gain(shop, "whole", pooling)["low"] > 0
+
+
+@pytest.mark.known_answers
+def test_local_activation_beats_sum_pooling_on_ids(shop: Metrics) -> None:
+    assert gain(shop, "din", "base")["low"] > 0
+
+
+@pytest.mark.known_answers
+def test_typical_clicks_beat_all_clicks(shop: Metrics) -> None:
+    assert gain(shop, "whole", "all-clicks")["low"] > 0
+
+
+@pytest.mark.known_answers
+def test_shuffled_pictures_gain_nothing_beyond_an_id(shop: Metrics) -> None:
+    assert gain(shop, "shuffled-pictures", "basic+ad_id+user_ids")["high"] < 0.005
+    assert gain(shop, "shuffled-pictures", "basic+ad_id+user_ids", UNSEEN)["low"] <= 0
+
+
+@pytest.mark.known_answers
+def test_pictures_gain_nothing_where_looks_decide_nothing(null_shop: Metrics) -> None:
+    assert gain(null_shop, "whole", "basic+ad_id+user_ids")["high"] < 0.005
+    assert gain(null_shop, "whole", "basic+ad_id+user_ids", UNSEEN)["low"] <= 0

@@ -1,0 +1,173 @@
+"""Keys, freshness and sidecars."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from ctrkit import provenance
+from ctrkit.digests import Digests
+from ctrkit.recipe import Recipe
+
+CHECKOUT = Path(__file__).parent.parent
+RECIPE = Recipe.model_validate({"name": "r", "group": {"seed": 3}})
+
+
+def make(target: Path, source: Path, text: str = "made", recipe: Recipe = RECIPE) -> None:
+    with provenance.output("group", recipe, {"source": source, "none": None}, target) as work:
+        work.path.write_text(text)
+        work.counts["rows"] = 1
+
+
+def fail(target: Path, source: Path) -> None:
+    with provenance.output("group", RECIPE, {"source": source}, target) as work:
+        work.path.write_text("half")
+        raise ZeroDivisionError
+
+
+def key(source: Path, recipe: Recipe = RECIPE, stage: str = "group", name: str = "source") -> str:
+    return provenance.provenance(stage, recipe, {name: source}, Digests()).key
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_text("source")
+    return path
+
+
+def test_the_sidecar_says_what_it_was_made_from(tmp_path: Path, source: Path) -> None:
+    make(tmp_path / "out", source)
+    sidecar = json.loads((tmp_path / "out.json").read_text())
+    assert sidecar["stage"] == "group"
+    assert sidecar["config"]["group"]["seed"] == 3
+    assert set(sidecar["config"]) == set(provenance.TABLES["group"])
+    assert sidecar["inputs"] == {"source": Digests().of(source)}
+    assert sidecar["content"] == Digests().of(tmp_path / "out")
+    assert sidecar["counts"] == {"rows": 1}
+    assert sidecar["key"] == key(source)
+    assert {"python", "ctrkit", "torch"} <= set(sidecar["versions"])
+    assert str(tmp_path) not in json.dumps(sidecar)
+
+
+def test_what_the_key_depends_on(tmp_path: Path, source: Path) -> None:
+    first = key(source)
+    assert key(source) == first
+    other = RECIPE.model_copy(update={"about": "something else", "eval": RECIPE.eval.model_copy(update={"seed": 7})})
+    assert key(source, other) == first  # group reads neither
+    assert key(source, RECIPE.model_copy(update={"group": RECIPE.group.model_copy(update={"seed": 4})})) != first
+    assert key(source, stage="eval") != first
+    assert key(source, name="other") != first
+    shutil.copy(source, tmp_path / "copy")
+    assert key(tmp_path / "copy") == first
+    source.write_text("changed")
+    assert key(source) != first
+
+
+def test_freshness(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+
+    def is_fresh() -> bool:
+        return provenance.is_fresh(out, key(source), Digests())
+
+    assert not is_fresh()
+    make(out, source)
+    assert is_fresh()
+    out.write_text("spoiled")
+    assert not is_fresh()
+    out.write_text("made")
+    assert is_fresh()
+    source.write_text("changed")
+    assert not is_fresh()
+    make(out, source)
+    (tmp_path / "out.json").write_text("[")
+    assert not is_fresh()
+
+
+def test_a_fresh_output_is_left_alone_where_that_is_wanted(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    make(out, source)
+    before = out.stat().st_ino
+    make(out, source)
+    assert out.stat().st_ino != before
+    monkeypatch.setenv("CTRKIT_UNLESS_FRESH", "1")
+    before = out.stat().st_ino
+    with pytest.raises(click.exceptions.Exit) as ended:
+        make(out, source)
+    assert ended.value.exit_code == 0
+    assert out.stat().st_ino == before
+    assert f"group: {out} is what it would be made again" in capsys.readouterr().err
+    source.write_text("changed")
+    make(out, source, text="anew")
+    assert out.read_text() == "anew"
+
+
+def test_asking_makes_nothing(tmp_path: Path, source: Path) -> None:
+    for wanted in (False, True):
+        with provenance.checking(), pytest.raises(provenance.Checked) as asked:
+            make(tmp_path / "out", source)
+        assert asked.value.fresh is wanted
+        if not wanted:
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+            make(tmp_path / "out", source)
+
+
+def test_an_error_leaves_output_and_sidecar(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    make(out, source)
+    before = (tmp_path / "out.json").read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        fail(out, source)
+    assert out.read_text() == "made"
+    assert (tmp_path / "out.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.json", "source"]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the package as it is installed, to be edited, which the digests are taken of."""
+    shutil.copytree(CHECKOUT / "ctrkit", tmp_path / "ctrkit")
+    shutil.copytree(CHECKOUT / "stages", tmp_path / "ctrkit" / "stages")
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "__file__", str(tmp_path / "ctrkit" / "provenance.py"))
+        yield tmp_path / "ctrkit"
+    provenance.code_digest.cache_clear()
+
+
+def code_digests() -> dict[str, str]:
+    provenance.code_digest.cache_clear()
+    provenance._read_source.cache_clear()
+    return {stage: provenance.code_digest(stage) for stage in provenance.TABLES}
+
+
+def test_a_checkout_and_an_installed_package_have_the_same_digests(package: Path) -> None:
+    installed = code_digests()
+    provenance.__file__ = str(CHECKOUT / "ctrkit" / "provenance.py")
+    assert code_digests() == installed
+
+
+def test_code_counts_as_far_as_it_is_imported(package: Path) -> None:
+    before = code_digests()
+
+    def changed(name: str, text: str = "\nx = 1\n") -> set[str]:
+        old = (package / name).read_text()
+        (package / name).write_text(old + text)
+        now = code_digests()
+        (package / name).write_text(old)
+        return {stage for stage in now if now[stage] != before[stage]}
+
+    assert changed("stages/group.py") == {"group"}
+    assert changed("clicks.py") == {"select-clicks"}
+    assert changed("world.py") == {"simulate"}
+    assert changed("extraction.py") == {"extract-images"}
+    assert changed("files.py") == set(provenance.TABLES)
+    for model in ("models/dicm.py", "models/__init__.py"):
+        assert {"train", "predict"} <= changed(model) <= {"train", "predict", "report"}
+    assert changed("templates/report.html.j2", "<p>") == {"report"}
+    assert changed("pipeline.py") == changed("stages/rules.py") == set()
+    assert code_digests() == before

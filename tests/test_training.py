@@ -1,0 +1,377 @@
+"""Training: the step against loops, what is kept, when it stops; what can be learned is, and noise is not."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from ctrkit import training
+from ctrkit.batches import GroupedData, Schema
+from ctrkit.embedding import REGULARISATIONS
+from ctrkit.errors import UserError
+from ctrkit.gauc import gauc
+from ctrkit.modelfile import build, open_pictures, read_counts
+from ctrkit.recipe import Feature, Recipe, Train
+from ctrkit.scoring import scores
+from tests.models.reference import log_loss, sigmoid
+from tests.small_groups import (
+    FEATURES,
+    Group,
+    random_groups,
+    write_features,
+    write_groups,
+    write_image_vocabulary,
+)
+
+Rng = np.random.Generator
+
+
+def trainer(groups: Path, pictures: Path | None = None, **train: Any) -> training.Trainer:
+    """Return a trainer as the stage makes it."""
+    torch.set_num_threads(1)
+    config = Train(**{"model": "base", "tower": (16,), "batch": 64, "epochs": 3, **train})
+    schema = Schema.read(groups)
+    vectors = open_pictures(config, pictures and pictures / "features.h5", pictures and pictures / "convert")
+    if vectors is not None:
+        vectors.fit()
+    counts = read_counts(groups, schema)
+    model = build(config, schema, counts, vectors)
+    valid = GroupedData(groups, "valid", model.plan.features) if any((groups / "valid").glob("part-*")) else None
+    users = training.sample_users(valid) if valid else None
+    return training.Trainer(model, counts, GroupedData(groups, "train", model.plan.features), valid, users)
+
+
+# Worlds with a known answer: users with a history of goods, ads that are goods, a rule for the click.
+
+WORLD = Recipe.model_validate(
+    {
+        "name": "world",
+        "features": {
+            "gender": {"of": "user"},
+            "ad_id": {"of": "ad", "switch": "ad_id"},
+            "ad_goods": {"of": "ad", "vocab": "goods"},
+            "ad_image": {"of": "ad", "kind": "image"},
+            "goods": {"of": "behaviour"},
+            "image": {"of": "behaviour", "kind": "image"},
+        },
+    }
+).features
+SIZES = {"gender": 4, "ad_id": 42, "goods": 22, "image": 202}
+Rule = Callable[[Rng, dict[str, Any], list[int]], float]
+
+
+def world(folder: Path, rule: Rule, features: dict[str, Feature] = WORLD, n: int = 500) -> Path:
+    """Write groups in which an ad is clicked with the chance that `rule` gives; validation shows new pictures."""
+    rng = np.random.default_rng(8)
+
+    def group(number: int, images: tuple[int, int]) -> Group:
+        goods = rng.integers(2, 22, 3).tolist()
+        samples = []
+        for s in range(6):
+            ad = {"ad_id": int(rng.integers(2, 42)), "ad_image": int(rng.integers(*images))}
+            ad["ad_goods"] = int(rng.choice(goods)) if rng.random() < 0.5 else int(rng.integers(2, 22))
+            ad |= {"sample_id": 10 * number + s, "click": int(rng.random() < rule(rng, ad, goods))}
+            samples.append(ad)
+        return Group({"gender": 2 + number % 2}, [{"goods": g, "image": 0} for g in goods], samples, number)
+
+    train = [group(i, (2, 102)) for i in range(n)]
+    valid = [group(i, (102, 202)) for i in range(n, n + 200)]
+    sizes = {f.vocab: SIZES[f.vocab] for f in features.values()}
+    return write_groups(folder, {"train": train, "valid": valid}, features, sizes, block_groups=100, part_groups=250)
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world(tmp_path_factory.mktemp("noise") / "groups", lambda rng, ad, goods: 0.4)
+
+
+# The step.
+
+
+@pytest.mark.parametrize("regularisation", REGULARISATIONS)
+def test_steps_of_logistic_regression_against_loops(regularisation: str, tmp_path: Path) -> None:
+    """Two epochs of Adam on the bias and row-wise Adam on the weights, with a learning rate that decays in stairs."""
+    groups = random_groups(3, [3, 2, 4, 1, 5], [1, 0, 2, 1, 0])
+    folder = write_groups(tmp_path / "groups", {"train": groups}, block_groups=2)
+    config: dict[str, Any] = {"learning_rate": 0.05, "decay": 0.5, "decay_steps": 3, "regularisation_strength": 0.2}
+    config |= {"model": "lr", "batch": 4, "epochs": 2, "unknown_rate": 0.0, "regularisation": regularisation}
+    made = trainer(folder, **config)
+    made.run()
+
+    names = [n for n, f in FEATURES.items() if f.of in ("user", "ad", "scene") and f.kind == "id"]
+    counts = read_counts(folder, Schema.read(folder))
+    owner = {s["sample_id"]: (g, s) for g in groups for s in g.samples}
+    weight: dict[tuple[str, int], list[float]] = {}  # w, m, v
+    bias = [0.0, 0.0, 0.0]
+    step = 0
+
+    def adam(number: list[float], gradient: float, rate: float) -> None:
+        number[1] = 0.9 * number[1] + 0.1 * gradient
+        number[2] = 0.999 * number[2] + 0.001 * gradient**2
+        number[0] -= rate * number[1] * math.sqrt(1 - 0.999**step) / (1 - 0.9**step) / (math.sqrt(number[2]) + 1e-8)
+
+    for epoch in range(2):
+        for block in made.train.epoch(4, (made.config.seed, epoch)):
+            rate = 0.05 * 0.5 ** (step // 3)
+            step += 1
+            slope: dict[tuple[str, int], float] = {}
+            bias_slope = 0.0
+            ids = np.asarray(block.sample["sample_id"]).tolist()
+            for i in ids:
+                group, sample = owner[i]
+                row = {**group.user, **sample}
+                found = [
+                    (FEATURES[n].vocab, v)
+                    for n in names
+                    for v in (row[n] if FEATURES[n].multi_hot else [row[n]])
+                    if v > 0
+                ]
+                z = bias[0] + sum(weight.setdefault(key, [0.0, 0.0, 0.0])[0] for key in found)
+                for key in found:
+                    slope[key] = slope.get(key, 0.0) + (sigmoid(z) - sample["click"]) / len(ids)
+                bias_slope += (sigmoid(z) - sample["click"]) / len(ids)
+            for key, g in slope.items():
+                n = max(int(counts[key[0]][key[1]]), 1)
+                factor = {"adaptive": 1 / n, "difacto": n, "l2": 1.0, "none": 0.0}[regularisation]
+                adam(weight[key], g + 0.2 * factor * weight[key][0], rate)
+            adam(bias, bias_slope, rate)
+    assert made.steps == step == 8
+    assert made.model.network.bias.item() == pytest.approx(bias[0], rel=1e-4)
+    table = made.model.tables[1]
+    for (vocab, index), (w, _, _) in weight.items():
+        assert table.weight_VD[table.offsets[vocab] + index].item() == pytest.approx(w, rel=1e-3, abs=1e-6)
+    assert int((table.weight_VD != 0).sum()) == sum(w != 0 for w, _, _ in weight.values())
+
+
+def test_weight_decay_is_for_matrices(noise: Path) -> None:
+    groups = trainer(noise, weight_decay=0.3).adam.param_groups
+    for group in groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.3 if p.ndim > 1 else 0)
+    assert sum(len(g["params"]) for g in groups) == len(list(trainer(noise).model.network.parameters()))
+
+
+# The records.
+
+
+def test_what_is_recorded(noise: Path) -> None:
+    made = trainer(noise, model="lr", evaluate_every=20, epochs=1, decay=0.5, decay_steps=8, learning_rate=0.01)
+    made.run()
+    n = 500 * 6
+    steps = math.ceil(n / 64)
+    assert [r["step"] for r in made.history] == [20, 40, steps]
+    assert [r["samples"] for r in made.history] == [20 * 64, 40 * 64, n]
+    assert [r["epoch"] for r in made.history] == [1, 1, 1]
+    assert [r["learning_rate"] for r in made.history] == [0.01 * 0.5 ** ((r["step"] - 1) // 8) for r in made.history]
+    lines = training.history_lines(made.history).splitlines()
+    assert [json.loads(line) for line in lines] == made.history
+
+
+def test_the_loss_before_the_first_step(noise: Path) -> None:
+    """Logistic regression starts at zero, so its first batch costs ln 2."""
+    made = trainer(noise, model="lr", evaluate_every=1, epochs=1)
+    assert next(made._losses(training.Meter("", None, ""))) == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_validation_is_loss_and_gauc_of_the_scores(noise: Path) -> None:
+    made = trainer(noise, epochs=1)
+    made.run()
+    assert made.valid is not None
+    score = np.concatenate([s for _, s in scores(made.model, made.valid, 4096)]).astype(np.float64)
+    rows = list(made.valid.blocks())
+    click = np.concatenate([np.asarray(b.sample["click"]) for b in rows])
+    user = np.repeat(np.arange(200), 6)
+    total = wins = 0.0
+    for u in range(200):
+        pairs = [
+            (a > b) + 0.5 * (a == b)
+            for a in score[(user == u) & (click == 1)]
+            for b in score[(user == u) & (click == 0)]
+        ]
+        if pairs:
+            total, wins = total + 6, wins + 6 * float(np.mean(pairs))
+    groups = [Group({}, [], [{"click": int(c)} for c in click])]
+    assert made.history[-1]["valid_gauc"] == pytest.approx(wins / total, rel=1e-9)
+    assert made.history[-1]["valid_loss"] == pytest.approx(log_loss(np.log(score / (1 - score)), groups), rel=1e-6)
+
+
+def test_users_are_told_apart_by_their_raw_id(tmp_path: Path) -> None:
+    """Groups of one user on two days are one user, whatever index the vocabulary gives."""
+    groups = random_groups(1, [2, 1, 3], [0, 0, 0])
+    for group, user in zip(groups, ("b", "a", "b"), strict=True):
+        group.user["user"] = user
+    folder = write_groups(tmp_path / "groups", {"valid": groups})
+    users = training.sample_users(GroupedData(folder, "valid", ["gender"]))
+    assert users.tolist() == [2, 2, 1, 2, 2, 2]
+
+
+def test_tensorboard(noise: Path, tmp_path: Path) -> None:
+    history = [{"step": 3, "loss": 0.5, "valid_gauc": None}, {"step": 6, "loss": 0.25, "valid_gauc": 0.75}]
+    training.write_tensorboard(history, tmp_path / "board")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.5), (6, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("valid_gauc")] == [(6, 0.75)]
+    assert history[0]["step"] == 3
+
+
+# What is kept, and when training stops.
+
+
+def final_gauc(made: training.Trainer) -> float | None:
+    assert made.valid is not None
+    parts = list(scores(made.model, made.valid, 512))
+    click = np.concatenate([np.asarray(b.sample["click"]) for b, _ in parts])
+    return gauc(made.valid_users, click, np.concatenate([s for _, s in parts])).value
+
+
+def test_the_best_of_the_validations_is_kept(noise: Path) -> None:
+    made = trainer(noise, evaluate_every=10, epochs=2, regularisation="none", learning_rate=0.01)
+    made.run()
+    found = [r["valid_gauc"] for r in made.history]
+    assert np.argmax(found) < len(found) - 1  # on noise, the last is not the best
+    assert final_gauc(made) == max(found)
+
+
+def test_patience(noise: Path) -> None:
+    every = {"evaluate_every": 10, "epochs": 4, "learning_rate": 0.01}
+    whole = trainer(noise, **every)
+    whole.run()
+    curve = [r["valid_gauc"] for r in whole.history]
+    for patience in (1, 3):
+        made = trainer(noise, **every, patience=patience)
+        made.run()
+        best, waited, expected = -math.inf, 0, 0
+        for value in curve:
+            expected += 1
+            best, waited = (value, 0) if value > best else (best, waited + 1)
+            if waited == patience:
+                break
+        assert [r["valid_gauc"] for r in made.history] == curve[:expected]
+        assert len(made.history) < len(curve)
+        assert final_gauc(made) == best
+
+
+def test_without_validation_the_last_model_is_kept(tmp_path: Path) -> None:
+    """Also where no validation user has both clicks and non-clicks."""
+    train = random_groups(1, [5] * 8, [2] * 8)
+    valid = random_groups(2, [3] * 4, [2] * 4)
+    for group in valid:
+        for sample in group.samples:
+            sample["click"] = group.group_id % 2
+    for name, splits in {"none": {"train": train}, "one class": {"train": train, "valid": valid}}.items():
+        folder = write_groups(tmp_path / name, splits)
+        made, last = trainer(folder, batch=10, patience=1), []
+        made_step = made.step
+
+        def step(batch: Any, made_step: Any = made_step, made: Any = made, last: list[Any] = last) -> Any:
+            loss = made_step(batch)
+            last[:] = [made.model.state()]
+            return loss
+
+        made.step = step  # type: ignore[method-assign]
+        made.run()
+        assert made.steps == 12
+        assert [r["valid_gauc"] for r in made.history] == [None] * 3
+        kept = made.model.state()
+        assert all(torch.equal(t, kept[n]) for n, t in last[0].items() if not n.endswith("seen"))
+
+
+def test_a_loss_that_is_not_finite(noise: Path) -> None:
+    made = trainer(noise, learning_rate=1e30, batch_norm=False)
+    with pytest.raises(UserError, match=r"not finite by step \d+. Lower \[train\] learning_rate"):
+        made.run()
+
+
+# Known answers.
+
+
+def best_gauc(made: training.Trainer) -> float:
+    made.run()
+    return max(r["valid_gauc"] for r in made.history)
+
+
+@pytest.mark.parametrize("model", ["lr", "base", "din"])
+def test_noise_is_not_learned(model: str, noise: Path) -> None:
+    """200 users with some 5.5 pairs of draws: the GAUC of any fixed order has a standard error of about 0.025."""
+    made = trainer(noise, model=model, epochs=2)
+    made.run()
+    assert abs(made.history[-1]["valid_gauc"] - 0.5) < 0.1
+    assert made.history[-1]["valid_loss"] == pytest.approx(0.673, abs=0.02)  # the entropy of a chance of 0.4
+
+
+@pytest.mark.parametrize("model", ["lr", "base", "din", "dicm"])
+def test_an_id_that_decides_is_learned(model: str, tmp_path: Path) -> None:
+    folder = world(tmp_path / "groups", lambda rng, ad, goods: 0.95 if ad["ad_id"] % 2 else 0.05)
+    switches = {"ad_image": False, "user_images": False}
+    assert best_gauc(trainer(folder, model=model, learning_rate=0.01, **switches)) > 0.9
+    if model == "lr":
+        without = trainer(folder, model=model, learning_rate=0.01, ad_id=False)
+        without.run()
+        assert abs(without.history[-1]["valid_gauc"] - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("din", ["din-v1", "din-code"])
+def test_local_activation_is_learned(din: str, tmp_path: Path) -> None:
+    """Clicked is what the user has seen before: only a comparison of ad and behaviours can tell."""
+    folder = world(tmp_path / "groups", lambda rng, ad, goods: 0.95 if ad["ad_goods"] in goods else 0.05, n=700)
+    how = {"learning_rate": 0.01, "epochs": 6}
+    assert best_gauc(trainer(folder, model="din", din=din, **how)) > 0.9
+    if din == "din-code":
+        assert best_gauc(trainer(folder, model="lr", **how)) < 0.6
+
+
+def test_what_a_picture_shows_is_learned_and_holds_for_new_pictures(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(200, 8)) + 5.0
+    images = [f"p{i}" for i in range(200)]
+    write_features(tmp_path / "features.h5", images, range(200), vectors)
+    write_image_vocabulary(tmp_path / "convert", images, [1] * 100 + [0] * 100)
+    folder = world(tmp_path / "groups", lambda rng, ad, goods: 0.95 if vectors[ad["ad_image"] - 2, 3] > 5.0 else 0.05)
+    how = {"model": "dicm", "user_images": False, "extractor": (16, 6), "learning_rate": 0.01}
+    assert best_gauc(trainer(folder, tmp_path, **how)) > 0.85
+    shuffled = trainer(folder, tmp_path, **how, shuffle_pictures=True)
+    shuffled.run()
+    assert abs(shuffled.history[-1]["valid_gauc"] - 0.5) < 0.1
+
+
+def test_seeds(noise: Path) -> None:
+    """In one process; tests/stages/test_train.py compares the files of two."""
+
+    def states(seed: int) -> dict[str, torch.Tensor]:
+        made = trainer(noise, epochs=1, seed=seed, activation="dice")
+        made.run()
+        return made.model.state()
+
+    one, again, other = states(1), states(1), states(2)
+    assert all(torch.equal(t, again[n]) for n, t in one.items())
+    assert not all(torch.equal(t, other[n]) for n, t in one.items())
+
+
+def test_an_unknown_id_is_a_trained_row(tmp_path: Path) -> None:
+    """With a chance to become unknown, the unknown row learns; without one it keeps its first value."""
+    folder = world(tmp_path / "groups", lambda rng, ad, goods: 0.9, {"ad_id": WORLD["ad_id"]}, n=100)
+    for rate in (0.0, 0.1):
+        made = trainer(folder, epochs=1, unknown_rate=rate)
+        table = made.model.tables[12]
+        row = table.offsets["ad_id"] + 1
+        before = table.weight_VD[row].clone()
+        made.valid = None
+        made.run()
+        assert torch.equal(table.weight_VD[row], before) == (rate == 0.0)
+
+
+def test_the_frame_of_groups_is_as_the_stage_writes(noise: Path) -> None:
+    """The hand-made folders of these tests have the columns of docs/formats.md."""
+    columns = pl.read_parquet_schema(noise / "train" / "part-0000.parquet")
+    assert columns["sample_id"] == pl.List(pl.Int64)
+    assert columns["click"] == pl.List(pl.Int8)
+    assert columns["goods"] == columns["ad_id"] == pl.List(pl.UInt32)
+    assert columns["gender"] == pl.UInt32
