@@ -51,6 +51,11 @@ class Table:
         self.v_VD = torch.zeros_like(self.weight_VD)
         self.step = 0
 
+    def to(self, device: str) -> None:
+        """Move weights, moments and counts to a device."""
+        for name in ("weight_VD", "count_V", "m_VD", "v_VD"):
+            setattr(self, name, getattr(self, name).to(device))
+
     def rows(self, vocab: str, index: Ints) -> Ints:
         """Return the matrix rows of vocabulary indexes; padding (0) is row 0."""
         return np.where(index == 0, 0, index + self.offsets[vocab])

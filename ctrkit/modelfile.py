@@ -31,6 +31,15 @@ class TrainedModel:
     network: nn.Module
     tables: dict[int, Table]
     pictures: PictureVectors | None
+    device: str = "cpu"
+
+    def to(self, device: str) -> "TrainedModel":
+        """Move network and tables to a device; picture vectors travel with each batch."""
+        self.network.to(device)
+        for table in self.tables.values():
+            table.to(device)
+        self.device = device
+        return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor that predicting needs, by name."""
@@ -41,8 +50,8 @@ class TrainedModel:
         return out
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return a copy of `tensors`."""
-        return {k: v.detach().clone() for k, v in self.tensors().items()}
+        """Return a copy of `tensors`, on the CPU."""
+        return {k: v.detach().clone().cpu() for k, v in self.tensors().items()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over the tensors that `state` returned."""

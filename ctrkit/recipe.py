@@ -255,6 +255,7 @@ class Train(Table):
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads. Fixed, since sums depend on it in the last bits."""
     device: str = "cpu"
+    """`cpu`, `cuda` or `auto`, of train and predict. Bit-identical reruns are promised on the CPU only."""
     shuffle_pictures: bool = False
     """A control: give each picture another picture's vector. Nothing visual can be learned then."""
 

@@ -1,5 +1,6 @@
 """Scores and attention weights of a trained model."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,25 +32,12 @@ def scores(model: TrainedModel, data: GroupedData, batch: int, label: str = "") 
     """Yield (samples, click probabilities [S]) in the order of the groups."""
     collate = Collator(model.plan, model.tables, model.pictures)
     model.network.eval()
-    with Meter(label or "predict", len(data), "samples") if label else _Quiet() as meter:
+    with Meter(label, len(data), "samples") if label else contextlib.nullcontext() as meter:
         for block in data.epoch(batch):
-            made = collate(block)
-            yield block, torch.sigmoid(model.network(made, look_up(model, made))).numpy()
-            meter.add(block.n_samples)
-
-
-class _Quiet(Meter):
-    def __init__(self) -> None:
-        super().__init__("", None, "")
-
-    def __enter__(self) -> "Meter":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return
-
-    def add(self, n: int = 1, note: str = "") -> None:
-        return
+            made = collate(block).to(model.device)
+            yield block, torch.sigmoid(model.network(made, look_up(model, made))).cpu().numpy()
+            if meter is not None:
+                meter.add(block.n_samples)
 
 
 def predict(model: TrainedModel, groups: Path, split: str, batch: int) -> pl.DataFrame:

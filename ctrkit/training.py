@@ -73,24 +73,27 @@ class Trainer:
 
     def _losses(self, meter: Meter) -> Iterator[float]:
         """Train, and yield the mean loss since the last time whenever an evaluation is due."""
-        total_loss, n_samples = torch.zeros((), dtype=torch.float64), 0
+        total_loss, n_samples = self._nothing(), 0
         self.model.network.train()
         for epoch in range(self.config.epochs):
             self.epoch = epoch
             for block in self.train.epoch(self.config.batch, seed=(self.config.seed, epoch)):
-                batch = self.collate(block, seed=(self.config.seed, epoch))
+                batch = self.collate(block, seed=(self.config.seed, epoch)).to(self.model.device)
                 total_loss += self.step(batch) * batch.n_samples
                 n_samples += batch.n_samples
                 meter.add(batch.n_samples)
                 every = self.config.evaluate_every
                 if every and self.steps % every == 0:
                     yield self._mean(total_loss, n_samples)
-                    total_loss, n_samples = torch.zeros((), dtype=torch.float64), 0
+                    total_loss, n_samples = self._nothing(), 0
                     self.model.network.train()
             if n_samples:
                 yield self._mean(total_loss, n_samples)
-                total_loss, n_samples = torch.zeros((), dtype=torch.float64), 0
+                total_loss, n_samples = self._nothing(), 0
                 self.model.network.train()
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.model.device)
 
     def _mean(self, total: Tensor, n: int) -> float:
         loss = float(total) / n

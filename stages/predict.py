@@ -39,11 +39,13 @@ def command(recipe: Recipe, model: Path, groups: Path, features: Path | None, co
     with provenance.output("predict", recipe, inputs, out) as work:
         import torch
 
-        from ctrkit import modelfile, scoring
+        from ctrkit import devices, modelfile, scoring
 
+        device = devices.resolve(recipe.train.device, "train.device")
         torch.set_num_threads(recipe.train.threads)
-        trained = modelfile.load(model, groups, features, convert)
-        table = scoring.predict(trained, groups, recipe.predict.split, recipe.predict.batch)
+        trained = modelfile.load(model, groups, features, convert).to(device)
+        with devices.lock(device):
+            table = scoring.predict(trained, groups, recipe.predict.split, recipe.predict.batch)
         table.write_parquet(work.path)
         work.counts.update(samples=table.height)
     say(f"predict: {table.height:,} impressions -> {out}")

@@ -48,22 +48,24 @@ def command(
     with provenance.output("train", recipe, inputs, out) as work:
         import torch
 
-        from ctrkit import modelfile, training
+        from ctrkit import devices, modelfile, training
         from ctrkit.batches import GroupedData, Schema
 
+        device = devices.resolve(config.device, "train.device")
         torch.set_num_threads(config.threads)
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(device == "cpu")
         schema = Schema.read(groups)
         pictures = modelfile.open_pictures(config, features, convert)
         if pictures is not None:
             pictures.fit()
         counts = modelfile.read_counts(groups, schema)
-        model = modelfile.build(config, schema, counts, pictures)
+        model = modelfile.build(config, schema, counts, pictures).to(device)
         train = GroupedData(groups, "train", model.plan.features)
         valid = GroupedData(groups, "valid", model.plan.features) if any((groups / "valid").glob("part-*")) else None
         users = training.sample_users(valid) if valid else None
-        trainer = training.Trainer(model, counts, train, valid, users)
-        trainer.run()
+        with devices.lock(device):
+            trainer = training.Trainer(model, counts, train, valid, users)
+            trainer.run()
         work.path.mkdir()
         backbone = pictures.store.attributes if pictures else None
         modelfile.save(model, work.path, {"pictures": backbone})

@@ -1,7 +1,8 @@
 """A batch as tensors, and the lookup of its middle vectors. Shape letters as in `ctrkit.batches`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ class Batch:
     """Picture feature → [N, W] its distinct pictures' centred vectors."""
     picture_index: dict[str, Tensor] = field(default_factory=dict)
     """Picture feature → [S] or [B] positions in N."""
+
+    def to(self, device: str) -> "Batch":
+        """Return the batch with its tensors on a device; itself where they are there already."""
+        if device == "cpu":
+            return self
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: moved(v) for k, v in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return Batch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     @property
     def n_samples(self) -> int:
