@@ -9,6 +9,8 @@ from rich.text import Text
 
 UNSEEN = "unseen_ad=true"
 """The slice that shows whether a model can do without a trained ad id."""
+FEW = 30
+"""Of fewer users than this, the GAUC of a slice is given in brackets."""
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
@@ -85,6 +87,12 @@ def statement(metrics: dict[str, Any]) -> Iterator[str]:
         yield f"{name}: GAUC {value}; weighted by {weight}; {covered_how(one)}; ties {ties}"
 
 
+def of_few(one: dict[str, Any]) -> str:
+    """Format a slice's GAUC, in brackets if few users stand behind it."""
+    text = number(one["gauc"])
+    return f"({text})" if one["users_kept"] < FEW else text
+
+
 def lines(name: str, width: int = 28) -> str:
     """Break a long variant name after a "+", since "basic+ad_id+ad_image+user_images" has no other place for it."""
     rows = [""]
@@ -133,8 +141,11 @@ def slice_table(metrics: dict[str, Any]) -> Table:
         table.add_column(Text(s), justify="right", overflow="fold")
     for name in metrics["order"]["variants"]:
         by_slice = metrics["variants"][name]["slices"]
-        cells = [number(by_slice[s]["gauc"]) if s in by_slice else "" for s in slices]
-        table.add_row(*(Text(cell) for cell in [lines(name), *cells]))
+        cells = [of_few(by_slice[s]) if s in by_slice else "" for s in slices]
+        table.add_row(*(Text(cell) for cell in [lines(name, 33), *cells]))
+    shown = [v["slices"][s] for v in metrics["variants"].values() for s in slices if s in v["slices"]]
+    if any(one["users_kept"] < FEW for one in shown):
+        table.caption, table.caption_justify = f"In brackets: of fewer than {FEW} users.", "left"
     return table
 
 
@@ -147,7 +158,7 @@ def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
         if c["slice"] not in slices:
             continue
         sure = {None: "n/a", True: "yes", False: "no"}[c["significant"]]
-        cells = [lines(c["better"]), lines(c["worse"]), c["slice"], number(c["difference"], sign=True)]
+        cells = [lines(c["better"], 33), lines(c["worse"], 33), c["slice"], number(c["difference"], sign=True)]
         cells += [interval(c["low"], c["high"], sign=True), sure]
         table.add_row(*(Text(cell) for cell in cells))
     return table

@@ -191,6 +191,8 @@ class ExtractImages(Table):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch: Annotated[int, Field(ge=1)] = 32
     device: str = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the network; 0: all cores. Set it where other stages run side by side."""
     folder: str = "pictures"
     """Where the raw folder has its pictures."""
     template: str = "{image}"

@@ -160,6 +160,8 @@ def write_tensorboard(history: list[dict[str, Any]], folder: Path) -> None:
     """Write the history as TensorBoard scalars."""
     from torch.utils.tensorboard.writer import SummaryWriter
 
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
     with SummaryWriter(log_dir=str(folder)) as writer:
         for record in copy.deepcopy(history):
             step = record.pop("step")

@@ -67,7 +67,6 @@ class Tastes:
     category: Ints
     hue: Floats
     shape: Ints
-    texture: Ints
 
 
 def simulate(config: Simulate, out: Path) -> dict[str, int]:
@@ -114,8 +113,8 @@ def simulate(config: Simulate, out: Path) -> dict[str, int]:
     return {**{name: table.height for name, table in tables.items()}, "pictures": len(drawn)}
 
 
-def look_match(hue_a: Floats, shape_a: Ints, texture_a: Ints, hue_b: Floats, shape_b: Ints, texture_b: Ints) -> Floats:
-    """Return how alike two looks are, in [0, 1]; arguments broadcast. Hue decides, shape and texture refine."""
+def look_match(hue_a: Floats, shape_a: Ints, hue_b: Floats, shape_b: Ints) -> Floats:
+    """Return how alike two looks are, in [0, 1]; arguments broadcast. Hue decides, shape refines, texture is noise."""
     hue = np.exp(HUE_SHARPNESS * (np.cos(hue_a - hue_b) - 1.0))
     return np.asarray(hue * np.where(shape_a == shape_b, 1.0, OTHER_SHAPE))
 
@@ -186,7 +185,6 @@ def _tastes(rng: np.random.Generator, config: Simulate) -> Tastes:
         category=rng.integers(config.categories, size=n),
         hue=rng.uniform(0, 2 * np.pi, n),
         shape=rng.integers(len(SHAPES), size=n),
-        texture=rng.integers(len(TEXTURES), size=n),
     )
 
 
@@ -196,10 +194,8 @@ def _match(tastes: Tastes, rows: Ints, items: Items, config: Simulate) -> Floats
     look = look_match(
         tastes.hue[rows, None],
         tastes.shape[rows, None],
-        tastes.texture[rows, None],
         items.hue,
         items.shape,
-        items.texture,
     )
     return np.asarray(CATEGORY * config.category_signal * category + config.picture_signal * look)
 

@@ -133,7 +133,10 @@ def show(metrics: dict[str, Any]) -> None:
     out.print()
     out.print(overall_table(metrics))
     if any(not s.startswith("day=") for s in metrics["order"]["slices"]):
+        out.print()
         out.print(slice_table(metrics))
     if metrics["comparisons"]:
+        out.print()
         out.print(comparison_table(metrics, "all", "unseen_ad=true"))
+    out.print()
     out.print(computed_how(metrics), markup=False, highlight=False, soft_wrap=True)

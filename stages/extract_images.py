@@ -67,8 +67,12 @@ def command(
     from_file = Path(settings.weights) if settings.weights not in ("published", "random") else None
     inputs = {"pictures": pictures, "vocab": vocab, "weights": from_file}
     with provenance.output("extract-images", recipe, inputs, out) as work:
+        import torch
+
         from ctrkit import backbones, devices, extraction
 
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         if vocab is None:
             vocabulary = extraction.whole_folder(pictures, settings.template)
         else:

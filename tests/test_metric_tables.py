@@ -1,6 +1,6 @@
 """Words and numbers of what eval prints."""
 
-from ctrkit.metric_tables import interval, lines, number, percent, with_interval
+from ctrkit.metric_tables import interval, lines, number, of_few, percent, with_interval
 
 
 def test_long_names_break_after_a_plus_only():
@@ -19,3 +19,6 @@ def test_numbers():
     assert interval(None, 1.0) == ""
     assert with_interval(0.1, None, None) == "0.1000"
     assert with_interval(0.1, 0.0, 0.2) == "0.1000 [0.0000, 0.2000]"
+    assert of_few({"gauc": 0.5, "users_kept": 30}) == "0.5000"
+    assert of_few({"gauc": 0.5, "users_kept": 29}) == "(0.5000)"
+    assert of_few({"gauc": None, "users_kept": 0}) == "(n/a)"

@@ -190,14 +190,14 @@ def test_a_setting_changes_only_what_it_is_about(worlds: Callable[..., World]) -
 def test_the_match_of_looks() -> None:
     hue = np.linspace(0, 2 * np.pi, 50)
     one, zero = np.ones(1, np.int64), np.zeros(1, np.int64)
-    match = look_match(hue[:, None], zero, zero, hue[None], zero, zero)
+    match = look_match(hue[:, None], zero, hue[None], zero)
     assert match.shape == (50, 50)
     np.testing.assert_allclose(match, match.T)
     np.testing.assert_allclose(np.diag(match), 1.0)
     assert match.min() >= 0
     assert match.max() <= 1 + 1e-12
     assert match[0, 5] > match[0, 10] > match[0, 24]
-    assert look_match(hue[:1], zero, zero, hue[:1], one, zero) < 1
+    assert look_match(hue[:1], zero, hue[:1], one) < 1
 
 
 @pytest.mark.parametrize("texture", range(len(TEXTURES)))
