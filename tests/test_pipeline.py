@@ -39,8 +39,9 @@ def test_times_decide_nothing(run: Run) -> None:
     for path in every:
         moment = now + rng.choice([-1e8, -3600.0, -1.0, 0.0, 3600.0]) + rng.random()
         os.utime(path, (moment, moment))
-    lines = run.make().splitlines()
-    assert [line for line in lines if "warning:" not in line] == NOTHING.splitlines()  # Make warns of future times
+    # Make itself warns of times in the future.
+    lines = [line for line in run.make().splitlines() if "warning:" not in line.lower()]
+    assert lines == NOTHING.splitlines()
 
 
 def test_what_follows_a_change_is_planned_and_nothing_else(run: Run) -> None:
