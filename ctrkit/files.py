@@ -18,7 +18,7 @@ ASIDE = ".old"
 
 def sidecar_path(output: Path) -> Path:
     """Return where the description of `output` lies: `<output>.json`."""
-    return output.with_name(output.name + ".json")
+    return output.with_name(output.name + ".json") if output.name else Path(f"{output}.json")
 
 
 def fsync(path: Path) -> None:
@@ -155,6 +155,11 @@ def _lock(lock: Path) -> int:
             if os.path.samestat(os.fstat(fd), lock.stat()):
                 return fd
         os.close(fd)
+
+
+def is_ours(path: Path) -> bool:
+    """Say whether ctrkit wrote a folder: its sidecar is there, or what a killed maker left beside it."""
+    return sidecar_path(path).is_file() or _lock_path(path).exists() or bool(leftovers(path, parts=True))
 
 
 def leftovers(path: Path, *, parts: bool) -> list[Path]:

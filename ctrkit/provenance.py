@@ -25,6 +25,7 @@ from typing import Any
 import click
 
 from ctrkit import digests, files
+from ctrkit.errors import UserError
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
@@ -132,6 +133,7 @@ def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> I
         fresh = not files.is_locked(target) and is_fresh(target, provenance(stage, recipe, inputs, known).key, known)
         known.save()
         raise Checked(fresh)
+    _guard(inputs, target)
     with files.locked(target):
         made_from = provenance(stage, recipe, inputs, known)
         for old in files.leftovers(target, parts=False):
@@ -158,6 +160,20 @@ def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> I
         }
         files.write_json(files.sidecar_path(target), sidecar)
     known.save()
+
+
+def _guard(inputs: Inputs, target: Path) -> None:
+    """Refuse to write over an input, or over a folder that is somebody else's. A run's own folder is the run's."""
+    for name, path in inputs.items():
+        if path is not None and path.exists() and target.exists() and path.samefile(target):
+            raise UserError(f"{target} is an input ({name}) and would be written over; name another output")
+    if os.environ.get("CTRKIT_UNLESS_FRESH") or not target.is_dir() or not any(target.iterdir()):
+        return
+    if not files.is_ours(target):
+        raise UserError(
+            f"{target} is a folder that ctrkit did not write (no {files.sidecar_path(target).name} beside it), and all "
+            "in it would be lost; name another output, or remove the folder yourself"
+        )
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import pytest
 
 from ctrkit import provenance
 from ctrkit.digests import Digests
+from ctrkit.errors import UserError
 from ctrkit.recipe import Recipe
 
 CHECKOUT = Path(__file__).parent.parent
@@ -171,3 +172,19 @@ def test_code_counts_as_far_as_it_is_imported(package: Path) -> None:
     assert changed("templates/report.html.j2", "<p>") == {"report"}
     assert changed("pipeline.py") == changed("stages/rules.py") == set()
     assert code_digests() == before
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.txt").write_text("keep")
+    with pytest.raises(UserError, match="ctrkit did not write"), provenance.output("eval", None, {}, tmp_path / "own"):
+        raise AssertionError
+    assert (tmp_path / "own" / "thesis.txt").read_text() == "keep"
+
+
+def test_an_input_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "scores.csv").write_text("u,y,s\n")
+    given = {"scores": tmp_path / "scores.csv"}
+    with pytest.raises(UserError, match="is an input"), provenance.output("eval", None, given, tmp_path / "scores.csv"):
+        raise AssertionError
+    assert (tmp_path / "scores.csv").read_text() == "u,y,s\n"
