@@ -12,7 +12,7 @@ JOBS ?= 2
 
 READY := .venv/.ready
 STAGES := simulate convert select-clicks extract-images group train predict eval report
-# DATA, RAW, WEIGHTS, SET and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
+# DATA, RAW, WEIGHTS, SET, TODAY and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
 PIPELINE = $(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) -f ctrkit/pipeline.mk CTRKIT=.venv/bin/ctrkit
 
 .PHONY: all
@@ -41,6 +41,8 @@ format: $(READY) ## write the code in its usual form
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+include benchmarks/bench.mk
+
 # The folder of a recipe's outputs has the recipe's name, or its file's.
 NAME = $(patsubst %.toml,%,$(notdir $(patsubst %/recipe.toml,%,$(DATA))))
 .PHONY: clean
@@ -50,9 +52,9 @@ clean: ## remove the outputs of DATA
 
 .PHONY: help
 help: ## show this list
-	@echo "make [TARGET] [DATA=recipe] [RAW=folder] [WEIGHTS=file] [SET='table.key=value …'] [OUT=runs] [JOBS=2]"
+	@echo "make [TARGET] [DATA=recipe] [RAW=folder] [WEIGHTS=file] [SET='table.key=value …'] [TODAY=YYYY-MM-DD] [OUT=runs] [JOBS=2]"
 	@echo
-	@sed -nE 's/^([a-z]+):.*## (.*)$$/\1\t\2/p' Makefile | while IFS=$$'\t' read -r name text; do \
+	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile benchmarks/bench.mk | while IFS=$$'\t' read -r name text; do \
 		printf '  %-15s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "One stage, after those before it:"

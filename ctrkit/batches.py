@@ -30,6 +30,8 @@ class Schema:
     vocab_digest: str
     block_groups: int
     """Rows of a Parquet row group, the shuffle block."""
+    negative_rate: float = 1.0
+    """Share of the training samples without a click that was kept."""
 
     @classmethod
     def read(cls, groups: Path) -> "Schema":
@@ -53,6 +55,7 @@ class Schema:
             {name: int(size) for name, size in sizes.items()},
             str(data["vocab_digest"]),
             block_groups,
+            float(str(data.get("negative_rate", 1.0))),
         )
 
     def to_json(self) -> dict[str, object]:
@@ -63,11 +66,13 @@ class Schema:
             "vocab_sizes": self.vocab_sizes,
             "vocab_digest": self.vocab_digest,
             "block_groups": self.block_groups,
+            "negative_rate": self.negative_rate,
         }
 
     def names(self, of: Sequence[str], kind: str = "id") -> list[str]:
-        """Return the names of the features of these owners and this kind, in the recipe's order."""
-        return [n for n, f in self.features.items() if f.of in of and f.kind == kind]
+        """Return the names of the features of these owners and this kind, in the recipe's order. A number's bucket is
+        an id."""
+        return [n for n, f in self.features.items() if f.of in of and (f.kind == "image") == (kind == "image")]
 
 
 @dataclass(frozen=True)
@@ -211,17 +216,19 @@ class GroupedData:
 
     def frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Yield these columns of each block, in order."""
+        shared = [c for c in columns if c in self.schema.features and self.schema.features[c].of in _SHARED]
         for file, start, n in self._blocks:
-            yield pl.scan_parquet(file).slice(start, n).select(columns).collect()
+            frame = pl.scan_parquet(file).slice(start, n).select("common", *columns).collect()
+            yield _resolve(frame, shared).select(columns)
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
         """Yield the blocks, in file order or in the order given."""
         by_owner = {o: [n for n in self._names if self.schema.features[n].of in o] for o in _OWNERS}
         for i in range(len(self._blocks)) if order is None else order:
             file, start, n = self._blocks[i]
-            wanted = [*META, "group_id", *self._names]
+            wanted = [*META, "group_id", "common", *self._names]
             frame = pl.scan_parquet(file).slice(start, n).select(wanted).collect()
-            yield _block(frame, by_owner, self.schema)
+            yield _block(_resolve(frame, [*by_owner[("user",)], *by_owner[("behaviour",)]]), by_owner, self.schema)
 
     def epoch(self, batch: int, seed: Sequence[int] | None = None) -> Iterator[Block]:
         """Yield the samples in batches of exactly `batch` (the last one shorter), each with its groups.
@@ -244,6 +251,7 @@ class GroupedData:
             yield Block.concat(waiting)
 
 
+_SHARED = ("user", "behaviour")
 _OWNERS: tuple[tuple[str, ...], ...] = (("user",), ("ad", "scene"), ("behaviour",))
 
 
@@ -251,6 +259,14 @@ def _row_groups(file: Path, size: int) -> list[tuple[int, int]]:
     """Return (first row, rows) of each row group of a Parquet file whose groups have `size` rows."""
     n = int(pl.scan_parquet(file).select(pl.len()).collect().item())
     return [(start, min(size, n - start)) for start in range(0, n, size)]
+
+
+def _resolve(frame: pl.DataFrame, shared: list[str]) -> pl.DataFrame:
+    """Give every row of a block the features that it shares with the row `common`."""
+    common = frame["common"].to_numpy()
+    if not shared or (common == np.arange(frame.height)).all():
+        return frame
+    return frame.with_columns(frame.select(shared)[common])
 
 
 def _explode(series: pl.Series) -> pl.Series:

@@ -11,6 +11,7 @@ from ctrkit.errors import nearest
 # The help lines stand here so that `ctrkit --help` imports nothing heavy; a test holds them equal to the commands' own.
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("ctrkit.stages.simulate", "Write the demo shop: raw logs and pictures with known answers."),
+    "check": ("ctrkit.stages.check", "Say what is wrong with the inputs, and what each stage will need."),
     "convert": ("ctrkit.stages.convert", "Turn raw impression and click logs into samples and vocabularies."),
     "select-clicks": ("ctrkit.stages.select_clicks", "Pick each user's typical clicks before each day."),
     "extract-images": ("ctrkit.stages.extract_images", "Turn pictures into vectors with a fixed network."),

@@ -4,268 +4,329 @@ A goods that a user visited often, long and lately is typical of the user; a sho
 
     score = (visits + dwell / dwell_scale) · 0.5^(age / half_life_days)
 
-visits and dwell over the window, age in days from the last visit to the served day's midnight. The order by score
-is the order by log2(visits + dwell / dwell_scale) + last visit / half_life_days, which does not depend on the day.
+visits (each by the weight of its type) and dwell over the window, age in days from the last visit to the served
+day's midnight. The order by score is the order by log2(visits + dwell / dwell_scale) + last visit / half_life_days,
+which does not depend on the day. Among equal scores the later visit counts, then the smaller key.
+
+A user's behaviours in order of time are one run of rows, and the window of a day one slice of it. Of each goods the
+last row in the slice stands for all; what came before it is a difference of running sums.
 """
 
-import datetime
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from ctrkit import columns, days, logs, partitions, vocabulary
+from ctrkit import partitions, spool
+from ctrkit.days import DAY_MS
+from ctrkit.engine import Engine
 from ctrkit.errors import UsageError, UserError, nearest
 from ctrkit.recipe import Recipe, SelectClicks
-from ctrkit.tables import Rejects, open_tables
+from ctrkit.spool import Ints
 
-PAIR_ROWS = 4_000_000
+SLICE_ROWS = 2_000_000
 """Rows of (user, day) × behaviours worked on at once."""
-BEST_FIRST = {"score": True, "last_time": True, "key": False}
-"""Sort columns of the candidates of a (user, day) → descending."""
+MILLI = 1000
+"""Weights are summed in thousandths, so that sums do not depend on the order of addition."""
+TYPE, DWELL = "behaviour_type", "dwell_ms"
+"""Columns of the behaviours that convert writes; dwell is −1 where unknown."""
+NEVER = np.iinfo(np.int64).max
 
 
-def select_clicks(recipe: Recipe, raw: Path, convert_folder: Path, out: Path) -> dict[str, Any]:
-    """Write `out/day=*/part-0000.parquet` (docs/formats.md), one row a user and day with a history.
+def select_clicks(recipe: Recipe, convert_folder: Path, out: Path, engine: Engine) -> dict[str, Any]:
+    """Write `out/day=*/part-PPPP.parquet` (docs/formats.md), one row a user and day with a history.
 
     Returns the counts.
     """
     features = [name for name, f in recipe.features.items() if f.of == "behaviour"]
     if not features:
         raise UsageError('the recipe has no behaviour features, such as [features.goods] with of = "behaviour"')
-    tables = open_tables(recipe, raw, "behaviours", "goods")
-    plan = columns.plan(recipe, tables, ["behaviour"])
-    rejects = Rejects()
-    log, counts = logs.behaviours_with_goods(recipe, tables, plan, rejects)
-    rejects.check(recipe.convert.max_reject_rate)
-    for name in features:
-        feature = recipe.features[name]
-        texts = columns.values(log, name, feature, plan[name])
-        words = vocabulary.read(convert_folder / "vocab", feature.vocab)
-        log = log.with_columns(vocabulary.encode(texts, words).alias(f"index.{name}"))
+    served = partitions.days_there(convert_folder / "samples")
+    if not served:
+        raise UserError(f"{convert_folder} has no samples; run ctrkit convert with this recipe first")
+    facts = partitions.read_facts(convert_folder)
+    tasks = [(recipe, convert_folder, out, part) for part in range(facts["partitions"])]
+    _check_types(recipe.select_clicks, convert_folder / "behaviours")
+    found = engine.run("select", select_part, tasks)
+    types = {t for one in found for t in one.pop("types")}
+    for key in ("types", "type_weights"):
+        for wanted in getattr(recipe.select_clicks, key):
+            if types and wanted not in types:
+                raise UsageError(f"select-clicks.{key} names {wanted!r}, which no behaviour is{nearest(wanted, types)}")
+    return {key: sum(one[key] for one in found) for key in found[0] if any(one[key] for one in found) or key in ALWAYS}
 
-    pairs = _pairs(convert_folder / "samples", recipe.convert.time_zone)
-    log, dropped = _usable(log, recipe.select_clicks, pairs)
-    counts |= dropped
-    events, items = _events(log, features, recipe.convert.time_zone)
-    users = pairs.select("user").unique().sort("user").with_row_index("user_code")
-    numbered = pairs.join(users, on="user").select("user_code", "day", "midnight").sort("user_code", "day")
-    events = events.join(users, on="user").drop("user")
 
-    picks = select(events, numbered, recipe.select_clicks)
+ALWAYS = ("behaviours read", "users and days with samples", "of these with a history", "goods picked")
+
+
+def _check_types(options: SelectClicks, behaviours: Path) -> None:
+    some = next(behaviours.glob("day=*/part-*.parquet"), None)
+    if (options.types or options.type_weights) and some and TYPE not in pl.read_parquet_schema(some):
+        raise UsageError("[select-clicks] speaks of types, but the behaviour log has no column `type`")
+
+
+def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> dict[str, Any]:
+    """Task: select for the users of one partition. Returns the counts, and the types of behaviours there are."""
+    options = recipe.select_clicks
+    features = [name for name, f in recipe.features.items() if f.of == "behaviour"]
+    users = partitions.read_users(convert_folder, part)
+    pairs, served_pairs = _pairs(convert_folder / "samples", users, part)
+    log = _log(convert_folder / "behaviours", part, features)
+    counts: dict[str, Any] = {"types": [], "behaviours read": log.height}
+    if TYPE in log.columns:
+        counts["types"] = log[TYPE].unique().drop_nulls().to_list()
+    log = _usable(log, options, pairs, users.len(), counts)
+    counts["users and days with samples"] = served_pairs
+    log, events = _events(log, features, options)
+    columns = {name: log[name] for name in features}
+    picks = select(events, pairs["user"].to_numpy(), pairs["day"].to_physical().to_numpy(), options)
+    counts["distinct goods in the windows"] = picks.candidates
+    counts["goods picked"] = len(picks.event)
     lists = (
-        picks.table.join(items, on="item", how="left", maintain_order="left")
-        .sort("day", "user_code", "last_time", "key")
-        .group_by("day", "user_code", maintain_order=True)
-        .agg(
-            *(pl.col(f"index.{name}").alias(name) for name in features),
-            pl.col("visits").cast(pl.UInt32),
-            (pl.col("dwell") / 1000).cast(pl.Float32),
-            pl.col("last_time"),
+        pl.DataFrame(
+            {
+                "pair": picks.pair,
+                **{name: column.gather(picks.event) for name, column in columns.items()},
+                "visits": picks.visits.astype(np.uint32),
+                "dwell": (picks.dwell / 1000).astype(np.float32),
+                "last_time": events.time[picks.event],
+            }
         )
-        .join(users, on="user_code", how="left", maintain_order="left")
-        .select("day", "user", *features, "visits", "dwell", "last_time")
+        .with_columns(pl.col("pair").set_sorted())
+        .group_by("pair", maintain_order=True)
+        .agg(pl.all())
     )
-    partitions.write_by_day(lists, out)
-    counts |= {
-        "users and days with samples": pairs.height,
-        "of these with a history": lists.height,
-        "distinct goods in the windows": picks.candidates,
-        "goods picked": picks.table.height,
-    }
+    served = pairs[lists["pair"]]
+    lists = lists.select(users.gather(served["user"]).alias("user"), pl.exclude("pair"))
+    by_day = served.group_by("day", maintain_order=True).agg(pl.len())
+    partitions.write_days(lists, [str(d) for d in by_day["day"]], by_day["len"], out, part)
+    counts["of these with a history"] = lists.height
     return counts
 
 
-def _pairs(samples: Path, zone: str) -> pl.DataFrame:
-    """Return each `user` and `day` that has a sample, with the day's `midnight` (epoch milliseconds)."""
-    folders = sorted(samples.glob("day=*"))
-    present = [datetime.date.fromisoformat(f.name.removeprefix("day=")) for f in folders]
-    frame = partitions.read_by_day(samples, present, ["user"])
-    if frame is None:
-        raise UserError(f"{samples} has no samples; run ctrkit convert with this recipe first")
-    midnights = pl.DataFrame(
-        {"day": present, "midnight": [days.midnight(d, zone) for d in present]},
-        schema={"day": pl.Date, "midnight": pl.Int64},
-    )
-    return frame.unique().join(midnights, on="day", how="left").sort("user", "day")
+def _pairs(samples: Path, users: pl.Series, part: int) -> tuple[pl.DataFrame, int]:
+    """Return each `user` (row of `users`) and `day` that has a sample, in order of day and user, but for users without
+    behaviours; and how many there are, those included."""
+    found = partitions.read_by_day(samples, partitions.days_there(samples), ["user"], part)
+    if found is None:
+        return pl.DataFrame(schema={"user": pl.UInt32, "day": pl.Date}), 0
+    changes = (pl.col("user") != pl.col("user").shift()) | (pl.col("day") != pl.col("day").shift())
+    heads = found.filter(changes.fill_null(True))
+    known = pl.DataFrame({"user": users, "row": np.arange(users.len(), dtype=np.uint32)})
+    rows = heads.join(known, on="user", how="left", maintain_order="left")
+    return rows.select(pl.col("row").alias("user"), "day").drop_nulls().sort("day", "user"), heads.height
 
 
-def _usable(log: pl.DataFrame, options: SelectClicks, pairs: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Drop behaviours of other types, short visits, and those of users without samples."""
-    counts = {}
-    if options.types:
-        if "type" not in log.columns:
-            raise UsageError("select-clicks.types is set, but the behaviour log has no column `type`")
-        known = log["type"].unique().drop_nulls().to_list()
-        for wanted in options.types:
-            if wanted not in known:
-                raise UsageError(f"select-clicks.types names {wanted!r}, which no behaviour is{nearest(wanted, known)}")
-        before = log.height
-        log = log.filter(pl.col("type").is_in(list(options.types)))
-        counts["behaviours of other types"] = before - log.height
-    before = log.height
-    log = log.filter((pl.col("dwell") >= options.min_dwell * 1000).fill_null(True))
-    counts["behaviours shorter than min_dwell"] = before - log.height
-    counts["behaviours kept"] = log.height
-    return log.join(pairs.select("user").unique(), on="user", how="semi", maintain_order="left"), counts
-
-
-def _events(log: pl.DataFrame, features: list[str], zone: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Return the behaviours as numbers, and what the numbers stand for.
-
-    Events: `user`, `key` (the goods, or the features where there are no goods; in order of the text or indexes),
-    `item` (key and features), `time`, `day` and `dwell` (milliseconds, 0 if unknown). Items: `item`, "index.F".
-    """
-    indexes = [f"index.{name}" for name in features]
-    what = ["goods"] if "goods" in log.columns else indexes
-    keys = log.select(what).unique().sort(what).with_row_index("key")
-    whole = list(dict.fromkeys([*what, *indexes]))
-    items = log.select(whole).unique().sort(whole).with_row_index("item")
-    events = (
-        log.join(keys, on=what, how="left")
-        .join(items, on=whole, how="left")
-        .select(
-            "user",
-            "key",
-            "item",
-            "time",
-            days.day_of("time", zone).alias("day"),
-            pl.col("dwell").fill_null(0),
+def _log(behaviours: Path, part: int, features: list[str]) -> pl.DataFrame:
+    """Return a partition's behaviours, in order of day, user and time."""
+    log = partitions.read_by_day(behaviours, partitions.days_there(behaviours), (), part)
+    if log is None:
+        schema: dict[str, Any] = {"user_code": pl.UInt32, "time": pl.Int64, **dict.fromkeys(features, pl.UInt32)}
+        return pl.DataFrame(schema=schema | {"day": pl.Date})
+    missing = [n for n in features if n not in log.columns]
+    if missing:
+        raise UserError(
+            f"{behaviours} has no feature {missing[0]!r}; it is of another recipe: run ctrkit convert again"
         )
-    )
-    return events, items.select("item", *indexes)
+    return log
+
+
+def _usable(
+    log: pl.DataFrame, options: SelectClicks, pairs: pl.DataFrame, users: int, counts: dict[str, Any]
+) -> pl.DataFrame:
+    """Drop behaviours of other types, short visits and those of users without samples."""
+    if options.types and TYPE in log.columns:
+        before = log.height
+        log = log.filter(pl.col(TYPE).is_in(list(options.types)))
+        counts["behaviours of other types"] = before - log.height
+    if DWELL in log.columns:
+        before = log.height
+        if options.min_dwell > 0:
+            log = log.filter((pl.col(DWELL) < 0) | (pl.col(DWELL) >= options.min_dwell * 1000))
+        counts["behaviours shorter than min_dwell"] = before - log.height
+    counts["behaviours kept"] = log.height
+    served = np.zeros(users, bool)
+    served[pairs["user"].to_numpy()] = True
+    chosen = served[log["user_code"].to_numpy()]
+    return log if chosen.all() else log.filter(pl.Series(chosen))
+
+
+@dataclass(frozen=True)
+class Events:
+    """Behaviours of several users, a row each, in order of user, time and key."""
+
+    user: Ints
+    day: Ints
+    """Days since 1970 of the time."""
+    time: Ints
+    key: Ints
+    """What was visited."""
+    dwell: Ints
+    """Milliseconds, 0 if unknown."""
+    weight: Ints
+    """Thousandths of a visit."""
+
+
+def _events(log: pl.DataFrame, features: list[str], options: SelectClicks) -> tuple[pl.DataFrame, Events]:
+    """Return the log in order of user, time and key, and its rows as events."""
+    if "goods_code" in log.columns:
+        key = log["goods_code"].to_numpy()
+    else:
+        key = log.select(pl.struct(features).rank("dense") - 1).to_series().cast(pl.UInt32).to_numpy()
+    user, time = log["user_code"].to_numpy(), log["time"].to_numpy()
+    order = spool.order_by([(user, int(user.max(initial=0)) + 1)], log.height)
+    user, time, key = user[order], time[order], key[order]
+    tied = np.zeros(len(order), bool)
+    tied[1:] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    if tied.any():
+        rows = np.flatnonzero(tied | np.append(tied[1:], False))
+        by_key = rows[np.lexsort((key[rows], np.cumsum(~tied)[rows]))]
+        order[rows], key[rows] = order[by_key], key[by_key]
+    log = log[order]
+    weight = np.full(log.height, MILLI, np.int64)
+    for kind, visits in options.type_weights.items():
+        if TYPE in log.columns:
+            weight[(log[TYPE] == kind).fill_null(False).to_numpy()] = round(visits * MILLI)
+    dwell = np.zeros(log.height, np.int64)
+    if DWELL in log.columns:
+        dwell = np.maximum(log[DWELL].to_numpy(), 0)
+    return log, Events(user, log["day"].to_physical().to_numpy(), time, key, dwell, weight)
 
 
 @dataclass(frozen=True)
 class Picks:
-    """What was selected."""
+    """What was selected, in order of pair, oldest first."""
 
-    table: pl.DataFrame
-    """`user_code`, `day`, `key`, `item`, `visits`, `dwell` (milliseconds), `last_time`; in no particular order."""
+    pair: Ints
+    """Row of the pairs."""
+    event: Ints
+    """Row of the events: the last visit."""
+    visits: Ints
+    dwell: Ints
+    """Milliseconds."""
     candidates: int
-    """How many goods there were to pick from, over all users and days."""
+    """How many goods there were to pick from, over all pairs."""
 
 
-def select(events: pl.DataFrame, pairs: pl.DataFrame, options: SelectClicks) -> Picks:
-    """Pick the typical goods of each user and day.
+def select(events: Events, user: Ints, day: Ints, options: SelectClicks) -> Picks:
+    """Pick the typical goods of each pair of user and day; only events of earlier days count.
 
-    Parameters
-    ----------
-    events: `user_code`, `key`, `item`, `time` Int64, `day` Date (of the time), `dwell` Int64 milliseconds.
-    pairs: `user_code`, `day` Date to serve, `midnight` Int64, sorted; only events of earlier days count.
+    user, day: of the pairs, in any order; days since 1970.
     """
-    daily = (
-        events.sort("user_code", "key", "time", "item")
-        .group_by("user_code", "key", "day", maintain_order=True)
-        .agg(
-            pl.len().cast(pl.Int64).alias("visits"),
-            pl.col("dwell").sum(),
-            pl.col("time").last().alias("last_time"),
-            pl.col("item").last(),
-        )
-    )
-    if options.window_days is None:
-        return _select_from_all(daily, pairs, options)
-    tables, candidates = [], 0
-    for some_daily, some_pairs in _by_users(daily, pairs):
-        before = (pl.col("day") < pl.col("served")) & (
-            pl.col("day") >= pl.col("served").dt.offset_by(f"-{options.window_days}d")
-        )
-        goods = (
-            some_pairs.select("user_code", pl.col("day").alias("served"))
-            .join(some_daily, on="user_code", how="inner", maintain_order="left_right")
-            .filter(before)
-            .group_by("user_code", "served", "key", maintain_order=True)
-            .agg(pl.col("visits", "dwell").sum(), pl.col("last_time", "item").last())
-            .rename({"served": "day"})
-        )
-        candidates += goods.height
-        tables.append(_best(goods.with_columns(_score(options)), ["user_code", "day"], options.max_behaviours))
-    return Picks(pl.concat([t.drop("score") for t in tables]), candidates)
+    chains = _Chains(events, options)
+    begin, end = _windows(events, user, day, options.window_days)
+    parts, candidates = [], 0
+    for a, b in _slices(end - begin):
+        some = _pick(chains, begin[a:b], end[a:b], options.max_behaviours)
+        candidates += some.candidates
+        parts.append((some.pair + a, some.event, some.visits, some.dwell))
+    empty = np.empty(0, np.int64)
+    pair, event, visits, dwell = (np.concatenate(c) for c in zip(*parts, strict=True)) if parts else [empty] * 4
+    return Picks(pair, event, visits, dwell, candidates)
 
 
-def _score(options: SelectClicks) -> pl.Expr:
-    """Return log2 of the score, but for the served day's own part, which is one for all its goods."""
-    interest = pl.col("visits") + pl.col("dwell") / (1000 * options.dwell_scale)
-    return (interest.log(2) + pl.col("last_time") / (days.DAY_MS * options.half_life_days)).alias("score")
+def _windows(events: Events, user: Ints, day: Ints, window: int | None) -> tuple[Ints, Ints]:
+    """Return the first event of each pair's window, and the first after it."""
+    low = int(min(events.day.min(initial=0), day.min(initial=0))) - (window or 0)
+    span = int(max(events.day.max(initial=0), day.max(initial=0))) - low + 2
+    place = events.user.astype(np.int64) * span + (events.day - low)
+    base = user.astype(np.int64) * span
+    earliest = base if window is None else base + (day.astype(np.int64) - window - low)
+    return np.searchsorted(place, earliest), np.searchsorted(place, base + (day.astype(np.int64) - low))
 
 
-def _best(candidates: pl.DataFrame, within: list[str], n: int) -> pl.DataFrame:
-    """Keep the best `n` rows within each group, best first."""
-    descending = [False] * len(within) + list(BEST_FIRST.values())
-    ranked = candidates.sort(*within, *BEST_FIRST, descending=descending)
-    return ranked.filter(pl.int_range(pl.len()).over(within) < n)
+def _slices(lengths: Ints) -> Iterator[tuple[int, int]]:
+    """Cut pairs into runs whose windows have about `SLICE_ROWS` rows in all."""
+    run = np.cumsum(lengths) // SLICE_ROWS
+    edges = np.flatnonzero(np.diff(run)) + 1
+    bounds = [0, *edges.tolist(), len(lengths)]
+    yield from ((a, b) for a, b in itertools.pairwise(bounds) if b > a)
 
 
-def _by_users(daily: pl.DataFrame, pairs: pl.DataFrame) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Cut both tables into runs of users whose joined rows are about `PAIR_ROWS`."""
-    size = (
-        pairs.group_by("user_code")
-        .agg(pl.len().cast(pl.Int64).alias("n"))
-        .join(daily.group_by("user_code").agg(pl.len().cast(pl.Int64).alias("m")), on="user_code", how="left")
-        .sort("user_code")
-        .select("user_code", ((pl.col("n") * pl.col("m").fill_null(0)).cum_sum() // PAIR_ROWS).alias("run"))
-    )
-    runs = size.group_by("run").agg(pl.col("user_code").min().alias("a"), pl.col("user_code").max().alias("b"))
-    for a, b in runs.sort("run").select("a", "b").iter_rows():
-        chosen = pl.col("user_code").is_between(a, b)
-        yield daily.filter(chosen), pairs.filter(chosen)
+class _Chains:
+    """For each event, the events of the same user and key before and after it."""
+
+    def __init__(self, events: Events, options: SelectClicks) -> None:
+        n = len(events.user)
+        self.events, self.options, self.n = events, options, n
+        bound = int(events.user.max(initial=0)) + 1
+        order = spool.order_by([(events.user, bound), (events.key, int(events.key.max(initial=0)) + 1)], n)
+        user, key = events.user[order], events.key[order]
+        same = (user[1:] == user[:-1]) & (key[1:] == key[:-1])
+        self.next = np.full(n, NEVER)
+        self.previous = np.full(n, -1)
+        self.next[order[:-1][same]] = order[1:][same]
+        self.previous[order[1:][same]] = order[:-1][same]
+        chain = np.concatenate([[0], np.cumsum(~same)]) if n else np.empty(0, np.int64)
+        self.place = chain * n + order  # rises
+        self.chain = np.empty(n, np.int64)
+        self.chain[order] = chain
+        self.rank = np.empty(n, np.int64)
+        self.rank[order] = np.arange(n)
+        self.weights = np.concatenate([[0], np.cumsum(events.weight[order])])
+        self.dwells = np.concatenate([[0], np.cumsum(events.dwell[order])])
+        self.alone = self.score(events.weight, events.dwell, events.time)
+
+    def score(self, weight: Ints, dwell: Ints, time: Ints) -> Any:
+        """Return what orders goods as their score does, Float64."""
+        much = weight / MILLI + dwell / (1000 * self.options.dwell_scale)
+        with np.errstate(divide="ignore"):  # visits that weigh nothing come last
+            return np.log2(much) + time / (self.options.half_life_days * DAY_MS)
 
 
-def _select_from_all(daily: pl.DataFrame, pairs: pl.DataFrame, options: SelectClicks) -> Picks:
-    """Pick from all earlier days without joining every day to every earlier behaviour.
-
-    A goods' score order only rises with each visit, so one that has fallen out of the best n of a user comes back
-    only when it is visited again. So each user's days are served in turn, from the last best n and what is new.
-    """
-    by_goods = ["user_code", "key"]
-    versions = daily.sort(*by_goods, "day").with_columns(
-        pl.col("visits", "dwell").cum_sum().over(by_goods),
-        (pl.int_range(pl.len()).over(by_goods) == 0).alias("first"),
-    )
-    rounds = pairs.select(
-        "user_code",
-        "day",
-        pl.int_range(pl.len()).over("user_code").alias("round"),
-        pl.col("day").dt.offset_by("-1d").alias("latest"),
-    )
-    # The first day of the user to be served after the version's own day.
-    versions = (
-        versions.sort("day")
-        .join_asof(
-            rounds.select("user_code", "latest", "round").sort("latest"),
-            left_on="day",
-            right_on="latest",
-            by="user_code",
-            strategy="forward",
-            check_sortedness=False,
-        )
-        .filter(pl.col("round").is_not_null())
-        .with_columns(_score(options))
-        .sort("round", *by_goods, "day")
-    )
-    columns_kept = ["user_code", "key", "item", "visits", "dwell", "last_time", "score"]
-    arriving = versions.partition_by("round", as_dict=True, include_key=False, maintain_order=True)
-    served = rounds.partition_by("round", as_dict=True, include_key=False, maintain_order=True)
-    state = versions.head(0).select(columns_kept)
-    tables = []
-    for number in range(len(served)):
-        today = served[(number,)].select("user_code", "day")
-        if (number,) in arriving:
-            state = pl.concat([state, arriving[(number,)].select(columns_kept)])
-            state = state.unique(by_goods, keep="last", maintain_order=True)
-            state = _best(state, ["user_code"], options.max_behaviours)
-        state = state.join(today.select("user_code"), on="user_code", how="semi", maintain_order="left")
-        tables.append(state.drop("score").join(today, on="user_code", how="left", maintain_order="left"))
-    return Picks(pl.concat(tables), _count_candidates(versions, rounds))
+def _pick(chains: _Chains, begin: Ints, end: Ints, n: int) -> Picks:
+    lengths = end - begin
+    pair = np.repeat(np.arange(len(begin)), lengths)
+    event = np.arange(len(pair)) + np.repeat(begin - np.cumsum(lengths) + lengths, lengths)
+    last = chains.next[event] >= end[pair]
+    pair, event = pair[last], event[last]
+    visits = np.ones(len(event), np.int64)
+    dwell = chains.events.dwell[event]
+    score = chains.alone[event]
+    again = np.flatnonzero(chains.previous[event] >= begin[pair])
+    if len(again):
+        some = event[again]
+        to = chains.rank[some]
+        first = np.searchsorted(chains.place, chains.chain[some] * chains.n + begin[pair[again]])
+        visits[again] = to - first + 1
+        dwell[again] = chains.dwells[to + 1] - chains.dwells[first]
+        weight = chains.weights[to + 1] - chains.weights[first]
+        score[again] = chains.score(weight, dwell[again], chains.events.time[some])
+    candidates = len(event)
+    keep = _best(pair, score, chains.events.time[event], chains.events.key[event], len(begin), n)
+    return Picks(pair[keep], event[keep], visits[keep], dwell[keep], candidates)
 
 
-def _count_candidates(versions: pl.DataFrame, rounds: pl.DataFrame) -> int:
-    """Count the distinct goods before each served day, over all users and days."""
-    new = versions.filter("first").group_by("user_code", "round").agg(pl.len().cast(pl.Int64).alias("new"))
-    # A goods that is new in a round is there in that and every later one of its user.
-    last = rounds.group_by("user_code").agg(pl.col("round").max().alias("last"))
-    total = new.join(last, on="user_code").select((pl.col("new") * (pl.col("last") - pl.col("round") + 1)).sum())
-    return int(total.item() or 0)
+def _best(pair: Ints, score: Any, time: Ints, key: Ints, pairs: int, n: int) -> Ints:
+    """Return which rows (Boolean) are among the `n` best of their pair: by score, later time, smaller key."""
+    counts = np.bincount(pair, minlength=pairs)
+    keep = np.ones(len(pair), bool)
+    begins = np.cumsum(counts) - counts
+    long = np.flatnonzero(counts > n)
+    for some in _alike(long, counts):
+        width = int(counts[some].max())
+        column = np.arange(width)
+        there = column < counts[some][:, None]
+        rows = np.where(there, begins[some][:, None] + column, 0)
+        scores = np.where(there, score[rows], -np.inf)  # [pairs, width]
+        least = np.partition(scores, width - n, axis=1)[:, width - n][:, None]  # the n-th best
+        better, equal = scores > least, (scores == least) & there
+        wanted = better | equal
+        spare = n - better.sum(1)
+        for i in np.flatnonzero(equal.sum(1) > spare):
+            tied = rows[i][equal[i]]
+            order = np.lexsort((key[tied], -time[tied]))
+            wanted[i, np.flatnonzero(equal[i])[order[spare[i] :]]] = False
+        keep[rows[there]] = wanted[there]
+    return keep
+
+
+def _alike(pairs: Ints, counts: Ints) -> Iterator[Ints]:
+    """Yield pairs whose counts differ by at most a factor of two, so that few cells of a table stay empty."""
+    size = np.log2(counts[pairs]).astype(np.int64)
+    for s in np.unique(size):
+        yield pairs[size == s]

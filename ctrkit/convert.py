@@ -1,139 +1,370 @@
 """Raw logs to samples and vocabularies (DICM section VI: two weeks of logs to train, the next day to test).
 
-Nothing later than the training days decides what a vocabulary holds; pictures are only given keys.
+Passes, each a list of independent tasks (see `ctrkit.engine`):
+
+1. scan each piece of the logs: parse, set bad rows aside, turn texts into codes, deal rows to partitions of users;
+2. unify each column's dictionaries, and match impressions with clicks by id;
+3. label each partition: drop duplicates, label, sort by day, user and time;
+4. count what training has; build each vocabulary;
+5. encode each partition: codes to indexes.
+
+Memory holds some pieces or partitions, and dictionaries: it grows with the distinct values, not with the rows. Nothing
+later than the training days decides what a vocabulary holds; pictures are only given keys.
 """
 
+import dataclasses
 import datetime
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from ctrkit import columns, days, logs, partitions, vocabulary
-from ctrkit.errors import UsageError
-from ctrkit.recipe import Feature, Recipe
-from ctrkit.sources import SOURCES
-from ctrkit.tables import RawTable, Rejects, open_tables
+from ctrkit import columns, daily, days, dictionaries, indexing, labelling, labels, parsing, partitions, spool
+from ctrkit.engine import Engine
+from ctrkit.errors import UsageError, UserError
+from ctrkit.job import Chunk, Counts, Job, Labelled, state, write_state
+from ctrkit.pieces import ROW
+from ctrkit.recipe import Recipe
+from ctrkit.rejects import Rejects
+from ctrkit.scan import Log, scan
+from ctrkit.tables import RawTable
 
-SAMPLE_OWNERS = ("user", "ad", "scene")
+PARTITION_BYTES = 128 << 20
+"""Of raw logs, for each partition of users."""
+URL_BYTES = 32 << 20
+"""What a file behind a URL counts, whose size is not known."""
+LOGS = ("impressions", "clicks", "behaviours")
+ALMOST_ALL = 0.999999
+"""Of the rows of a log may be bad at most."""
+SMALL_BYTES = 32 << 20
+"""Below this, starting other processes takes longer than the work."""
 
 
-def convert(recipe: Recipe, raw: Path, out: Path) -> dict[str, Any]:
-    """Write `samples/`, `vocab/`, `split.json` and `rejects.parquet` (docs/formats.md) into the folder `out`.
+def input_bytes(recipe: Recipe, tables: Mapping[str, RawTable]) -> int:
+    """Return the size of the logs' files; URLs and compressed files count as if they were plain and large."""
+    total = 0
+    for name in LOGS:
+        for file in tables[name].files if name in tables else ():
+            total += URL_BYTES if file.url else Path(file.path).stat().st_size * (4 if file.compression else 1)
+    return total
+
+
+def convert(
+    recipe: Recipe,
+    tables: Mapping[str, RawTable],
+    out: Path,
+    engine: Engine,
+    today: datetime.date | None = None,
+    previous: Path | None = None,
+) -> Counts:
+    """Write `samples/`, `behaviours/`, `vocab/`, `split.json`, … (docs/formats.md) into the folder `out`.
+
+    today: leave out what is later, and what left the window of `[daily]`.
+    previous: the folder of an earlier day to extend: only today's rows are read, the other days are taken from there.
 
     Returns the counts. Raises UserError, with nothing to keep in `out`, where the raw data cannot be used.
     """
     if not recipe.features:
         raise UsageError('the recipe has no [features]; name at least one, such as [features.ad_id] with of = "ad"')
-    tables = open_tables(recipe, raw, *SOURCES)
-    samples_plan = columns.plan(recipe, tables, SAMPLE_OWNERS)
-    behaviours_plan = columns.plan(recipe, tables, ["behaviour"])
+    parsing.check_labels(recipe.convert, dict(tables))
+    inputs = columns.plan(recipe, tables)
+    wanted = recipe.convert.partitions or math.ceil(input_bytes(recipe, tables) / PARTITION_BYTES)
+    if previous is not None:
+        wanted = daily.check_previous(recipe, previous, today)
+    job = Job(recipe, inputs, engine.folder, out, min(max(wanted, 1), 4096), previous)
+    with_behaviours = any(one.log == "behaviours" for one in inputs.values())
+    if with_behaviours and "behaviours" not in tables:
+        raise UsageError("the recipe has behaviour features but no [convert.behaviours] to take them from")
+
     rejects = Rejects()
-
-    log, counts = _read_samples(recipe, tables, samples_plan, rejects)
-    features = {name: recipe.features[name] for name in samples_plan}
-    texts = {name: columns.values(log, name, f, samples_plan[name]) for name, f in features.items()}
-    samples = log.select("sample_id", "time", "user", "ad", "click", "day")
-    del log
-    behaviour_texts, behaviour_times = _read_behaviours(recipe, tables, behaviours_plan, rejects, counts)
+    counts = _read_keyed(job, tables, rejects)
+    logs = [name for name in LOGS if name in tables and (name != "behaviours" or with_behaviours)]
+    ids = {name for name in ("impressions", "clicks") if name in tables and "id" in tables[name].names}
+    if "impressions" not in ids:
+        ids = set()
+    elif recipe.convert.drop_repeats:
+        raise UsageError(
+            "convert.drop_repeats is for impressions without an id, and these have one: those of the same id are "
+            "duplicates; leave drop_repeats out"
+        )
+    chunks = _scan(job, tables, logs, ids, today, engine, rejects, counts)
     rejects.check(recipe.convert.max_reject_rate)
+    if not chunks["impressions"]:
+        rejects.check(min(recipe.convert.max_reject_rate, ALMOST_ALL))
+        files = ", ".join(f.name for f in tables["impressions"].files)
+        raise UserError(f"{files} ([convert.impressions]) has no rows{f' of {today}' if today else ''}")
 
-    present = samples["day"].unique().sort().to_list()
-    ends = (int(samples["time"][0]), int(samples["time"][-1]))
-    split = days.split_days(present, *ends, recipe.split, recipe.convert.time_zone)
-    training = samples["day"].is_in(split["train"])
-    known_ads = samples.filter(training)["ad"].unique()
-    samples = samples.with_columns(pl.col("ad").is_in(known_ads.implode()).not_().alias("unseen_ad"))
+    midnights = _midnights(chunks, recipe.convert.time_zone)
+    write_state(job, "scan", {"chunks": chunks, "midnights": midnights, "ids": sorted(ids)})
+    _unify(job, chunks, engine)
+    _match(job, chunks, ids, engine, counts)
+    parts = range(job.partitions)
+    labelled = engine.run("label impressions", labelling.label_impressions, [(job, p) for p in parts])
+    histories = (
+        engine.run("label behaviours", labelling.label_behaviours, [(job, p) for p in parts]) if with_behaviours else []
+    )
+    write_state(job, "label", {"impressions": labelled, "behaviours": histories})
+    split = _split(job, labelled, midnights)
+    counted = engine.run("count", indexing.count, [(job, p) for p in parts])
+    write_state(job, "count", counted)
+    names = list(dict.fromkeys(f.vocab for f in recipe.features.values()))
+    sizes = engine.run("vocabularies", indexing.build_vocabulary, [(job, name, counted) for name in names])
+    indexing.write_goods(job)
+    engine.run("encode impressions", indexing.encode_impressions, [(job, p) for p in parts])
+    if with_behaviours:
+        engine.run("encode behaviours", indexing.encode_behaviours, [(job, p) for p in parts])
 
-    before = days.midnight(split["train"][-1] + datetime.timedelta(days=1), recipe.convert.time_zone)
-    vocabularies = _build_vocabularies(recipe, texts, training, behaviour_texts, behaviour_times < before)
-    for name in list(texts):
-        samples = samples.with_columns(vocabulary.encode(texts.pop(name), vocabularies[features[name].vocab]))
+    _list_unused(job, tables, chunks, labelled, counted, rejects)
+    rejects.write(out / "rejects.parquet")
+    facts: dict[str, Any] = {part: [str(d) for d in split[part]] for part in split}
+    facts |= {"negative_rate": recipe.convert.negative_rate, "partitions": job.partitions}
+    made = sum(sum(one["days"]) for one in counted)
+    facts["next_sample_id"] = made
+    if previous is not None and today is not None:
+        facts["next_sample_id"] += daily.next_sample_id(previous)
+        facts["known_before"] = daily.known_before(recipe, previous, today)
+        counts |= daily.link_days(recipe, previous, today, out)
+    (out / "split.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    counts |= _summary(job, labelled, counted, split, rejects, counts)
+    return counts | {f"vocabulary {name}": size for name, size in zip(names, sizes, strict=True)}
 
-    partitions.write_by_day(samples, out / "samples")
-    (out / "vocab").mkdir()
-    for name, words in vocabularies.items():
-        words.write_parquet(out / "vocab" / f"{name}.parquet")
-    dates = {part: [str(d) for d in split[part]] for part in split}
-    (out / "split.json").write_text(json.dumps(dates, indent=1) + "\n", encoding="utf-8")
-    rejects.frame().write_parquet(out / "rejects.parquet")
 
-    counts["clicks among samples"] = int(samples["click"].sum())
-    for part, chosen in split.items():
-        counts[f"{part} days"] = len(chosen)
-        counts[f"{part} samples"] = int(samples["day"].is_in(chosen).sum())
-    used = sum(counts[f"{part} samples"] for part in split)
-    if used < samples.height:
-        counts["samples on days of no split"] = samples.height - used
-    test = samples.filter(pl.col("day").is_in(split["test"]))
-    counts["test samples of unseen ads"] = int(test["unseen_ad"].sum())
-    counts |= {f"vocabulary {name}": words.height for name, words in vocabularies.items()}
+def _read_keyed(job: Job, tables: Mapping[str, RawTable], rejects: Rejects) -> Counts:
+    """Read the tables of users, ads and goods that features need."""
+    counts: Counts = {}
+    for name, wanted in columns.table_columns(job.inputs, tables).items():
+        frame, read = parsing.keyed(tables[name], columns.KEYS[name], wanted, rejects)
+        counts |= read
+        (job.work / "keyed").mkdir(parents=True, exist_ok=True)
+        spool.write_frame(job.work / "keyed" / f"{name}.ipc", frame)
     return counts
 
 
-def _read_samples(
-    recipe: Recipe, tables: Mapping[str, RawTable], plan: columns.Plan, rejects: Rejects
-) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Return the labelled impressions with all columns that features need, in order of time, and counts."""
-    needed = columns.needed(plan, tables, "ad")
-    frame, counts = logs.impressions(dict(tables), recipe, needed.pop("impressions", []), rejects)
-    if frame.is_empty():
-        rejects.check(min(recipe.convert.max_reject_rate, 0.5))
-    keyed: dict[str, pl.DataFrame] = {}
-    for name, wanted in needed.items():
-        keyed[name], read = logs.keyed(tables[name], columns.KEYS[name], wanted, rejects)
-        counts |= read
-    frame = columns.join_tables(frame, "ad", tables, keyed)
-    for name in keyed:
-        unmatched = int(frame[f"{name}.{columns.KEYS[name]}"].is_null().sum())
-        counts[f"samples without a row of {name}"] = unmatched
-    local = days.local("time", recipe.convert.time_zone)
-    frame = frame.sort("time", maintain_order=True).with_columns(
-        local.dt.date().alias("day"),
-        local.dt.hour().cast(pl.String).alias("clock.hour"),
-        local.dt.weekday().cast(pl.String).alias("clock.weekday"),
-    )
-    return frame.with_row_index("sample_id").with_columns(pl.col("sample_id").cast(pl.Int64)), counts
-
-
-def _read_behaviours(
-    recipe: Recipe,
+def _scan(
+    job: Job,
     tables: Mapping[str, RawTable],
-    plan: columns.Plan,
+    logs: Sequence[str],
+    ids: Collection[str],
+    today: datetime.date | None,
+    engine: Engine,
     rejects: Rejects,
-    counts: dict[str, Any],
-) -> tuple[dict[str, pl.Series], pl.Series]:
-    """Return each behaviour feature's text, a row a behaviour, and the behaviours' times."""
-    if not plan:
-        return {}, pl.Series("time", [], dtype=pl.Int64)
-    log, read = logs.behaviours_with_goods(recipe, tables, plan, rejects)
-    counts |= read
-    return {name: columns.values(log, name, recipe.features[name], plan[name]) for name in plan}, log["time"]
+    counts: Counts,
+) -> dict[str, list[Chunk]]:
+    """Scan all logs; return their chunks in the order of the logs, each with the row of its file it begins after."""
+    tasks, owners = [], []
+    for name in logs:
+        with_id = name in ids
+        keys = {} if name == "clicks" and with_id else job.keys(name, tables)
+        if name == "clicks" and not with_id:
+            keys = {"ad": ("ad",)}
+        log = Log(tables[name], keys, with_id, job.partitions, job.recipe.convert.time_zone)
+        if today is not None:
+            begin, end = daily.times(job.recipe, name, today, extending=job.previous is not None)
+            log = dataclasses.replace(log, begin=begin, end=end)
+        tables[name].prepare(log.columns())
+        for i, (number, piece) in enumerate(tables[name].pieces()):
+            tasks.append((log, number, piece, job.work / "chunks" / f"{name}-{i:06}"))
+            owners.append(name)
+    (job.work / "chunks").mkdir(parents=True, exist_ok=True)
+    results = engine.run("scan", scan, tasks)
+    chunks: dict[str, list[Chunk]] = {name: [] for name in LOGS}
+    for name in logs:
+        ends: dict[int, int] = {}
+        read = left_out = other_days = rejected = 0
+        bad_rows = []
+        own = [(task, one) for task, owner, one in zip(tasks, owners, results, strict=True) if owner == name]
+        for task, result in own:
+            begin = ends.get(result["file"], 0)
+            ends[result["file"]] = begin + result["rows"]
+            for chunk in result["chunks"]:
+                chunks[name].append({**chunk, "file": result["file"], "first_row": chunk["first_row"] + begin})
+            if result["rejected"]:
+                bad = pl.read_parquet(f"{task[3]}-rejects.parquet")
+                bad_rows.append(_located(bad, result["file"], begin))
+            read += result["read"]
+            left_out += result["rows"] - result["read"]
+            other_days += result["other days"]
+            rejected += result["rejected"]
+        empty = pl.DataFrame(schema={ROW: pl.Int64, "reason": pl.String, "cell": pl.String})
+        read -= other_days
+        rejects.add(tables[name], pl.concat(bad_rows) if bad_rows else _located(empty, 0, 0), read)
+        counts |= {f"{name} read": read, f"{name} rejected": rejected}
+        if left_out:
+            counts[f"{name} left out by where"] = left_out
+        if other_days:
+            counts[f"{name} of other days"] = other_days
+        if read == other_days == 0 and left_out:
+            source = tables[name].source
+            raise UserError(
+                f"none of the {left_out:,} rows of [convert.{name}] satisfies convert.{name}.where = {source.where!r}"
+            )
+    return chunks
 
 
-def _build_vocabularies(
-    recipe: Recipe,
-    samples: Mapping[str, pl.Series],
-    training: pl.Series,
-    behaviours: Mapping[str, pl.Series],
-    earlier: pl.Series,
-) -> dict[str, pl.DataFrame]:
-    """Count the values of training samples and of behaviours before the end of training.
-
-    A picture is in its vocabulary wherever it is referred to, with its count in training.
-    """
-    counts: dict[str, list[pl.DataFrame]] = {}
-    for name, feature in recipe.features.items():
-        texts, seen = (samples[name], training) if name in samples else (behaviours[name], earlier)
-        counts.setdefault(feature.vocab, []).append(vocabulary.count_values(texts.filter(seen)))
-        if feature.kind == "image":
-            everywhere = vocabulary.count_values(texts).with_columns(pl.col("count") * 0)
-            counts[feature.vocab].append(everywhere)
-    first = {f.vocab: f for f in reversed(recipe.features.values())}
-    return {name: vocabulary.build(counts[name], _min_count(first[name])) for name in counts}
+def _located(rows: pl.DataFrame, file: int, begin: int) -> pl.DataFrame:
+    return rows.with_columns(pl.col(ROW) + begin, pl.lit(file, dtype=pl.UInt32).alias("file"))
 
 
-def _min_count(feature: Feature) -> int:
-    return 0 if feature.kind == "image" else feature.min_count
+def _midnights(chunks: Mapping[str, Sequence[Chunk]], zone: str) -> list[list[Any]]:
+    """Return each day from the first to the last of all logs, and the epoch milliseconds at which it begins."""
+    times = [t for some in chunks.values() for c in some if "times" in c for t in c["times"]]
+    first, last = (
+        datetime.datetime.fromtimestamp(t / 1000, datetime.UTC).astimezone(days.zone_info(zone)).date()
+        for t in (min(times), max(times))
+    )
+    some = [first + datetime.timedelta(days=i) for i in range((last - first).days + 1)]
+    return [[str(day), days.midnight(day, zone)] for day in some]
+
+
+def _unify(job: Job, chunks: Mapping[str, Sequence[Chunk]], engine: Engine) -> None:
+    every = [c for some in chunks.values() for c in some]
+    names = list(
+        dict.fromkeys([*(one.dictionary for one in job.inputs.values()), *(n for c in every for n in c["words"])])
+    )
+    folder = job.work / "dictionaries"
+    own = {name: [c for c in every if name in c["words"]] for name in names}
+    shares = [(some, every, folder, ["behaviours.goods"]) for some in dictionaries.tasks(names, every)]
+    found = {k: v for one in engine.run("dictionaries", dictionaries.unify, shares) for k, v in one.items()}
+    order = {name: [c["stem"] for c in own[name]] for name in names}
+    write_state(job, "dictionaries", {"found": found, "order": order})
+
+
+def _match(
+    job: Job, chunks: Mapping[str, Sequence[Chunk]], ids: Collection[str], engine: Engine, counts: Counts
+) -> None:
+    found: list[dict[str, Any]] = []
+    if ids:
+        clicks = chunks["clicks"] if "clicks" in ids else []
+        (job.work / "marks").mkdir(parents=True, exist_ok=True)
+        tasks = [
+            (p, job.partitions, chunks["impressions"], clicks, job.work / "marks" / f"{p:04}")
+            for p in range(job.partitions)
+        ]
+        found = engine.run("match", labels.match_ids, tasks)
+        for key in ("repeated clicks", "clicks without an impression"):
+            if clicks:
+                counts[key] = sum(f["counts"].get(key, 0) for f in found)
+    write_state(job, "match", [f["begins"] for f in found])
+
+
+def _split(
+    job: Job, labelled: Sequence[Mapping[str, Any]], midnights: Sequence[Sequence[Any]]
+) -> dict[str, list[datetime.date]]:
+    by_day = np.sum([one["days"] for one in labelled], axis=0)
+    zone = job.recipe.convert.time_zone
+    present = [datetime.date.fromisoformat(day) for (day, _), n in zip(midnights, by_day, strict=True) if n]
+    times = [t for one in labelled for t in one["times"]]
+    if job.previous is not None:
+        kept = daily.kept_days(job.recipe, job.previous, present[-1])
+        times += [days.midnight(d, zone) for d in kept]
+        present = [*kept, *present]
+    split = days.split_days(present, min(times), max(times), job.recipe.split, zone)
+    training = {str(d) for d in split["train"]}
+    last = split["train"][-1]
+    if job.previous is not None:
+        # Today extends the vocabularies whatever it is for; group hides from a model what its training days lack.
+        training |= {day for day, _ in midnights}
+        last = present[-1]
+    end = days.midnight(last + datetime.timedelta(days=1), zone)
+    write_state(job, "split", {"training": [day in training for day, _ in midnights], "end": end})
+    return split
+
+
+def _list_unused(
+    job: Job,
+    tables: Mapping[str, RawTable],
+    chunks: Mapping[str, Sequence[Chunk]],
+    labelled: Sequence[Mapping[str, Any]],
+    counted: Sequence[Mapping[str, Any]],
+    rejects: Rejects,
+) -> None:
+    """List the rows that are good but became nothing: duplicates, clicks without an impression, dropped negatives."""
+    reasons = {
+        "duplicate": "repeats an earlier row",
+        "unmatched": "no impression to this click",
+        "further": "its impression has a click already",
+        "negative": "not drawn (negative_rate)",
+    }
+
+    def add(log: str, frame: pl.DataFrame, kind: str) -> None:
+        if frame.height:
+            files = pl.Series("file", [c["file"] for c in chunks[log]], dtype=pl.UInt32)
+            rows = frame.sort("chunk", "row").select(
+                pl.col("row").alias(ROW),
+                pl.lit(reasons[kind]).alias("reason"),
+                pl.lit(None, dtype=pl.String).alias("cell"),
+                files.gather(frame.sort("chunk", "row")["chunk"]).alias("file"),
+            )
+            rejects.add(tables[log], rows, 0, "unmatched" if kind == "further" else kind)
+
+    parts = range(job.partitions)
+    stems = [job.work / "labelled" / f"impressions-{p:04}" for p in parts]
+    add("impressions", pl.concat([pl.read_ipc(f"{s}.duplicates") for s in stems]), "duplicate")
+    if job.recipe.convert.negative_rate < 1:
+        frames = []
+        for p in parts:
+            rows = Labelled(job, "impressions", p)
+            dropped = ~np.fromfile(f"{rows.stem}.kept", bool)
+            frames.append(
+                pl.DataFrame({"chunk": rows.column("__chunk")[dropped], "row": rows.column("__row")[dropped]})
+            )
+        add("impressions", pl.concat(frames), "negative")
+    if chunks["clicks"]:
+        if "clicks" in state(job.work, "scan")["ids"]:
+            useless = pl.concat([pl.read_ipc(job.work / "marks" / f"{p:04}.clicks") for p in parts])
+            useless = _click_rows(useless, chunks["clicks"])
+        else:
+            useless = pl.concat([pl.read_ipc(f"{s}.clicks") for s in stems])
+        for kind in ("duplicate", "unmatched", "further"):
+            add("clicks", useless.filter(pl.col("kind") == kind).select("chunk", "row"), kind)
+
+
+def _click_rows(useless: pl.DataFrame, chunks: Sequence[Chunk]) -> pl.DataFrame:
+    """Replace `at`, the place in a chunk's file, by the row of the raw file."""
+    frames = [pl.DataFrame(schema={"chunk": pl.UInt32, "row": pl.Int64, "kind": pl.String})]
+    for (number,), some in useless.partition_by("chunk", as_dict=True, maintain_order=True).items():
+        chunk = chunks[int(number)]
+        row = spool.read(Path(f"{chunk['stem']}.rows"), chunk["layout"], "row", 0, chunk["rows"])
+        rows = row[some["at"].to_numpy()].astype(np.int64) + chunk["first_row"]
+        frames.append(pl.DataFrame({"chunk": some["chunk"], "row": rows, "kind": some["kind"]}))
+    return pl.concat(frames)
+
+
+def _summary(
+    job: Job,
+    labelled: Sequence[Mapping[str, Any]],
+    counted: Sequence[Mapping[str, Any]],
+    split: Mapping[str, Sequence[datetime.date]],
+    rejects: Rejects,
+    counts: Mapping[str, Any],
+) -> Counts:
+    found: Counts = {"duplicate impressions dropped": sum(one["counts"]["duplicates"] for one in labelled)}
+    for key in (
+        "repeated clicks",
+        "further clicks on a clicked impression",
+        "clicks without an impression",
+        "sampled negatives",
+    ):
+        if any(key in one["counts"] for one in labelled):
+            found[key] = sum(one["counts"].get(key, 0) for one in labelled)
+    if job.recipe.convert.negative_rate < 1:
+        found["dropped negatives"] = sum(one["dropped negatives"] for one in counted)
+    by_day = np.sum([one["days"] for one in counted], axis=0)
+    dates = [day for day, _ in state(job.work, "scan")["midnights"]]
+    found["samples"] = int(by_day.sum())
+    found["clicks among samples"] = sum(one["clicks"] for one in counted)
+    of_day = dict(zip(dates, by_day.tolist(), strict=True))
+    for part, chosen in split.items():
+        found[f"{part} days"] = len(chosen)
+        found[f"{part} samples"] = sum(of_day.get(str(d), 0) for d in chosen)
+    used = sum(found[f"{part} samples"] for part in split)
+    if used < found["samples"]:
+        found["samples on days of no split"] = found["samples"] - used
+    if split["test"]:
+        unseen = partitions.read_by_day(job.out / "samples", split["test"], ["unseen_ad"])
+        found["test samples of unseen ads"] = int(unseen["unseen_ad"].sum()) if unseen is not None else 0
+    return found

@@ -22,9 +22,14 @@ def local(time: str, zone: str) -> pl.Expr:
     return pl.col(time).cast(pl.Datetime("ms")).dt.replace_time_zone("UTC").dt.convert_time_zone(zone)
 
 
+def zone_info(zone: str) -> zoneinfo.ZoneInfo:
+    """Return a time zone by its name."""
+    return zoneinfo.ZoneInfo(zone)
+
+
 def midnight(day: datetime.date, zone: str) -> int:
     """Return the epoch milliseconds at which `day` begins in `zone`, changes of the clock included."""
-    begin = datetime.datetime(day.year, day.month, day.day, tzinfo=zoneinfo.ZoneInfo(zone))
+    begin = datetime.datetime(day.year, day.month, day.day, tzinfo=zone_info(zone))
     return round(begin.timestamp()) * 1000
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import xxhash
+
 from ctrkit import files
 
 SETTLED_SECONDS = 0.05
@@ -46,7 +48,7 @@ class Digests:
             age = time.time() - stat.st_ctime_ns / 1e9
             time.sleep(min(max(SETTLED_SECONDS - age, 0.0), SETTLED_SECONDS))
         with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            digest = hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()
         self._known[name] = [*stamp, digest]
         self._dirty = True
         return digest

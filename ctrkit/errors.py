@@ -18,6 +18,10 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class Resumable(UserError):
+    """Work that ended before its time, but not for good: the same command goes on where it was."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known names nearest to `name`, else the known names.
 

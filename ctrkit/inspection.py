@@ -130,7 +130,8 @@ def _show_days(path: Path, console: Console) -> None:
 def _show_convert(path: Path, console: Console) -> None:
     if (path / "split.json").is_file():
         split = files.read_json(path / "split.json")
-        _pairs(console, "split", [(name, ", ".join(days)) for name, days in split.items()])
+        shown = {k: ", ".join(v) if isinstance(v, list) else str(v) for k, v in split.items()}
+        _pairs(console, "split", list(shown.items()))
     _show_parquet_folder(path / "vocab", console)
     _show_days(path / "samples", console)
 

@@ -8,6 +8,9 @@ import click
 
 from ctrkit.recipe import load
 
+DAY = click.DateTime(["%Y-%m-%d"])
+"""A day as an option: 2024-03-01."""
+
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--recipe`, `--variant` and `--set`; the command gets one keyword `recipe`, loaded and checked."""

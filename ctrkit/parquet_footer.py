@@ -27,7 +27,7 @@ def row_groups(path: Path) -> list[int]:
     try:
         groups = _Reader(footer).struct()[4]  # FileMetaData.row_groups
         return [int(group[3]) for group in groups]  # RowGroup.num_rows
-    except (IndexError, KeyError):
+    except (IndexError, KeyError, TypeError, ValueError, MemoryError, RecursionError):
         raise UserError(f"{path} is not a whole Parquet file: its footer is damaged") from None
 
 

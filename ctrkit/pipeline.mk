@@ -1,5 +1,5 @@
 # From raw data to report, file to file. The rules of a recipe come from `ctrkit rules`, which decides by content,
-# never by time, what is stale. Variables: DATA, RAW, WEIGHTS, SET, OUT, CTRKIT; or CTRKIT_RULES, where they are written already.
+# never by time, what is stale. Variables: DATA, RAW, WEIGHTS, SET, TODAY, OUT, CTRKIT; or CTRKIT_RULES, where they are written already.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules --no-print-directory
@@ -17,6 +17,7 @@ OUT ?= runs
 RAW ?=
 WEIGHTS ?=
 SET ?=
+TODAY ?=
 
 .PHONY: all
 all:
@@ -24,8 +25,8 @@ all:
 export CTRKIT_DIGESTS := $(OUT)/.digests.json
 ifndef CTRKIT_RULES
 CTRKIT_ARGUMENTS := --recipe '$(DATA)' --out '$(OUT)' $(if $(RAW),--raw '$(RAW)') \
-	$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(foreach set,$(SET),--set '$(set)')
-ifneq ($(findstring ',$(DATA)$(OUT)$(RAW)$(WEIGHTS)$(SET)),)
+	$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(TODAY),--today '$(TODAY)') $(foreach set,$(SET),--set '$(set)')
+ifneq ($(findstring ',$(DATA)$(OUT)$(RAW)$(WEIGHTS)$(TODAY)$(SET)),)
 $(error DATA, OUT, RAW, WEIGHTS and SET cannot hold an apostrophe; `ctrkit run` takes any path and value)
 endif
 CTRKIT_RULES := $(shell CTRKIT_DIGESTS='$(CTRKIT_DIGESTS)' $(CTRKIT) rules $(CTRKIT_ARGUMENTS))

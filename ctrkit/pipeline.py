@@ -7,6 +7,7 @@ What is stale is decided by content twice, never by time: when the rules are wri
 not touch, and by each stage when its turn comes, since its inputs may have come out as they were.
 """
 
+import datetime
 import json
 import re
 import shlex
@@ -32,6 +33,10 @@ OUTPUTS = {
     "eval": "metrics.json",
     "report": "report.html",
 }
+
+
+DAYS = "days"
+"""Folder of the runs of single days."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Setting:
     weights: str | None
     sets: tuple[str, ...]
     out: Path
+    today: datetime.date | None = None
+    """Convert this day on top of the last one that was; outputs go to `OUT/NAME/days/DAY/`."""
 
 
 class Graph:
@@ -72,7 +79,9 @@ class Graph:
         self.steps: list[Step] = []
         self._made: dict[str, Step] = {}
         base = load(setting.recipe, None, setting.sets)
-        self.home = setting.out / base.name
+        self._base = base
+        self.whole = setting.out / base.name
+        self.home = self.whole / DAYS / str(setting.today) if setting.today else self.whole
         _check_names(self.home, base)
         if setting.raw is None and base.simulate is None:
             raise UsageError(
@@ -89,8 +98,8 @@ class Graph:
             steps = self._data(name, recipe)
             chains[name or "model"] = (steps, *self._model(name, recipe, steps))
         predictions = {name: predict for name, (_, _, predict) in chains.items()}
-        files = [f"{name}={step.output}" for name, step in predictions.items()]
-        metrics = self._add("eval", None, base, ("--gauc", *files), tuple(predictions.values()))
+        scored = [f"{name}={step.output}" for name, step in predictions.items()]
+        metrics = self._add("eval", None, base, ("--gauc", *scored), tuple(predictions.values()))
         options = ["--metrics", str(metrics.output)]
         needs = [metrics, data["convert"], data["group"]]
         for name, (_, model, predict) in chains.items():
@@ -108,7 +117,21 @@ class Graph:
         self._add("report", None, base, options, needs)
 
     def _raw(self) -> Path:
-        return self.setting.raw or self.home / OUTPUTS["simulate"]
+        return self.setting.raw or self.whole / OUTPUTS["simulate"]
+
+    def _converts_as_base(self, recipe: Recipe) -> bool:
+        tables = provenance.TABLES["convert"]
+        return recipe.tables(*tables) == self._base.tables(*tables)
+
+    def _day_options(self, variant: str | None) -> list[str]:
+        """Return convert's options for a day: which, and the latest earlier day to extend, if there is one."""
+        if self.setting.today is None:
+            return []
+        outputs = self.whole.glob(f"{DAYS}/*/{variant + '/' if variant else ''}{OUTPUTS['convert']}")
+        day_at = len(self.whole.parts) + 1
+        earlier = [p for p in outputs if files.sidecar_path(p).is_file() and p.parts[day_at] < str(self.setting.today)]
+        last = max(earlier, key=lambda p: p.parts[day_at], default=None)
+        return ["--today", str(self.setting.today), *(["--extend", str(last)] if last else [])]
 
     def _pictures(self, recipe: Recipe) -> Path:
         return self._raw() / recipe.extract_images.folder
@@ -119,13 +142,14 @@ class Graph:
         if self.setting.raw is None:
             steps["simulate"] = self._add("simulate", None, recipe, (), ())
             simulated = [steps["simulate"]]
-        convert = steps["convert"] = self._add("convert", variant, recipe, ("--raw", str(raw)), simulated)
+        day = self._day_options(None if self._converts_as_base(recipe) else variant)
+        convert = steps["convert"] = self._add("convert", variant, recipe, ("--raw", str(raw), *day), simulated)
         clicks = steps["select-clicks"] = self._add(
             "select-clicks",
             variant,
             recipe,
-            ("--raw", str(raw), "--convert", str(convert.output)),
-            [*simulated, convert],
+            ("--convert", str(convert.output)),
+            [convert],
         )
         if any(f.kind == "image" for f in recipe.features.values()):
             options = ["--pictures", str(self._pictures(recipe)), "--convert", str(convert.output)]
@@ -173,7 +197,7 @@ class Graph:
         tables = recipe.tables(*provenance.TABLES[stage])
         same = json.dumps([stage, tables, list(options), variant if own else None], sort_keys=True)
         if same not in self._made:
-            output = self.home / (variant or "") / OUTPUTS[stage]
+            output = (self.whole if stage == "simulate" else self.home / (variant or "")) / OUTPUTS[stage]
             self._made[same] = Step(stage, output, variant, tuple(options), tuple(needs))
             self.steps.append(self._made[same])
         return self._made[same]
@@ -213,7 +237,7 @@ def _check_names(home: Path, recipe: Recipe) -> None:
             f"outputs would go to {str(home)!r}, and Make cannot work with {bad.group()!r} in their path; give OUT=… "
             f"(make) or --out (ctrkit run) without it, perhaps relative to where you are"
         )
-    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")}
+    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS}
     if clash := sorted(taken & set(recipe.variants)):
         raise UsageError(f"a variant cannot be called {clash[0]!r}, which is the name of an output; rename it")
 
@@ -249,7 +273,7 @@ def make_rules(graph: Graph, command: str) -> str:
 
 def write_rules(graph: Graph, command: str) -> Path:
     """Write the Make rules of a graph to `OUT/.NAME.mk`; return that path."""
-    path = graph.setting.out / f".{graph.home.name}.mk"
+    path = graph.setting.out / f".{graph.whole.name}.mk"
     files.write_text(path, make_rules(graph, command))
     return path
 

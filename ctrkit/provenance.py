@@ -25,15 +25,15 @@ from typing import Any
 import click
 
 from ctrkit import digests, files
-from ctrkit.errors import UserError
+from ctrkit.errors import Resumable, UserError
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
 # The recipe tables whose change makes a stage's output stale.
 TABLES: dict[str, tuple[str, ...]] = {
     "simulate": ("simulate",),
-    "convert": ("convert", "split", "features"),
-    "select-clicks": ("convert", "features", "select-clicks"),
+    "convert": ("convert", "split", "features", "daily"),
+    "select-clicks": ("features", "select-clicks"),
     "extract-images": ("extract-images",),
     "group": ("group", "split", "features"),
     "train": ("train", "features"),
@@ -70,11 +70,17 @@ class Provenance:
         return digests.text(json.dumps([self.stage, self.config, self.inputs, self.code], sort_keys=True))
 
 
-def provenance(stage: str, recipe: Recipe | None, inputs: Inputs, known: digests.Digests) -> Provenance:
+def provenance(
+    stage: str,
+    recipe: Recipe | None,
+    inputs: Inputs,
+    known: digests.Digests,
+    options: Mapping[str, str] | None = None,
+) -> Provenance:
     """Compute the provenance that a stage's output would have now. Inputs that are None do not count."""
     return Provenance(
         stage=stage,
-        config=recipe.tables(*TABLES[stage]) if recipe else {},
+        config=(recipe.tables(*TABLES[stage]) if recipe else {}) | dict(options or {}),
         inputs={name: known.of(path) for name, path in sorted(inputs.items()) if path is not None},
         code=code_digest(stage),
     )
@@ -95,8 +101,26 @@ class Work:
 
     path: Path
     """Where to write it; it is moved to its name when the block ends well."""
+    parts: Path
+    """A folder for finished parts of the work. What is there was left by a killed run of the same work; it goes when
+    the block ends well."""
     counts: dict[str, Any] = field(default_factory=dict)
     """Row counts and the like, for the sidecar."""
+
+    def begin(self) -> Path:
+        """Return a folder among the parts to build the output folder in, perhaps begun by a killed run."""
+        out = self.parts / "out"
+        if not out.is_dir():
+            files.remove(self.parts)
+            out.mkdir(parents=True)
+        return out
+
+    def end(self) -> None:
+        """Make what was built in `begin`'s folder the output."""
+        out = self.parts / "out"
+        for unfinished in out.rglob(".*"):
+            files.remove(unfinished)
+        out.rename(self.path)
 
 
 class Checked(Exception):
@@ -122,20 +146,26 @@ def checking() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> Iterator[Work]:
+def output(
+    stage: str, recipe: Recipe | None, inputs: Inputs, target: Path, options: Mapping[str, str] | None = None
+) -> Iterator[Work]:
     """Yield a `Work` whose path becomes `target`, with its sidecar, when the block ends without an error.
+
+    options: of the command, where they decide the output's bytes.
 
     One process at a time makes a target; the others wait. Where CTRKIT_UNLESS_FRESH is set and the target is fresh,
     the stage ends here, well.
     """
     known = cache()
     if _checking:
-        fresh = not files.is_locked(target) and is_fresh(target, provenance(stage, recipe, inputs, known).key, known)
+        fresh = not files.is_locked(target) and is_fresh(
+            target, provenance(stage, recipe, inputs, known, options).key, known
+        )
         known.save()
         raise Checked(fresh)
     _guard(inputs, target)
     with files.locked(target):
-        made_from = provenance(stage, recipe, inputs, known)
+        made_from = provenance(stage, recipe, inputs, known, options)
         for old in files.leftovers(target, parts=False):
             files.remove(old)
         if os.environ.get("CTRKIT_UNLESS_FRESH") and is_fresh(target, made_from.key, known):
@@ -143,9 +173,15 @@ def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> I
             say(f"{stage}: {target} is what it would be made again")
             raise click.exceptions.Exit(0)
         started = time.time()
-        with files.atomic(target) as tmp:
-            work = Work(tmp)
-            yield work
+        parts = _parts_folder(target, made_from.key)
+        try:
+            with files.atomic(target) as tmp:
+                work = Work(tmp, parts)
+                yield work
+        except UserError as e:
+            if not isinstance(e, Resumable):  # what has to be mended changes the work
+                files.remove(parts)
+            raise
         sidecar = {
             "stage": stage,
             "key": made_from.key,
@@ -159,7 +195,20 @@ def output(stage: str, recipe: Recipe | None, inputs: Inputs, target: Path) -> I
             "seconds": round(time.time() - started, 3),
         }
         files.write_json(files.sidecar_path(target), sidecar)
+        files.remove(parts)
     known.save()
+
+
+def _parts_folder(target: Path, key: str) -> Path:
+    """Return where the parts of this work lie; remove those of other work, or of before the machine last started
+    (parts are not flushed to disk)."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    started = boot.read_text(encoding="ascii") if boot.is_file() else ""
+    folder = target.with_name(f".{target.name}.parts-{digests.text(key + started)[:16]}")
+    for old in target.parent.glob(f".{target.name}.parts-*"):
+        if old != folder and target.suffix != ".h5":
+            files.remove(old)
+    return folder
 
 
 def _guard(inputs: Inputs, target: Path) -> None:

@@ -39,6 +39,19 @@ def _zone(name: str) -> str:
 Zone = Annotated[str, AfterValidator(_zone)]
 
 
+def _encoding(name: str) -> str:
+    try:
+        plain = '\n\r\t,|;:"0123456789'.encode(name) == b'\n\r\t,|;:"0123456789'
+    except (LookupError, UnicodeError):
+        plain = False
+    if not plain:
+        raise ValueError(f"encoding {name!r} is unknown or not an extension of ASCII; convert the files to UTF-8 first")
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_encoding)]
+
+
 class Table(BaseModel):
     """A recipe table: frozen, and an unknown key is an error."""
 
@@ -79,11 +92,33 @@ class Source(Table):
     """One input table: which files, what its columns are called, which of its rows count."""
 
     files: str | tuple[str, ...]
-    """File names or globs, relative to the raw folder. CSV, TSV, JSONL or Parquet, each also .gz or .zst."""
-    columns: dict[str, str] = {}
-    """Our name → the file's column name. Columns not named keep their own."""
+    """Names, globs or folders, relative to the raw folder, or URLs such as s3://…: CSV, TSV, JSONL or Parquet, each
+    also .gz or .zst. A folder stands for all data files below it; `day=2024-03-01` in a path is a column `day`.
+    `{today}` is the day of `--today`, such as 2024-03-01, and any text where that is not given."""
+    columns: dict[str, str | Annotated[int, Field(ge=1)]] = {}
+    """Our name → the file's column name, or its position from 1 where there is no header. Columns not named keep
+    their own names (without a header: column_1, column_2, …)."""
+    format: Literal["", "csv", "tsv", "jsonl", "parquet"] = ""
+    """Default: by the name's ending."""
+    header: bool = True
+    """Whether the first line of a CSV or TSV file names the columns."""
+    separator: str = ""
+    """Between the cells of a CSV or TSV file, one or more characters. Default: a comma or a tab."""
+    encoding: Encoding = "utf-8"
+    """Of CSV, TSV and JSONL: utf-8, gbk, latin-1, …."""
+    null_values: tuple[str, ...] = ()
+    """Texts that mean that a cell is missing, besides the empty one."""
     where: str = ""
     """SQL condition over the file's columns; rows where it does not hold are not read."""
+    time_unit: Literal["", "s", "ms", "iso"] = ""
+    """Of the column `time`. Default: that of [convert]."""
+
+    @model_validator(mode="after")
+    def _positions(self) -> "Source":
+        by_position = [c for c in self.columns.values() if isinstance(c, int)]
+        if by_position and self.header:
+            raise ValueError(f"column {by_position[0]} is given by position, which needs header = false")
+        return self
 
 
 class Convert(Table):
@@ -92,8 +127,13 @@ class Convert(Table):
     impressions: Source | None = None
     """Needs columns `user`, `ad`, `time`; `id` to join clicks by."""
     label: str = ""
-    """SQL expression over an impression's columns that is true for a click. Else clicks are joined by `id`."""
+    """SQL expression over an impression's columns that is true for a click. Else clicks are joined."""
     clicks: Source | None = None
+    """Joined by `id` where both logs have it, else by `user`, `ad` and `time`."""
+    attribution_window: Annotated[float, Field(ge=0)] = 3600.0
+    """Seconds after an impression in which a click of the same user and ad is its click."""
+    drop_repeats: bool | None = None
+    """Whether impressions of the same user, ad and time are duplicates. Default: where clicks are joined by them."""
     users: Source | None = None
     """One row a user, key `user`."""
     ads: Source | None = None
@@ -101,12 +141,21 @@ class Convert(Table):
     goods: Source | None = None
     """One row a goods, key `goods`."""
     behaviours: Source | None = None
-    """Needs columns `user`, `goods`, `time`; `type` and `dwell` (seconds) where known."""
+    """Needs columns `user`, `time`; `goods`, `type` and `dwell` (seconds) where known."""
     time_unit: Literal["s", "ms", "iso"] = "s"
     """What the time columns hold: epoch seconds, epoch milliseconds or ISO-8601 text with zone."""
     time_zone: Zone = "UTC"
     """Where midnight is: the zone of the day boundary."""
+    negative_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training impressions without a click that is kept; `predict` undoes it in its scores."""
+    sampled_negatives: Annotated[int, Field(ge=0)] = 0
+    """For logs of positives only: so many other ads at the same time, without a click, for each impression."""
+    seed: int = 0
+    """Of `negative_rate` and `sampled_negatives`."""
     max_reject_rate: Rate = 0.01
+    """Share of a table's rows that may be bad."""
+    partitions: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Parts that users are dealt to by a hash of their id; 0: by the size of the input."""
 
 
 class Split(Table):
@@ -134,7 +183,7 @@ class Feature(Table):
     column: str = ""
     """Column of the joined tables, or a template such as "{goods}.jpg". Default: the feature's name.
     Scene features may use `hour` and `weekday`, taken from the time."""
-    kind: Literal["id", "image"] = "id"
+    kind: Literal["id", "image", "number"] = "id"
     vocab: str = ""
     """Features of one vocabulary share one table. Default: the feature's name; `image` for pictures."""
     multi_hot: bool = False
@@ -142,6 +191,14 @@ class Feature(Table):
     separator: str = "|"
     min_count: Annotated[int, Field(ge=1)] = 1
     """Values seen less often in training become unknown (index 1)."""
+    top: Annotated[int, Field(ge=0)] = 0
+    """Only so many values, the most frequent; 0: all."""
+    hash_buckets: Annotated[int, Field(ge=0)] = 0
+    """No vocabulary, but the index 2 + xxhash64(value) mod so many; 0: a vocabulary."""
+    edges: tuple[float, ...] = ()
+    """Of a number: bucket i holds edges[i - 1] ≤ x < edges[i]."""
+    quantiles: Annotated[int, Field(ge=0)] = 0
+    """Of a number: that many buckets with edges from the training samples' values."""
     width: Annotated[int, Field(ge=1)] = 12
     """Embedding width (DICM section IV: 12)."""
     switch: Literal["", "ad_id", "user_ids"] = ""
@@ -150,9 +207,26 @@ class Feature(Table):
 
     @model_validator(mode="after")
     def _one_value(self) -> "Feature":
-        if self.multi_hot and (self.of == "behaviour" or self.kind == "image"):
-            raise ValueError("multi_hot is for ids of user, ad or scene; a behaviour or a picture has one value")
+        if self.multi_hot and (self.of == "behaviour" or self.kind != "id"):
+            raise ValueError("multi_hot is for ids of user, ad or scene; a behaviour, picture or number has one value")
+        if (self.kind == "number") != (bool(self.edges) or self.quantiles > 0) or (self.edges and self.quantiles):
+            raise ValueError('kind = "number" and either edges or quantiles go together')
+        if list(self.edges) != sorted(set(self.edges)):
+            raise ValueError(f"edges must rise: {list(self.edges)}")
+        if (self.kind != "id" and (self.top or self.hash_buckets or self.min_count > 1)) or (
+            self.hash_buckets and (self.top or self.min_count > 1)
+        ):
+            raise ValueError("min_count and top are for ids with a vocabulary, hash_buckets for ids without")
         return self
+
+
+class Daily(Table):
+    """`[daily]`: `make TODAY=…`, which converts one day at a time."""
+
+    window_days: Annotated[int, Field(ge=2)] = 15
+    """Days of samples kept, today's included."""
+    behaviour_days: Annotated[int, Field(ge=1)] = 30
+    """Days of behaviours kept, today's included."""
 
 
 class SelectClicks(Table):
@@ -165,6 +239,8 @@ class SelectClicks(Table):
     max_behaviours: Annotated[int, Field(ge=1)] = 50
     types: tuple[str, ...] = ()
     """Behaviour types that count; empty: all."""
+    type_weights: dict[str, Annotated[float, Field(ge=0, le=1000)]] = {}
+    """How many visits one of this type counts for in the score. Default: 1."""
     dwell_scale: Annotated[float, Field(gt=0)] = 30.0
     """Seconds of dwell that count as much as one visit more, in the score."""
     half_life_days: Annotated[float, Field(gt=0)] = 7.0
@@ -208,6 +284,8 @@ class Group(Table):
     """Of the shuffle of training groups."""
     block_groups: Annotated[int, Field(ge=1)] = 2000
     """Groups in a Parquet row group, the shuffle block."""
+    max_samples: Annotated[int, Field(ge=1)] = 1000
+    """A group with more samples is split into several rows, which share its features."""
 
 
 class Train(Table):
@@ -301,14 +379,42 @@ class Report(Table):
 VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
 
+RESERVED = frozenset(
+    [
+        "user",
+        "ad",
+        "time",
+        "day",
+        "click",
+        "sample_id",
+        "unseen_ad",
+        "group_id",
+        "common",
+        "goods_code user_code",
+        "behaviour_type",
+        "dwell_ms",
+        "visits",
+        "dwell",
+        "last_time",
+        "row",
+        "pair",
+    ]
+)
+
+
 class Recipe(Table):
     """A whole recipe."""
 
     name: VariantName
     about: str = ""
+    engine: Literal["local", "ray"] = "local"
+    """Who runs the tasks of the data stages: processes here, or a Ray cluster. The bytes are the same."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Tasks at a time; 0: as many as there are cores."""
     simulate: Simulate | None = None
     convert: Convert = Convert()
     split: Split = Split()
+    daily: Daily = Daily()
     features: dict[str, Feature] = {}
     select_clicks: SelectClicks = Field(default=SelectClicks(), alias="select-clicks")
     extract_images: ExtractImages = Field(default=ExtractImages(), alias="extract-images")
@@ -331,10 +437,21 @@ class Recipe(Table):
             feature = dict(feature)
             feature.setdefault("column", name)
             feature.setdefault("vocab", "image" if feature.get("kind") == "image" else name)
-            if feature.get("of") == "behaviour" and feature.get("kind", "id") == "id":
+            if feature.get("of") == "behaviour" and feature.get("kind") != "image":
                 feature.setdefault("switch", "user_ids")
             filled[name] = feature
         return {**data, "features": filled}
+
+    @model_validator(mode="after")
+    def _own_names(self) -> "Recipe":
+        """Check that no feature has the name of a column that the stages write."""
+        for name in self.features:
+            if name in RESERVED or name.startswith("__"):
+                raise ValueError(
+                    f"a feature cannot be called {name!r}, as a column of samples and groups is; call it otherwise, "
+                    f"and keep its column: [features.{name}_id] with column = {name!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _shared_vocabularies(self) -> "Recipe":
@@ -342,7 +459,7 @@ class Recipe(Table):
         first: dict[str, str] = {}
         for name, feature in self.features.items():
             other = first.setdefault(feature.vocab, name)
-            for key in ("kind", "width", "min_count"):
+            for key in ("kind", "width", "min_count", "top", "hash_buckets", "edges", "quantiles"):
                 a, b = getattr(self.features[other], key), getattr(feature, key)
                 if a != b:
                     raise ValueError(
@@ -352,8 +469,8 @@ class Recipe(Table):
         return self
 
     def select(self, *, of: str, kind: str = "id") -> dict[str, Feature]:
-        """Return the features of one owner and kind, in the recipe's order."""
-        return {n: f for n, f in self.features.items() if f.of == of and f.kind == kind}
+        """Return the features of one owner and kind, in the recipe's order. A number's bucket is an id."""
+        return {n: f for n, f in self.features.items() if f.of == of and (f.kind == "image") == (kind == "image")}
 
     def tables(self, *names: str) -> dict[str, Any]:
         """Return the named tables as plain JSON values, for sidecars and digests."""
@@ -387,7 +504,7 @@ def load(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = (
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not a TOML file: {e}") from None
-    data.setdefault("name", path.parent.name if path.name == "recipe.toml" else path.stem)
+    data.setdefault("name", path.resolve().parent.name if path.name == "recipe.toml" else path.stem)
     overrides = [_parse_set(text) for text in sets]
     for override in overrides:
         data = _merge(data, override)
@@ -423,11 +540,14 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+TOP_LEVEL = ("engine", "workers")
+
+
 def _parse_set(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     parts = re.findall(r'"([^"]*)"|([^."]+)', key.strip())
     names = [quoted or bare for quoted, bare in parts]
-    if not equals or len(names) < 2:
+    if not equals or not names or (len(names) < 2 and parts[0][1] not in TOP_LEVEL):
         raise UsageError(f"--set {text!r} is not of the form table.key=value, such as train.epochs=3")
     try:
         parsed: Any = tomllib.loads(f"v = {value}")["v"]
@@ -466,6 +586,7 @@ def _model_at(loc: Sequence[str]) -> type[Table] | None:
         "simulate": Simulate,
         "convert": Convert,
         "split": Split,
+        "daily": Daily,
         "features": Feature,
         "select-clicks": SelectClicks,
         "extract-images": ExtractImages,

@@ -1,6 +1,7 @@
 """Scores and attention weights of a trained model."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def look_up(model: TrainedModel, batch: Batch) -> Lookup:
     return Lookup(batch, rows, {n: model.plan.width(n) for n in model.plan.ids})
 
 
+def probability(model: TrainedModel, logit_S: torch.Tensor) -> torch.Tensor:
+    """Return click probabilities. Training that kept a share r of the negatives multiplied the odds of a click by 1/r;
+    that is undone: p / (p + (1 - p) / r)."""
+    return torch.sigmoid(logit_S + math.log(model.plan.schema.negative_rate))
+
+
 @torch.inference_mode()
 def scores(model: TrainedModel, data: GroupedData, batch: int, label: str = "") -> Iterator[tuple[Block, Floats]]:
     """Yield (samples, click probabilities [S]) in the order of the groups."""
@@ -35,7 +42,7 @@ def scores(model: TrainedModel, data: GroupedData, batch: int, label: str = "") 
     with Meter(label, len(data), "samples") if label else contextlib.nullcontext() as meter:
         for block in data.epoch(batch):
             made = collate(block).to(model.device)
-            yield block, torch.sigmoid(model.network(made, look_up(model, made))).cpu().numpy()
+            yield block, probability(model, model.network(made, look_up(model, made))).cpu().numpy()
             if meter is not None:
                 meter.add(block.n_samples)
 
@@ -87,7 +94,7 @@ def attention_weights(
         look = look_up(trained, batch)
         weight_P, score_S = (
             network.weights_P(batch, look).numpy(),
-            torch.sigmoid(network(batch, look)).numpy(),
+            probability(trained, network(batch, look)).numpy(),
         )
         sample_P, behaviour_P = batch.sample_P.numpy(), batch.behaviour_P.numpy()
         keep = np.isin(ids[sample_P], list(wanted))

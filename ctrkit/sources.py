@@ -1,5 +1,6 @@
 """Which raw files a recipe names. Imports nothing heavy, so that Make rules can be written from it."""
 
+import datetime
 import string
 from pathlib import Path
 
@@ -7,6 +8,30 @@ from ctrkit.recipe import Feature, Recipe, Source
 
 SOURCES = ("impressions", "clicks", "users", "ads", "goods", "behaviours")
 """The input tables of `[convert]`, by key."""
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+COMPRESSIONS = (".gz", ".zst")
+
+
+TODAY = "{today}"
+"""In a file's name: the day that is converted."""
+
+
+def for_day(recipe: Recipe, today: datetime.date | None) -> Recipe:
+    """Return the recipe with `{today}` in the names of files replaced: by the day, or by any text if it is None."""
+    changed = {}
+    for name in SOURCES:
+        source: Source | None = getattr(recipe.convert, name)
+        if source is not None and any(TODAY in p for p in patterns(source)):
+            files = tuple(p.replace(TODAY, str(today) if today else "*") for p in patterns(source))
+            changed[name] = source.model_copy(update={"files": files})
+    return recipe.model_copy(update={"convert": recipe.convert.model_copy(update=changed)}) if changed else recipe
 
 
 def is_glob(pattern: str) -> bool:
@@ -14,23 +39,60 @@ def is_glob(pattern: str) -> bool:
     return any(c in pattern for c in "*?[")
 
 
+def is_url(name: str) -> bool:
+    """Say whether a file name is a URL, which polars reads itself."""
+    return "://" in name
+
+
+def patterns(source: Source) -> tuple[str, ...]:
+    """Return a source's names, globs, folders and URLs."""
+    return (source.files,) if isinstance(source.files, str) else source.files
+
+
 def source_files(source: Source, raw: Path) -> dict[str, Path]:
-    """Return a source's files, name below `raw` → path: matches of globs in order of name, and plain names as
-    they are, there or not."""
+    """Return a source's local files, name below `raw` → path: matches of globs and files of folders in order of name,
+    and plain names as they are, there or not."""
     found: dict[str, Path] = {}
-    for pattern in (source.files,) if isinstance(source.files, str) else source.files:
+    for pattern in patterns(source):
+        if is_url(pattern):
+            continue
         if is_glob(pattern):
-            matches = sorted(p for p in raw.glob(pattern) if p.is_file())
-            found.update((p.relative_to(raw).as_posix(), p) for p in matches)
+            matches = [p for p in sorted(raw.glob(pattern)) if p.is_file() or p.is_dir()]
         else:
-            found[pattern] = raw / pattern
+            matches = [raw / pattern]
+        for path in matches:
+            for file in _data_files(path) if path.is_dir() else [path]:
+                found[file.relative_to(raw).as_posix() if file.is_relative_to(raw) else pattern] = file
     return found
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the files of a known format below a folder; names that begin with a dot or underline are not data."""
+    inner = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(
+        p
+        for p in inner
+        if suffix(p.name)[0] in FORMATS and not any(part[0] in "._" for part in p.relative_to(folder).parts)
+    )
+
+
+def is_data(name: str) -> bool:
+    """Say whether a file below a folder is data: of a known format, no part of its name begins with . or _."""
+    return suffix(name)[0] in FORMATS and not any(part[:1] in (".", "_") for part in name.split("/"))
+
+
+def suffix(name: str) -> tuple[str, str]:
+    """Return the ending that tells the format, and that of the compression, of a file's name: (".csv", ".gz")."""
+    suffixes = [s.lower() for s in Path(name).suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    return (suffixes[-1] if suffixes else ""), compression
 
 
 def raw_inputs(recipe: Recipe, raw: Path, *sources: str) -> dict[str, Path]:
     """Return the raw files of the named sources (default: all that the recipe has), for provenance.
 
-    Names are "raw/" and the file's path below `raw`. A plain name counts even where no such file is yet.
+    Names are "raw/" and the file's path below `raw`. A plain name counts even where no such file is yet. What lies
+    behind a URL is known by its name alone.
     """
     found: dict[str, Path] = {}
     for name in sources or SOURCES:

@@ -1,198 +1,339 @@
-"""Reading raw tables: CSV, TSV, JSONL and Parquet, plain or compressed, to frames with our column names.
+"""The raw tables of a recipe: their files, what their columns are called, and their rows a piece at a time.
 
 Nothing is guessed about text: a CSV cell stays text until someone asks for a number or a time, so the id "007"
 stays "007". Only SQL conditions see numbers, where a column holds numbers.
 """
 
-import gzip
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
 
+from ctrkit import parquet_footer
 from ctrkit.errors import UsageError, UserError, nearest
+from ctrkit.pieces import (
+    BAD,
+    EXTRA,
+    NONE,
+    ROW,
+    UNIT,
+    File,
+    Numbers,
+    Piece,
+    csv_frame,
+    cut,
+    frames,
+    head,
+    json_frame,
+    remote_columns,
+    remote_files,
+)
 from ctrkit.recipe import Recipe, Source
-from ctrkit.sources import source_files
+from ctrkit.sources import COMPRESSIONS, FORMATS, is_url, patterns, source_files, suffix
 
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
-COMPRESSIONS = (".gz", ".zst")
-FILE, ROW, EXTRA, LABEL = "__file", "__row", "__extra", "__label"
-"""Columns of our own: number of the file, row in it (from 1, the header not counted), a cell beyond the header's
-columns, the value of the label expression."""
-SHOWN_REASONS = 3
-
-
-def format_of(path: Path) -> str:
-    """Return "csv", "tsv", "jsonl" or "parquet", by the name's ending."""
-    suffixes = [s.lower() for s in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    kind = FORMATS.get(suffixes[-1]) if suffixes else None
-    if kind is None:
-        raise UserError(
-            f"cannot tell the format of {path}: its name must end in {', '.join(FORMATS)}, each also with "
-            f"{' or '.join(COMPRESSIONS)}"
-        )
-    return kind
+LABEL = "__label"
+"""The value of the label expression."""
+HEAD_BYTES = 2 << 20
+"""How much of a file is read to learn its columns."""
+FIRST_ROW_BYTES = 64 << 10
+SAMPLE_ROWS = 10_000
+LATEST_MS = 7_258_118_400_000
+"""The year 2200. A later time has the wrong unit."""
 
 
 @dataclass
-class Rejects:
-    """Bad rows: where they are and why. `rows` counts the rows read of each source."""
-
-    frames: list[pl.DataFrame] = field(default_factory=list)
-    rows: dict[str, int] = field(default_factory=dict)
-
-    def add(self, source: "RawTable", bad: pl.DataFrame, rows: int) -> None:
-        """Take rows with FILE, ROW, `reason` and `cell` (the offending text, or null); once for each source."""
-        if source.name in self.rows:
-            return
-        self.rows[source.name] = rows
-        names = pl.DataFrame(
-            {FILE: range(len(source.files)), "file": list(source.files)},
-            schema={FILE: pl.UInt32, "file": pl.String},
-        )
-        self.frames.append(
-            bad.join(names, on=FILE, how="left", maintain_order="left").select(
-                pl.lit(source.name).alias("source"), "file", pl.col(ROW).alias("row"), "reason", "cell"
-            )
-        )
-
-    def count(self, source: str) -> int:
-        """Return how many rows of a source are bad."""
-        return sum(f.filter(pl.col("source") == source).height for f in self.frames)
-
-    def frame(self) -> pl.DataFrame:
-        """Return all bad rows: `file`, `row`, `reason` (with the offending text)."""
-        schema = {"file": pl.String, "row": pl.Int64, "reason": pl.String}
-        text = pl.concat_str(pl.col("reason"), pl.lit(": '") + pl.col("cell") + pl.lit("'"), ignore_nulls=True)
-        return pl.concat(
-            [pl.DataFrame(schema=schema), *(f.select("file", "row", text.alias("reason")) for f in self.frames)]
-        )
-
-    def check(self, max_rate: float) -> None:
-        """Raise UserError if a source has more bad rows than `max_rate` of its rows."""
-        for source, rows in self.rows.items():
-            bad = pl.concat([f.filter(pl.col("source") == source) for f in self.frames])
-            if bad.height <= max_rate * rows:
-                continue
-            reasons = (
-                bad.group_by("reason", maintain_order=True)
-                .agg(pl.len().alias("n"), pl.col("file", "row", "cell").first())
-                .sort("n", "reason", descending=[True, False])
-            )
-            shown = [
-                f"{r['n']:,} × {r['reason']} (such as {r['file']} row {r['row']}"
-                + (f": {r['cell']!r})" if r["cell"] is not None else ")")
-                for r in reasons.head(SHOWN_REASONS).to_dicts()
-            ]
-            raise UserError(
-                f"{bad.height:,} of {rows:,} rows of {source} ({bad.height / rows:.1%}) cannot be used, more than "
-                f"convert.max_reject_rate = {max_rate:g} allows: {'; '.join(shown)}. Mend the rows, name the right "
-                f"columns in [convert.{source}], or raise convert.max_reject_rate"
-            )
-
-
 class RawTable:
-    """A source of the recipe: its files and what its columns are called.
+    """A table of the recipe. Plain data, so that it can be sent to other processes. See `open_table`."""
 
-    Raises UserError where a file is missing or unreadable or a column that the recipe names is not in it.
-    """
-
-    def __init__(self, name: str, source: Source, raw: Path) -> None:
-        self.name, self.source = name, source
-        self.files = source_files(source, raw)
-        if not raw.is_dir():
-            raise UserError(f"the raw folder {raw} is not there; name the right one with --raw")
-        if not self.files:
-            raise UserError(f"no file matches {source.files!r} ([convert.{name}]) in {raw}{_lying_in(raw, name)}")
-        for inner, path in self.files.items():
-            if not path.is_file():
-                raise UserError(
-                    f"{path} is not there; [convert.{name}] names it{_lying_in(raw, inner)} "
-                    f"Put the file there, or name another with --set convert.{name}.files=NAME"
-                )
-        self.headers = {inner: _header(path) for inner, path in self.files.items()}
-        self.own = next(iter(self.headers.values()))
-        for inner, header in self.headers.items():
-            for ours, theirs in source.columns.items():
-                if theirs not in header:
-                    raise UserError(
-                        f"{raw / inner} has no column {theirs!r}, which [convert.{name}] calls "
-                        f"{ours!r}{nearest(theirs, header)}"
-                    )
-        self.names = {c: c for c in self.own} | source.columns
-        """Our name of a column → the file's."""
+    name: str
+    source: Source
+    files: list[File]
+    headers: list[list[str]]
+    """The columns of each file, those that its path gives included."""
+    names: dict[str, str]
+    """Our name of a column → the file's."""
+    numeric: frozenset[str]
+    """Columns of text files (their names) that hold numbers."""
+    whole: frozenset[str] = frozenset()
+    """Columns of CSV and TSV files that seem to hold whole numbers only, written as usual."""
+    label: str = ""
+    """SQL expression of `convert.label`, for impressions."""
+    time_unit: str = "s"
+    wanted: list[str] = field(default_factory=list)
 
     def require(self, *columns: str) -> None:
         """Raise UserError unless the table has these columns (our names)."""
         for column in columns:
             if column not in self.names:
+                files = ", ".join(f.name for f in self.files[:3]) + (", …" if len(self.files) > 3 else "")
                 raise UserError(
-                    f"{', '.join(self.files)} ([convert.{self.name}]) has no column "
+                    f"{files} ([convert.{self.name}]) has no column "
                     f"{column!r}{_end(nearest(column, self.names))} If it has another name, say so with "
-                    f'--set convert.{self.name}.columns.{column}="ITS NAME"'
+                    f'--set convert.{self.name}.columns.{column}="ITS NAME"{self._separator_hint()}'
                 )
 
-    def read(self, columns: Iterable[str], label: str = "") -> tuple[pl.DataFrame, int]:
-        """Read the rows for which `where` holds.
+    def _separator_hint(self) -> str:
+        columns = self.headers[0]
+        if self.files[0].format in ("csv", "tsv") and len(columns) == 1:
+            for separator in (";", "\t", "|", ","):
+                if separator in columns[0]:
+                    return (
+                        f"; or is {separator!r} the separator? Then: --set convert.{self.name}.separator={separator!r}"
+                    )
+        return ""
 
-        Returns a frame of FILE, ROW, EXTRA, the columns asked for by our names with the types that the files have
-        (text, for CSV and TSV), and, if `label` is given, LABEL, its value; and how many rows `where` left out.
-        """
-        ours = list(dict.fromkeys(columns))
-        self.require(*ours)
-        where = _expression(self.source.where, f"convert.{self.name}.where", set(self.own))
-        wanted = _expression(label, "convert.label", set(self.names))
+    def prepare(self, columns: Iterable[str]) -> None:
+        """Say which columns (our names) `read` shall give; check that every file has them and what SQL needs."""
+        self.wanted = list(dict.fromkeys(columns))
+        self.require(*self.wanted)
+        needed = dict.fromkeys([*(self.names[c] for c in self.wanted), *self._sql_columns()])
+        for file, header in zip(self.files, self.headers, strict=True):
+            missing = [c for c in needed if c not in header]
+            if missing and file.format != "jsonl":
+                raise UserError(
+                    f"{file.path} has no column {missing[0]!r}, which other files of [convert.{self.name}] "
+                    f"have{nearest(missing[0], header)}"
+                )
+
+    def _sql_columns(self) -> list[str]:
+        where = _expression(self.source.where, f"convert.{self.name}.where", set(self.headers[0]))
+        label = _expression(self.label, "convert.label", set(self.names))
         roots = where.meta.root_names() if where is not None else []
-        asked = wanted.meta.root_names() if wanted is not None else []
-        theirs = dict.fromkeys([*(self.names[c] for c in [*ours, *asked]), *roots])
-        frames = []
-        for i, (inner, path) in enumerate(self.files.items()):
-            missing = [c for c in theirs if c not in self.headers[inner]]
-            if missing:
+        return [*roots, *(self.names[c] for c in (label.meta.root_names() if label is not None else []))]
+
+    def _as_numbers(self, in_sql: Collection[str]) -> Numbers:
+        """Return the columns that can be read as numbers without a difference to anybody."""
+        if self.source.null_values:
+            return NONE
+        measures = ["dwell", *(["time"] if self.time_unit != "iso" else [])]
+        measured = {self.names[c] for c in measures if c in self.wanted}
+        others = {self.names[c] for c in self.wanted if c not in measures}
+        return Numbers(
+            frozenset(measured & self.numeric - others - set(in_sql)), frozenset(self.whole & others - set(in_sql))
+        )
+
+    def pieces(self) -> list[tuple[int, Piece]]:
+        """Return the pieces of all files: number of the file, piece."""
+        return [(i, piece) for i, file in enumerate(self.files) for piece in cut(file)]
+
+    def read(self, number: int, piece: Piece) -> Iterator[tuple[pl.DataFrame, int]]:
+        """Yield the rows of a piece for which `where` holds, some at a time.
+
+        Each with how many rows there were before `where`: a frame of ROW, EXTRA, BAD, the columns of `prepare` by our
+        names with the types that the file has (text, for CSV and TSV), and, if there is a label, LABEL, its value.
+        """
+        file, header = self.files[number], self.headers[number]
+        where = _expression(self.source.where, f"convert.{self.name}.where", set(self.headers[0]))
+        label = _expression(self.label, "convert.label", set(self.names))
+        roots = where.meta.root_names() if where is not None else []
+        asked = label.meta.root_names() if label is not None else []
+        theirs = dict.fromkeys([*(self.names[c] for c in [*self.wanted, *asked]), *roots])
+        asked_names = [self.names[c] for c in asked]
+        own = header[: len(header) - len(file.parts)] if file.parts else header
+        numbers = self._as_numbers({*asked_names, *roots})
+        for frame in frames(file, piece, own, list(theirs), numbers):
+            rows = frame.height
+            if self.source.null_values:
+                text = [c for c in theirs if frame.schema[c] == pl.String]
+                null = pl.col(text).is_in(list(self.source.null_values))
+                frame = frame.with_columns(pl.when(~null).then(pl.col(text)))
+            if where is not None:
+                kept = self._evaluate(frame, where, {c: c for c in roots}, f"convert.{self.name}.where")
+                keep = kept.cast(pl.Boolean, strict=False).fill_null(False) | frame[BAD].is_not_null()
+                frame = frame.filter(keep)
+            out = frame.select(ROW, EXTRA, BAD, *(pl.col(self.names[c]).alias(c) for c in self.wanted))
+            if label is not None:
+                value = self._evaluate(frame, label, {c: self.names[c] for c in asked}, "convert.label")
+                out = out.with_columns(value.alias(LABEL))
+            yield out, rows
+
+    def _evaluate(self, frame: pl.DataFrame, expression: pl.Expr, names: Mapping[str, str], key: str) -> pl.Series:
+        """Evaluate an SQL expression over columns by `names` (the expression's → the frame's)."""
+        seen = frame.select(
+            (pl.col(theirs).cast(pl.Float64, strict=False) if theirs in self.numeric else pl.col(theirs)).alias(name)
+            for name, theirs in names.items()
+        )
+        try:
+            value = seen.select(expression.alias("value")).to_series()
+        except pl.exceptions.PolarsError as e:
+            raise UsageError(f"{key} cannot be computed: {_first_line(e)}") from None
+        return value if value.len() == frame.height else pl.repeat(value[0], frame.height, eager=True)
+
+
+def open_table(name: str, source: Source, raw: Path, recipe: Recipe | None = None) -> RawTable:
+    """Find a table's files and learn their columns from their first rows.
+
+    Raises UserError where a file is missing or unreadable or a column that the recipe names is not in it.
+    """
+    files = [*_local_files(name, source, raw), *_urls(source)]
+    headers, numeric, whole = [], frozenset[str](), frozenset[str]()
+    for i, file in enumerate(files):
+        own, numbers, ints = _header(file, source, types=i == 0)
+        file = files[i] = dataclasses.replace(file, parts=tuple(p for p in file.parts if p[0] not in own))
+        headers.append([*own, *(part for part, _ in file.parts)])
+        numeric, whole = (numbers, ints) if i == 0 else (numeric, whole)
+    for file, header in zip(files, headers, strict=True):
+        for ours, theirs in source.columns.items():
+            if isinstance(theirs, int) and theirs > len(header):
                 raise UserError(
-                    f"{path} has no column {missing[0]!r}, which other files of [convert.{self.name}] "
-                    f"have{nearest(missing[0], self.headers[inner])}"
+                    f"{file.path} has {len(header)} columns, and [convert.{name}] calls number {theirs} {ours!r}"
                 )
-            frames.append(_read(path, list(theirs)).with_columns(pl.lit(i, dtype=pl.UInt32).alias(FILE)))
-        frame = _stack(frames)
-        if frame.is_empty():
-            raise UserError(f"{', '.join(self.files)} ([convert.{self.name}]) has no rows")
-        rows = frame.height
-        text = all(format_of(p) in ("csv", "tsv") for p in self.files.values())
-        if where is not None:
-            kept = _evaluate(frame, where, {c: c for c in roots}, text, f"convert.{self.name}.where")
-            frame = frame.filter(kept.cast(pl.Boolean, strict=False).fill_null(False))
-            if frame.is_empty():
+            if isinstance(theirs, str) and theirs not in header and file.format != "jsonl":
                 raise UserError(
-                    f"none of the {rows:,} rows of {', '.join(self.files)} satisfies convert.{self.name}.where = "
-                    f"{self.source.where!r}"
+                    f"{file.path} has no column {theirs!r}, which [convert.{name}] calls {ours!r}"
+                    f"{nearest(theirs, header)}"
                 )
-        named = frame.select(FILE, ROW, EXTRA, *(pl.col(self.names[c]).alias(c) for c in ours))
-        if wanted is not None:
-            value = _evaluate(frame, wanted, {c: self.names[c] for c in asked}, text, "convert.label")
-            named = named.with_columns(value.alias(LABEL))
-        return named, rows - frame.height
+    named = {ours: ours if isinstance(theirs, int) else theirs for ours, theirs in source.columns.items()}
+    label, unit = "", source.time_unit
+    if recipe is not None:
+        label = recipe.convert.label if name == "impressions" else ""
+        unit = unit or recipe.convert.time_unit
+    return RawTable(
+        name, source, files, headers, {c: c for c in headers[0]} | named, numeric, whole, label, unit or "s"
+    )
 
 
 def open_tables(recipe: Recipe, raw: Path, *names: str) -> dict[str, RawTable]:
-    """Return those of the named sources that the recipe has."""
+    """Return those of the named tables that the recipe has."""
     tables = {}
     for name in names:
         source: Source | None = getattr(recipe.convert, name)
         if source is not None:
-            tables[name] = RawTable(name, source, raw)
+            tables[name] = open_table(name, source, raw, recipe)
     return tables
+
+
+def _local_files(name: str, source: Source, raw: Path) -> list[File]:
+    local = [p for p in patterns(source) if not is_url(p)]
+    if not local:
+        return []
+    if not raw.is_dir():
+        raise UserError(f"the raw folder {raw} is not there; name the right one with --raw")
+    found = source_files(source, raw)
+    if not found:
+        raise UserError(f"no file matches {source.files!r} ([convert.{name}]) in {raw}{_lying_in(raw, name)}")
+    files = []
+    for inner, path in found.items():
+        if not path.is_file():
+            raise UserError(
+                f"{path} is not there; [convert.{name}] names it{_lying_in(raw, inner)} "
+                f"Put the file there, or name another with --set convert.{name}.files=NAME"
+            )
+        files.append(_file(inner, str(path), source, path_parts(inner)))
+    return files
+
+
+def path_parts(name: str) -> list[tuple[str, str]]:
+    """Return the columns that the folders of a file's name give, such as ("day", "2024-03-01") for day=2024-03-01."""
+    pairs = [folder.partition("=") for folder in name.split("/")[:-1]]
+    return [(key, value) for key, sign, value in pairs if key and sign]
+
+
+def _urls(source: Source) -> list[File]:
+    urls = [url for pattern in patterns(source) if is_url(pattern) for url in remote_files(pattern)]
+    return [_file(url, url, source, path_parts(url)) for url in urls]
+
+
+def _file(name: str, path: str, source: Source, parts: Sequence[tuple[str, str]]) -> File:
+    ending, compression = suffix(name)
+    kind = source.format or FORMATS.get(ending, "")
+    if not kind:
+        raise UserError(
+            f"cannot tell the format of {path}: its name must end in {', '.join(FORMATS)}, each also with "
+            f"{' or '.join(COMPRESSIONS)}; or the table must say which it is (format = 'csv')"
+        )
+    url = is_url(path)
+    separator = source.separator or ("\t" if kind == "tsv" else ",")
+    if url and kind != "parquet" and source.encoding.lower() not in ("utf-8", "utf8"):
+        raise UsageError(f"{path}: an encoding other than UTF-8 works for local files only")
+    return File(name, path, kind, compression, url, source.header, separator, source.encoding, tuple(parts))
+
+
+def _header(file: File, source: Source, *, types: bool) -> tuple[list[str], frozenset[str], frozenset[str]]:
+    """Return the columns of a file, and (of text files, if `types`) which hold numbers, and whole numbers only."""
+    none = frozenset[str]()
+    try:
+        if file.url and file.format == "parquet":
+            return remote_columns(file), none, none
+        if file.format == "parquet" and not file.compression:
+            parquet_footer.row_groups(Path(file.path))
+            return list(pl.read_parquet_schema(Path(file.path))), none, none
+        if file.format == "parquet":
+            return _compressed_parquet_columns(file), none, none
+        names_only = not types and file.format != "jsonl"
+        data, whole = head(file, FIRST_ROW_BYTES if names_only else HEAD_BYTES)
+        if names_only and not whole and b"\n" not in data:
+            data, _ = head(file, HEAD_BYTES)
+        if not data.strip():
+            raise UserError(f"{file.path} is empty: it has not even a header")
+        if file.format == "jsonl":
+            sample = json_frame(data)
+            return sample.columns, frozenset(c for c in sample.columns if _holds_numbers(sample[c])), none
+        names = _named(_csv_names(file, data), file, source)
+        if names_only:
+            return names, none, none
+        sample = csv_frame(file, data, True, names, names).head(SAMPLE_ROWS)
+        numbers = frozenset(c for c in names if _holds_numbers(sample[c]))
+        return names, numbers, frozenset(c for c in numbers if _holds_whole_numbers(sample[c]))
+    except pl.exceptions.NoDataError:
+        raise UserError(f"{file.path} is empty: it has not even a header") from None
+    except (pl.exceptions.PolarsError, OSError) as e:
+        raise UserError(
+            f"{file.path} cannot be read as {file.format.upper()}: {_first_line(e)}. Is it whole, and in UTF-8?"
+        ) from None
+
+
+def _named(names: list[str], file: File, source: Source) -> list[str]:
+    """Return the columns' names; where there is no header, those that the recipe gives, else column_1, column_2, …."""
+    if file.header or file.format not in ("csv", "tsv"):
+        return names
+    given = {position: ours for ours, position in source.columns.items()}
+    return [given.get(i, f"column_{i}") for i in range(1, len(names) + 1)]
+
+
+def _csv_names(file: File, data: bytes) -> list[str]:
+    """Return the cells of the first row."""
+    end = data.find(b"\n") + 1 or len(data)
+    while file.quoted and data.count(b'"', 0, end) % 2 and end < len(data):
+        end = data.find(b"\n", end) + 1 or len(data)
+    first = pl.read_csv(
+        data[:end],
+        has_header=file.header,
+        separator=file.separator if len(file.separator) == 1 else UNIT,
+        quote_char='"' if file.quoted else None,
+        infer_schema=False,
+        encoding="utf8-lossy",
+    )
+    return first.columns
+
+
+def _compressed_parquet_columns(file: File) -> list[str]:
+    import gzip
+    import io
+
+    import zstandard
+
+    opened = gzip.open if file.compression == ".gz" else zstandard.open
+    with opened(file.path, "rb") as f:
+        return list(pl.read_parquet_schema(io.BytesIO(f.read())))
+
+
+def _holds_numbers(column: pl.Series) -> bool:
+    """Say whether more than half of a text column's cells are plain numbers.
+
+    A number with a leading zero, such as the zip code 01234, is no plain number.
+    """
+    if column.dtype != pl.String:
+        return False
+    plain = column.str.contains(r"^-?(0|[1-9]\d*)?(\.\d+)?([eE][-+]?\d+)?$") & (column != "")
+    some = int((column.is_not_null() & (column != "")).sum())
+    return 2 * int(plain.sum()) > some
+
+
+def _holds_whole_numbers(column: pl.Series) -> bool:
+    return bool(column.str.contains(r"^(0|-?[1-9]\d{0,17})?$").fill_null(True).all())
 
 
 def _lying_in(raw: Path, name: str) -> str:
@@ -202,68 +343,6 @@ def _lying_in(raw: Path, name: str) -> str:
 def _end(hint: str) -> str:
     """Return a hint of `nearest` as the end of a sentence."""
     return hint if hint.endswith("?") else hint + "."
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    first = str(error).strip().split("\n")[0]
-    return UserError(f"{path} cannot be read as {format_of(path).upper()}: {first}. Is it whole, and in UTF-8?")
-
-
-def _parquet_bytes(path: Path) -> Path | io.BytesIO:
-    """Return what polars can read Parquet from; a Parquet file may have been compressed once more."""
-    if path.suffix.lower() == ".gz":
-        return io.BytesIO(gzip.decompress(path.read_bytes()))
-    if path.suffix.lower() == ".zst":
-        raise UserError(f"{path} is a Parquet file compressed once more; unpack it first (zstd -d)")
-    return path
-
-
-def _header(path: Path) -> list[str]:
-    kind = format_of(path)
-    try:
-        if kind == "parquet":
-            return list(pl.read_parquet_schema(_parquet_bytes(path)))
-        if kind == "jsonl":
-            return pl.scan_ndjson(path, infer_schema_length=None).collect_schema().names()
-        separator = "\t" if kind == "tsv" else ","
-        return pl.scan_csv(path, separator=separator, infer_schema=False, glob=False).collect_schema().names()
-    except pl.exceptions.NoDataError:
-        raise UserError(f"{path} is empty: it has not even a header") from None
-    except (pl.exceptions.PolarsError, OSError, EOFError) as e:
-        raise _unreadable(path, e) from None
-
-
-def _read(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """Return the columns, ROW and EXTRA of one file."""
-    kind = format_of(path)
-    none = pl.lit(None, dtype=pl.String).alias(EXTRA)
-    try:
-        if kind == "parquet":
-            frame = pl.read_parquet(_parquet_bytes(path), columns=list(columns), hive_partitioning=False)
-            return frame.with_row_index(ROW, offset=1).with_columns(none, pl.col(ROW).cast(pl.Int64))
-        if kind == "jsonl":
-            lines = pl.scan_ndjson(path, infer_schema_length=None, row_index_name=ROW, row_index_offset=1)
-            return lines.select(*columns, pl.col(ROW).cast(pl.Int64), none).collect()
-        rows = pl.scan_csv(
-            path,
-            separator="\t" if kind == "tsv" else ",",
-            schema=dict.fromkeys([*_header(path), EXTRA], pl.String),
-            missing_columns="insert",
-            truncate_ragged_lines=True,
-            row_index_name=ROW,
-            row_index_offset=1,
-            glob=False,
-        )
-        return rows.select(*columns, pl.col(ROW).cast(pl.Int64), EXTRA).collect()
-    except (pl.exceptions.PolarsError, OSError, EOFError) as e:
-        raise _unreadable(path, e) from None
-
-
-def _stack(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """Join the frames of a source's files. A column whose type differs between files becomes text."""
-    mixed = [c for c in frames[0].columns if len({f.schema[c] for f in frames if f.height}) > 1]
-    out = [f.with_columns(as_text(f, c) for c in mixed) for f in frames if f.height]
-    return pl.concat(out) if out else frames[0]
 
 
 def _expression(sql: str, key: str, known: set[str]) -> pl.Expr | None:
@@ -282,58 +361,46 @@ def _expression(sql: str, key: str, known: set[str]) -> pl.Expr | None:
     return expression
 
 
-def _evaluate(frame: pl.DataFrame, expression: pl.Expr, names: Mapping[str, str], text: bool, key: str) -> pl.Series:
-    """Evaluate an SQL expression over columns by `names` (the expression's → the frame's)."""
-    seen = frame.select(pl.col(theirs).alias(name) for name, theirs in names.items())
-    if text:
-        seen = seen.with_columns(as_number_if_numbers(seen[c]) for c in seen.columns)
-    try:
-        value = seen.select(expression.alias("value")).to_series()
-    except pl.exceptions.PolarsError as e:
-        raise UsageError(f"{key} cannot be computed: {_first_line(e)}") from None
-    return value if value.len() == frame.height else pl.repeat(value[0], frame.height, eager=True)
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def as_number_if_numbers(column: pl.Series) -> pl.Series:
-    """Return a text column as Float64 if more than half of its cells are plain numbers, else as it is.
-
-    A number with a leading zero, such as the zip code 01234, is no plain number.
-    """
-    plain = column.str.contains(r"^-?(0|[1-9]\d*)?(\.\d+)?([eE][-+]?\d+)?$") & (column != "")
-    some = int((column.is_not_null() & (column != "")).sum())
-    if 2 * int(plain.sum()) <= some:
-        return column
-    return column.cast(pl.Float64, strict=False)
+def as_id(dtype: pl.DataType, column: str) -> pl.Expr:
+    """Return the expression of a column as ids: Int64 for whole numbers, else as `as_text`."""
+    if dtype.is_integer():
+        return pl.col(column).cast(pl.Int64, strict=False) if dtype != pl.UInt64 else as_text(dtype, column)
+    return as_text(dtype, column)
 
 
-def as_text(frame: pl.DataFrame, column: str) -> pl.Expr:
-    """Return the expression of a column as text ids: String, or List(String) for lists. Empty text is null."""
-    return _text_of(pl.col(column), frame.schema[column], column).alias(column)
+def as_text(dtype: pl.DataType, column: str) -> pl.Expr:
+    """Return the expression of a column as text: String, a list's values each after a UNIT. Empty text is null."""
+    return _text_of(pl.col(column), dtype, column).alias(column)
 
 
 def _text_of(value: pl.Expr, dtype: pl.DataType, column: str) -> pl.Expr:
     if isinstance(dtype, pl.List):
         inner = _text_of(pl.element(), dtype.inner, column)  # type: ignore[arg-type]
-        return value.list.eval(inner).list.drop_nulls()
-    if dtype.is_nested() or dtype == pl.Binary:
+        return pl.lit(UNIT) + value.list.eval(inner).list.drop_nulls().list.join(UNIT)
+    if dtype.is_nested() or dtype in (pl.Binary, pl.Duration):
         raise UserError(f"column {column!r} holds {dtype}, from which no id can be made; it must be text or numbers")
     if dtype.is_float():  # such as whole numbers with gaps, written by pandas
         whole = value.cast(pl.Int64, strict=False)
         return pl.when(whole == value).then(whole.cast(pl.String)).otherwise(value.cast(pl.String))
-    text = value.cast(pl.String)
+    text = value if dtype == pl.String else value.cast(pl.String)
     return pl.when(text != "").then(text)
 
 
-def as_time(frame: pl.DataFrame, column: str, unit: str) -> pl.Expr:
+def as_time(dtype: pl.DataType, column: str, unit: str) -> pl.Expr:
     """Return the expression of a time column as Int64 epoch milliseconds; null where it cannot be read.
 
     Columns that Parquet declares as times need no unit; without a zone they are UTC.
     """
-    dtype, value = frame.schema[column], pl.col(column)
+    value = pl.col(column)
+    if not (dtype.is_numeric() or dtype in (pl.String, pl.Null, pl.Datetime)):
+        raise UserError(
+            f"column {column!r} holds {dtype}, which is no moment; it must be a time with its hours, epoch seconds or "
+            "milliseconds, or ISO-8601 text"
+        )
     if isinstance(dtype, pl.Datetime):
         return value.dt.epoch("ms").cast(pl.Int64)
     if unit == "iso":
@@ -343,7 +410,3 @@ def as_time(frame: pl.DataFrame, column: str, unit: str) -> pl.Expr:
         return parsed.dt.epoch("ms").cast(pl.Int64)
     number = value.cast(pl.Float64, strict=False) * (1000 if unit == "s" else 1)
     return pl.when(number.is_between(0, LATEST_MS)).then(number.round()).cast(pl.Int64)
-
-
-LATEST_MS = 7_258_118_400_000
-"""The year 2200. A later time has the wrong unit."""

@@ -1,48 +1,149 @@
-"""Vocabularies: text values to indexes. 0 is padding or missing, 1 is unknown, 2… are values."""
+"""Vocabularies: values to indexes. 0 is padding or missing, 1 is unknown, 2… are values."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
+from ctrkit import spool
 from ctrkit.errors import UserError
+from ctrkit.recipe import Feature
+from ctrkit.spool import Ints, hashes
 
 MISSING, UNKNOWN, FIRST = 0, 1, 2
 COUNTS_SCHEMA = {"value": pl.String, "count": pl.UInt64}
+SIGNIFICANT_DIGITS = 4
+"""Of the values from which quantiles are taken."""
 
 
-def count_values(values: pl.Series) -> pl.DataFrame:
-    """Count the values of a String or List(String) series: `value`, `count` UInt64. Nulls do not count."""
-    if isinstance(values.dtype, pl.List):
-        values = values.explode()
-    counted = pl.DataFrame({"value": values}).drop_nulls().group_by("value").agg(pl.len().alias("count"))
-    return counted.cast(COUNTS_SCHEMA)  # type: ignore[arg-type]
+def build(
+    values: Sequence[pl.Series], counts: Sequence[Ints], feature: Feature, previous: pl.DataFrame | None = None
+) -> tuple[pl.DataFrame, list[pl.Series]]:
+    """Give values their indexes: those of training, at least `min_count` times, at most `top`; pictures all.
 
+    Parameters
+    ----------
+    values: String or List(String), some values from each feature of the vocabulary.
+    counts: how often each is in training; −1 where it is not to be in the vocabulary whatever happens.
+    feature: any of the features.
+    previous: an earlier vocabulary, whose values keep their indexes; new ones follow.
 
-def build(counts: Iterable[pl.DataFrame], min_count: int) -> pl.DataFrame:
-    """Merge counts and give the values seen at least `min_count` times their indexes.
-
-    Returns `value` String, `index` UInt32 (2…), `count` UInt64: most frequent first, ties by value.
+    Returns the vocabulary, `value` String, `index` UInt32 (2…), `count` UInt64, most frequent first, ties by value; and
+    the UInt32 index of each value, 0 for null (a list: empty).
     """
-    merged = pl.concat([pl.DataFrame(schema=COUNTS_SCHEMA), *counts]).group_by("value").agg(pl.col("count").sum())
-    kept = merged.filter(pl.col("count") >= min_count).sort("count", "value", descending=[True, False])
-    return kept.with_row_index("index", offset=FIRST).select("value", pl.col("index").cast(pl.UInt32), "count")
+    old = pl.DataFrame(schema=COUNTS_SCHEMA)
+    if previous is not None and not feature.hash_buckets:
+        old = previous.select("value", "count")
+    flat = [_flatten(v) for v in values]
+    codes, words = spool.code(pl.concat([old["value"].rename("value"), *(f["value"].rename("value") for f in flat)]))
+    codes = codes.astype(np.int64)
+    parts = np.split(codes, np.cumsum([old.height, *(f.height for f in flat)])[:-1])
+    total = np.zeros(words.len() + 1, np.int64)
+    known = np.zeros(words.len() + 1, bool)
+    np.add.at(total, parts[0], old["count"].to_numpy().astype(np.int64))
+    for one, some, rows in zip(counts, parts[1:], flat, strict=True):
+        weights = one[rows["row"].to_numpy()]
+        total += np.bincount(some, weights=np.maximum(weights, 0), minlength=len(total)).astype(np.int64)
+        known[some[weights >= 0]] = True
+    if feature.hash_buckets:
+        return _buckets(words, total, parts[1:], values, flat, feature.hash_buckets, previous)
+    is_new = known & (total >= (0 if feature.kind == "image" else feature.min_count))
+    is_new[0] = False
+    is_new[parts[0]] = False
+    candidates = np.flatnonzero(is_new)
+    rows_new = pl.DataFrame({"code": candidates, "value": words.gather(candidates - 1), "count": total[candidates]})
+    rows_new = rows_new.sort("count", "value", descending=[True, False])
+    if feature.top:
+        rows_new = rows_new.head(max(0, feature.top - old.height))
+    order = np.concatenate([parts[0], rows_new["code"].to_numpy()])
+    index = np.full(len(total), UNKNOWN, np.uint32)
+    index[0] = MISSING
+    index[order] = np.arange(FIRST, FIRST + len(order))
+    rows_all = pl.DataFrame({"value": words.gather(order - 1), "count": total[order].astype(np.uint64)})
+    return _indexed(rows_all), [_restore(index[c], v, f) for c, v, f in zip(parts[1:], values, flat, strict=True)]
 
 
-def encode(values: pl.Series, vocabulary: pl.DataFrame) -> pl.Series:
-    """Return the UInt32 indexes of String values, or List(UInt32) of List(String): null is 0 (a list: empty)."""
-    name = values.name
-    if isinstance(values.dtype, pl.List):
-        index = pl.element().replace_strict(
-            vocabulary["value"], vocabulary["index"], default=UNKNOWN, return_dtype=pl.UInt32
-        )
-        lists = values.fill_null(pl.Series([[]], dtype=pl.List(pl.String)))
-        return lists.to_frame().select(pl.col(name).list.eval(index)).to_series()
-    found = values.to_frame().join(
-        vocabulary.select("value", "index"), left_on=name, right_on="value", how="left", maintain_order="left"
+def _flatten(values: pl.Series) -> pl.DataFrame:
+    """Return `row` and `value`, a row a value; lists exploded, empty ones left out."""
+    frame = values.to_frame("value").with_row_index("row")
+    return frame.filter(pl.col("value").list.len() > 0).explode("value") if values.dtype == pl.List else frame
+
+
+def _restore(index: Ints, values: pl.Series, flat: pl.DataFrame) -> pl.Series:
+    """Return indexes in the form of the values."""
+    if values.dtype != pl.List:
+        return pl.Series(values.name, index.astype(np.uint32))
+    lists = pl.DataFrame({"row": flat["row"], "index": index.astype(np.uint32)}).group_by("row", maintain_order=True)
+    rows = pl.DataFrame({"row": np.arange(values.len(), dtype=np.uint32)})
+    joined = rows.join(lists.agg("index"), on="row", how="left", maintain_order="left")
+    return joined.select(pl.col("index").fill_null([]).cast(pl.List(pl.UInt32)).alias(values.name)).to_series()
+
+
+def _buckets(
+    words: pl.Series,
+    total: Ints,
+    parts: Sequence[Ints],
+    values: Sequence[pl.Series],
+    flat: Sequence[pl.DataFrame],
+    buckets: int,
+    previous: pl.DataFrame | None,
+) -> tuple[pl.DataFrame, list[pl.Series]]:
+    """Return a row a bucket, whose `value` is its number and `count` that of all its values; and the indexes."""
+    bucket = (hashes(words) % buckets).to_numpy()
+    counts = np.zeros(buckets, np.int64) if previous is None else previous["count"].to_numpy().astype(np.int64)
+    np.add.at(counts, bucket, total[1:])
+    index = np.concatenate([[MISSING], bucket + FIRST])
+    names = pl.DataFrame({"value": [f"bucket {i}" for i in range(buckets)], "count": counts.astype(np.uint64)})
+    return _indexed(names), [_restore(index[c], v, f) for c, v, f in zip(parts, values, flat, strict=True)]
+
+
+def _indexed(rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.with_row_index("index", offset=FIRST).select("value", pl.col("index").cast(pl.UInt32), "count")
+
+
+def build_numbers(
+    values: Sequence[pl.Series], counts: Sequence[Ints], feature: Feature, previous: pl.DataFrame | None = None
+) -> tuple[pl.DataFrame, list[pl.Series]]:
+    """Give numbers (as text) their buckets, by edges given or taken from the training samples' values at four
+    significant digits. Returns what `build` returns, `value` being a bucket's bounds; 1 for what is no number."""
+    if previous is not None:
+        edges: Sequence[float] = [float(v.rpartition("< ")[2]) for v in previous["value"][:-1]]
+    else:
+        edges = feature.edges or _quantiles(values, counts, feature.quantiles)
+    indexes = [_bucket(v, edges) for v in values]
+    total = np.zeros(len(edges) + 1, np.int64) if previous is None else previous["count"].to_numpy().astype(np.int64)
+    for index, one in zip(indexes, counts, strict=True):
+        found = index >= FIRST
+        np.add.at(total, index[found].astype(np.int64) - FIRST, np.maximum(one[found], 0))
+    bounds = ["-inf", *(repr(float(e)) for e in edges), "inf"]
+    names = [f"{a} ≤ x < {b}" for a, b in itertools.pairwise(bounds)]
+    words = _indexed(pl.DataFrame({"value": names, "count": total.astype(np.uint64)}))
+    return words, [pl.Series(v.name, i) for v, i in zip(values, indexes, strict=True)]
+
+
+def _quantiles(values: Sequence[pl.Series], counts: Sequence[Ints], wanted: int) -> list[float]:
+    """Return the edges between `wanted` buckets that hold about as many training values each."""
+    flat = pl.DataFrame({"x": pl.concat(values), "count": np.maximum(np.concatenate(counts), 0)}).select(
+        pl.col("x").cast(pl.Float64, strict=False).round_sig_figs(SIGNIFICANT_DIGITS), "count"
     )
-    code = pl.when(pl.col(name).is_null()).then(MISSING).otherwise(pl.col("index").fill_null(UNKNOWN))
-    return found.select(code.cast(pl.UInt32).alias(name)).to_series()
+    numbers = flat.filter(pl.col("x").is_finite() & (pl.col("count") > 0)).group_by("x").agg(pl.col("count").sum())
+    numbers = numbers.sort("x")
+    if numbers.is_empty():
+        return []
+    upto = numbers["count"].cum_sum().to_numpy()
+    share = np.arange(1, wanted) / wanted * float(upto[-1])
+    # An edge is the first value with at least that share of the samples below it.
+    place = np.unique(np.searchsorted(upto, share, side="left") + 1)
+    return [float(x) for x in numbers["x"].to_numpy()[place[place < len(upto)]]]
+
+
+def _bucket(values: pl.Series, edges: Sequence[float]) -> Ints:
+    numbers = values.cast(pl.Float64, strict=False).fill_nan(None)
+    bucket = np.searchsorted(np.asarray(edges, np.float64), numbers.fill_null(0).to_numpy(), side="right") + FIRST
+    index = np.where(numbers.is_null().to_numpy(), UNKNOWN, bucket)
+    return np.where(values.is_null().to_numpy(), MISSING, index).astype(np.uint32)
 
 
 def read(folder: Path, name: str) -> pl.DataFrame:

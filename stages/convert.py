@@ -1,44 +1,65 @@
 """Turn raw impression and click logs into samples and vocabularies."""
 
+import datetime
 from pathlib import Path
 
 import click
 
 from ctrkit import counts, provenance
-from ctrkit.convert import convert
-from ctrkit.options import path_option, recipe_options
+from ctrkit.convert import SMALL_BYTES, convert, input_bytes
+from ctrkit.engine import engine
+from ctrkit.options import DAY, path_option, recipe_options
 from ctrkit.recipe import Recipe
-from ctrkit.sources import raw_inputs
+from ctrkit.sources import SOURCES, for_day, raw_inputs
+from ctrkit.tables import open_tables
 
 
 @click.command("convert")
 @recipe_options
 @path_option("--raw", "Folder of the raw logs.")
 @path_option("--out", "Folder to write.")
-def command(recipe: Recipe, raw: Path, out: Path) -> None:
+@path_option("--extend", "What ctrkit convert wrote on an earlier day: read today's rows only.", required=False)
+@click.option("--today", type=DAY, help="Leave out later days, and those before the window.")
+def command(recipe: Recipe, raw: Path, out: Path, extend: Path | None, today: datetime.datetime | None) -> None:
     """Turn raw impression and click logs into samples and vocabularies.
 
     Reads the tables of the recipe's [convert] (impressions; clicks, behaviours, users, ads, goods where there are)
-    below --raw: CSV, TSV, JSONL or Parquet, also .gz or .zst.
+    below --raw or from URLs: CSV, TSV, JSONL or Parquet, also .gz or .zst. Big files are read in pieces, side by side.
 
-    Writes OUT/samples/day=*/part-*.parquet (one row an impression), OUT/vocab/NAME.parquet (from training days
-    only), OUT/split.json (which days train, validate and test) and OUT/rejects.parquet (bad rows and why).
+    Writes OUT/samples/day=*/part-*.parquet (one row an impression), OUT/behaviours/day=*/part-*.parquet (the log of
+    behaviours), OUT/vocab/NAME.parquet (from training days only), OUT/split.json (which days train, validate and
+    test) and OUT/rejects.parquet (every row that was not used, and why).
+
+    With --today, only days up to it and in the window of [daily] are used; with --extend as well, only today's rows are
+    read, earlier days are taken over, and the vocabularies grow without moving an index.
 
     \b
     ctrkit convert --recipe demo --raw runs/demo/raw --out runs/demo/convert
     """
-    with provenance.output("convert", recipe, raw_inputs(recipe, raw), out) as work:
-        work.path.mkdir()
-        work.counts = convert(recipe, raw, work.path)
+    day = today.date() if today else None
+    recipe = for_day(recipe, day if extend else None)
+    inputs = {**raw_inputs(recipe, raw), "previous": extend}
+    with provenance.output("convert", recipe, inputs, out, {"today": str(day)} if day else None) as work:
+        tables = open_tables(recipe, raw, *SOURCES)
+        small = input_bytes(recipe, tables) < SMALL_BYTES
+        with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:
+            work.counts = convert(recipe, tables, work.begin(), tasks, day, extend)
+        work.end()
     counts.show(f"convert: {recipe.name}", work.counts, _identity(work.counts))
 
 
 def _identity(found: dict[str, int]) -> dict[str, str]:
     """Show where every impression row went."""
-    read, rejected = found["impressions read"], found["impressions rejected"]
-    dropped, samples = found["duplicate impressions dropped"], found["samples"]
-    sign = "=" if read == samples + rejected + dropped else "≠"
+    ends = {
+        "samples": found["samples"],
+        "rejects": found["impressions rejected"],
+        "duplicates": found["duplicate impressions dropped"],
+        "dropped negatives": found.get("dropped negatives", 0),
+    }
+    begun = found["impressions read"] + found.get("sampled negatives", 0)
+    sign = "=" if begun == sum(ends.values()) else "≠"
+    sampled = f"(+ {found['sampled negatives']:,} sampled negatives) " if "sampled negatives" in found else ""
     return {
-        "impressions read": f"{sign} {samples:,} samples + {rejected:,} rejects + {dropped:,} duplicates",
-        "clicks among samples": f"{found['clicks among samples'] / samples:.2%} of samples",
+        "impressions read": sampled + sign + " " + " + ".join(f"{n:,} {what}" for what, n in ends.items()),
+        "clicks among samples": f"{found['clicks among samples'] / max(found['samples'], 1):.2%} of samples",
     }

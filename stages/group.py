@@ -6,9 +6,11 @@ from pathlib import Path
 import click
 
 from ctrkit import counts, files, provenance
+from ctrkit.engine import engine
 from ctrkit.errors import UserError
 from ctrkit.grouping import SPLITS, group
 from ctrkit.options import path_option, recipe_options
+from ctrkit.partitions import read_facts
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
@@ -34,14 +36,19 @@ def command(recipe: Recipe, convert: Path, behaviours: Path | None, out: Path) -
     if behaviours is not None:
         _check_made_from(behaviours, convert)
     with provenance.output("group", recipe, {"convert": convert, "behaviours": behaviours}, out) as work:
-        work.path.mkdir()
-        work.counts = group(recipe, convert, behaviours, work.path)
+        small = read_facts(convert)["partitions"] == 1
+        with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:
+            work.counts = group(recipe, convert, behaviours, work.begin(), tasks)
+        work.end()
     found = work.counts
     notes = {
         f"{part} samples": f"{found[f'{part} samples'] / found[f'{part} groups']:.1f} a group"
         for part in SPLITS
         if found.get(f"{part} groups")
     }
+    if "bytes of some groups" in found:
+        ratio = found["bytes of their samples ungrouped"] / found["bytes of some groups"]
+        notes["bytes of some groups"] = f"{ratio:.1f} times smaller than ungrouped, in random order"
     counts.show(f"group: {recipe.name}", found, notes)
     samples = sum(found.get(f"{part} samples", 0) for part in SPLITS)
     say(f"group: {samples:,} samples, {samples / (time.monotonic() - started):,.0f} a second")

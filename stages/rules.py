@@ -3,12 +3,13 @@
 Reads the recipe and the outputs that are there. Writes `OUT/.NAME.mk` and prints its path.
 """
 
+import datetime
 from pathlib import Path
 
 import click
 
 from ctrkit import pipeline
-from ctrkit.options import path_option
+from ctrkit.options import DAY, path_option
 
 
 @click.command("rules")
@@ -16,8 +17,16 @@ from ctrkit.options import path_option
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key.")
 @path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False)
 @click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`.")
+@click.option("--today", type=DAY, help="Convert this day on top of the last one; outputs go to OUT/NAME/days/DAY/.")
 @path_option("--out", "Folder of all runs.")
-def command(recipe: str, sets: tuple[str, ...], raw: Path | None, weights: str | None, out: Path) -> None:
+def command(
+    recipe: str,
+    sets: tuple[str, ...],
+    raw: Path | None,
+    weights: str | None,
+    today: datetime.datetime | None,
+    out: Path,
+) -> None:
     """Write the Make rules of a recipe (used by the Makefile).
 
     Reads the recipe, and what is below --out. Works out which stage makes which file for every variant, and which of
@@ -27,5 +36,5 @@ def command(recipe: str, sets: tuple[str, ...], raw: Path | None, weights: str |
     \b
     make -f "$(ctrkit rules --recipe demo --out runs)" CTRKIT=ctrkit all
     """
-    graph = pipeline.Graph(pipeline.Setting(recipe, raw, weights, sets, out))
+    graph = pipeline.Graph(pipeline.Setting(recipe, raw, weights, sets, out, today.date() if today else None))
     click.echo(pipeline.write_rules(graph, "$(CTRKIT)"))

@@ -3,6 +3,7 @@
 Reads the recipe and its raw data. Writes everything under `OUT/NAME/`.
 """
 
+import datetime
 import os
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import click
 import ctrkit
 from ctrkit import pipeline
 from ctrkit.errors import UserError
-from ctrkit.options import path_option
+from ctrkit.options import DAY, path_option
 
 
 @click.command("run")
@@ -22,6 +23,7 @@ from ctrkit.options import path_option
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key.")
 @path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False)
 @click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`.")
+@click.option("--today", type=DAY, help="Convert this day on top of the last one; outputs go to OUT/NAME/days/DAY/.")
 @path_option("--out", "Folder of all runs.", default="runs", show_default=True)
 @click.option("-j", "--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Steps made side by side.")
 @click.option("--target", default="all", show_default=True, help="What to make: a stage, or an output's path.")
@@ -30,6 +32,7 @@ def command(
     sets: tuple[str, ...],
     raw: Path | None,
     weights: str | None,
+    today: datetime.datetime | None,
     out: Path,
     jobs: int,
     target: str,
@@ -47,7 +50,7 @@ def command(
     make = shutil.which("make")
     if make is None:
         raise UserError("`ctrkit run` works through GNU Make, and there is no `make` on the PATH: install it")
-    graph = pipeline.Graph(pipeline.Setting(recipe, raw, weights, sets, out))
+    graph = pipeline.Graph(pipeline.Setting(recipe, raw, weights, sets, out, today.date() if today else None))
     target = pipeline.find_target(graph, target)
     package = Path(ctrkit.__file__).parent
     # -P keeps the current folder off Python's path, unless it is where ctrkit lies.

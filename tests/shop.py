@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 from click.testing import CliRunner, Result
 
 from ctrkit.cli import main
@@ -12,9 +13,7 @@ from ctrkit.cli import main
 ZONE = datetime.timezone(datetime.timedelta(hours=8))
 FIRST_DAY = datetime.date(2024, 3, 1)
 
-RECIPE = """
-[convert]
-time_zone = "Asia/Shanghai"
+TABLES = """
 [convert.impressions]
 files = "impressions.csv"
 columns = { id = "impression" }
@@ -29,7 +28,15 @@ files = "ads.csv"
 files = "goods.csv"
 [convert.behaviours]
 files = "behaviours.csv"
+"""
+"""The raw tables of the demo, which `ctrkit simulate` writes too."""
 
+RECIPE = """
+[convert]
+time_zone = "Asia/Shanghai"
+"""
+RECIPE += TABLES
+RECIPE += """
 [features]
 gender = { of = "user" }
 ad_id = { of = "ad", column = "ad", switch = "ad_id" }
@@ -117,10 +124,7 @@ def ctrkit(*words: object) -> Result:
 def run(folder: Path, stage: str, sets: Mapping[str, object] | None = None) -> Result:
     """Run one of the data stages on the shop of `folder`, outputs beside the raw folder."""
     words: list[object] = [stage, "--recipe", folder / "recipe.toml", "--out", folder / OUTPUTS[stage]]
-    if stage != "group":
-        words += ["--raw", folder / "raw"]
-    if stage != "convert":
-        words += ["--convert", folder / "convert"]
+    words += ["--raw", folder / "raw"] if stage == "convert" else ["--convert", folder / "convert"]
     if stage == "group":
         words += ["--behaviours", folder / "behaviours"]
     for key, value in (sets or {}).items():
@@ -136,3 +140,19 @@ def run_all(folder: Path, sets: Mapping[str, object] | None = None) -> None:
     for stage in OUTPUTS:
         result = run(folder, stage, sets)
         assert result.exit_code == 0, result.output
+
+
+def behaviours_of(convert: Path) -> pl.DataFrame:
+    """Return the behaviours that convert wrote, with `day`, `user` and the text of the `goods` instead of codes."""
+    days, frames = convert / "behaviours", []
+    goods = pl.read_parquet(convert / "goods.parquet")["goods"]
+    for path in sorted(days.glob("day=*/part-*.parquet")):
+        users = pl.read_parquet(convert / "users" / path.name)["user"]
+        log = pl.read_parquet(path).with_columns(day=pl.lit(path.parent.name.removeprefix("day=")).str.to_date())
+        text = pl.when(pl.col("goods_code") > 0).then(pl.col("goods_code") - 1)
+        frames.append(
+            log.with_columns(
+                users.gather(log["user_code"]).alias("user"), goods.gather(log.select(text).to_series()).alias("text")
+            ).drop("user_code", "goods_code")
+        )
+    return pl.concat(frames)

@@ -123,9 +123,17 @@ def write_groups(
     block_groups: int = 4,
     part_groups: int = 10,
 ) -> Path:
-    """Write the folder that `ctrkit group` would write: a user a group unless its values say otherwise."""
+    """Write the folder that `ctrkit group` would write: a user a group unless its values say otherwise.
+
+    Of neighbours with the same `group_id` in a row group only the first carries user features and behaviours.
+    """
     features, sizes = features or FEATURES, sizes or SIZES
-    types: dict[str, pl.DataType] = {"user": pl.String(), "day": pl.Date(), "group_id": pl.Int64()}
+    types: dict[str, pl.DataType] = {
+        "user": pl.String(),
+        "day": pl.Date(),
+        "group_id": pl.Int64(),
+        "common": pl.Int32(),
+    }
     of_samples: dict[str, pl.DataType] = {"sample_id": pl.Int64(), "time": pl.Int64(), "ad": pl.String()}
     of_samples |= {"click": pl.Int8(), "unseen_ad": pl.Boolean()}
     for name, feature in features.items():
@@ -135,10 +143,15 @@ def write_groups(
         else:
             types[name] = pl.List(pl.UInt32()) if feature.of == "behaviour" else one
     types |= {name: pl.List(one) for name, one in of_samples.items()}
+    shared = [name for name, feature in features.items() if feature.of in ("user", "behaviour")]
     for split, groups in splits.items():
         (folder / split).mkdir(parents=True)
         for part in range(0, len(groups), part_groups):
-            rows = [_row(g, features) for g in groups[part : part + part_groups]]
+            own = groups[part : part + part_groups]
+            rows = [_row(g, features, _carrier(own, i, block_groups)) for i, g in enumerate(own)]
+            for i, row in enumerate(rows):
+                if row["common"] != i % block_groups:
+                    row |= {n: [] if isinstance(row[n], list) else 0 for n in shared}
             frame = pl.DataFrame(rows, schema=types)
             frame.write_parquet(folder / split / f"part-{part // part_groups:04}.parquet", row_group_size=block_groups)
     (folder / "counts").mkdir()
@@ -152,9 +165,18 @@ def write_groups(
     return folder
 
 
-def _row(group: Group, features: dict[str, Feature]) -> Values:
+def _carrier(groups: Sequence[Group], at: int, block: int) -> int:
+    """Return the place in its row group of the row that carries what the group at `at` shares."""
+    first = at
+    while first % block and groups[first - 1].group_id == groups[at].group_id:
+        first -= 1
+    return first % block
+
+
+def _row(group: Group, features: dict[str, Feature], common: int) -> Values:
     day = np.datetime64("2024-03-01").astype(object)
     row: Values = {"user": group.user.get("user", f"u{group.group_id}"), "day": day, "group_id": group.group_id}
+    row["common"] = common
     row |= {"sample_id": [s["sample_id"] for s in group.samples], "time": [0] * len(group.samples)}
     row |= {"ad": [f"a{n}" for n in range(len(group.samples))], "unseen_ad": [False] * len(group.samples)}
     row |= {"click": [s["click"] for s in group.samples]}

@@ -10,7 +10,7 @@ import pytest
 
 from ctrkit.batches import Block, GroupedData, Ragged, Schema
 from ctrkit.errors import UserError
-from tests.small_groups import FEATURES, SCHEMA, Group, random_groups, some_groups, to_block, write_groups
+from tests.small_groups import FEATURES, SCHEMA, Group, alone, random_groups, some_groups, to_block, write_groups
 
 ALL = list(FEATURES)
 
@@ -82,6 +82,33 @@ def test_files_are_read_as_written(folder: Path, many: list[Group]) -> None:
     equal(Block.concat(list(data.blocks([9, 0]))), to_block(many[30:33] + many[:4]))
     frames = pl.concat(list(data.frames(["group_id", "ad"])))
     assert frames["group_id"].to_list() == [g.group_id for g in many]
+
+
+def test_rows_of_a_split_group_share_what_the_first_carries(many: list[Group], tmp_path: Path) -> None:
+    """A row a sample in the files: readers see each with all features, whichever they ask for."""
+    rows = alone(many)
+    assert len(rows) > 2 * len(many)
+    folder = write_groups(tmp_path / "groups", {"train": rows})
+    stored = pl.read_parquet(folder / "train" / "part-*.parquet")
+    followers = stored.filter(pl.col("common") != pl.int_range(pl.len()) % 10 % 4)
+    assert followers.height > len(many)
+    assert set(followers["gender"]) == {0}
+    assert followers["goods"].list.len().max() == 0
+    data = GroupedData(folder, "train", ALL)
+    equal(Block.concat(list(data.blocks())), to_block(rows))
+    assert len(data) == len(rows)
+    for few in (["gender", "goods", "ad_tags"], ["colour", "scene"], ["tags", "image"]):
+        some = Block.concat(list(GroupedData(folder, "train", few).blocks()))
+        equal(some, to_block(rows, {n: FEATURES[n] for n in few}))
+    without = Block.concat(list(GroupedData(folder, "train", ["scene"]).blocks()))
+    assert np.asarray(without.sample["scene"]).tolist() == [s["scene"] for g in rows for s in g.samples]
+    frame = pl.concat(list(data.frames(["goods", "gender", "user"])))
+    assert frame["goods"].to_list() == [[b["goods"] for b in g.behaviours] for g in rows]
+    assert frame["gender"].to_list() == [g.user["gender"] for g in rows]
+    assert pl.concat(list(data.frames(["group_id"])))["group_id"].to_list() == [g.group_id for g in rows]
+    by_id = {s["sample_id"]: (g, s) for g in rows for s in g.samples}
+    for block in data.epoch(7, (1, 2)):
+        equal(block, to_block([by_id[i][0] for i in ids(block)]))
 
 
 def test_features_that_are_not_asked_for_are_left(folder: Path, many: list[Group]) -> None:

@@ -1,16 +1,17 @@
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
+from click.testing import Result
 
 from ctrkit import grouping
-from ctrkit.batches import Schema
-from ctrkit.errors import UserError
-from ctrkit.grouping import SAMPLE_COLUMNS, count_samples, group, ungroup
+from ctrkit.batches import Block, Column, GroupedData, Ragged, Schema
+from ctrkit.grouping import SAMPLE_COLUMNS, count_samples, ungroup
 from ctrkit.partitions import read_by_day, read_split
-from ctrkit.recipe import Recipe, load
-from tests.shop import random_rows, run_all, write
+from ctrkit.recipe import Feature, Recipe, load
+from tests.shop import ctrkit, random_rows, run_all, write
 
 SHARED = ["gender", "goods", "category", "image"]
 OWN = ["ad_id", "ad_goods", "ad_tags", "ad_image", "position", "hour"]
@@ -30,6 +31,13 @@ def recipe_of(shop: Path, *sets: str) -> Recipe:
 
 def groups_of(shop: Path, split: str) -> pl.DataFrame:
     return pl.read_parquet(shop / "groups" / split / "part-*.parquet")
+
+
+def group(shop: Path, out: Path, *sets: str, recipe: Path | None = None, behaviours: Path | None = None) -> Result:
+    """Group the shop's samples into another folder."""
+    words = ["--convert", shop / "convert", "--behaviours", behaviours or shop / "behaviours", "--out", out]
+    sets_ = [word for text in sets for word in ("--set", text)]
+    return ctrkit("group", "--recipe", recipe or shop / "recipe.toml", *words, *sets_)
 
 
 def test_ungrouping_gives_back_exactly_the_samples(shop: Path) -> None:
@@ -64,13 +72,14 @@ def test_the_seed_decides_the_shuffle(shop: Path, tmp_path: Path) -> None:
     orders = []
     for n, seed in enumerate((0, 0, 1)):
         out = tmp_path / str(n)
-        group(recipe_of(shop, f"group.seed={seed}"), shop / "convert", shop / "behaviours", out)
+        assert group(shop, out, f"group.seed={seed}").exit_code == 0
         orders.append(pl.read_parquet(out / "train" / "part-*.parquet"))
         counts = [pl.read_parquet(p) for p in sorted((out / "counts").glob("*.parquet"))]
         orders.append(pl.concat(counts))
     assert orders[0].equals(orders[2])
     assert not orders[0].equals(orders[4])
-    assert orders[0].sort("group_id").equals(orders[4].sort("group_id"))
+    same = [orders[i].drop("common").sort("group_id") for i in (0, 4)]
+    assert same[0].equals(same[1])
     assert orders[1].equals(orders[5])
 
 
@@ -79,7 +88,7 @@ def test_some_groups_have_no_history_and_empty_lists(shop: Path, tmp_path: Path)
     empty = train.filter(pl.col("goods").list.len() == 0)
     assert 0 < empty.height < train.height
     (tmp_path / "none").mkdir()
-    group(recipe_of(shop), shop / "convert", tmp_path / "none", tmp_path / "groups")
+    assert group(shop, tmp_path / "groups", behaviours=tmp_path / "none").exit_code == 0
     all_empty = pl.read_parquet(tmp_path / "groups" / "train" / "part-*.parquet")
     assert all_empty["goods"].to_list() == [[]] * train.height
     assert all_empty.schema == train.schema
@@ -108,15 +117,27 @@ def test_counts_are_samples_that_contain_the_id(shop: Path) -> None:
 def test_an_id_that_a_sample_has_twice_counts_once() -> None:
     groups = pl.DataFrame(
         {
-            "group_id": [0, 1],
-            "sample_id": [[1, 2], [3]],
             "ad": pl.Series([[5, 6], [5]], dtype=pl.List(pl.UInt32)),
             "tags": pl.Series([[[5, 5], []], [[7]]], dtype=pl.List(pl.List(pl.UInt32))),
-            "goods": pl.Series([[5, 5, 8], []], dtype=pl.List(pl.UInt32)),
+            "goods": pl.Series([[5, 5, 8, 0], []], dtype=pl.List(pl.UInt32)),
+            "gender": pl.Series([8, 2], dtype=pl.UInt32),
         }
     )
-    counted = count_samples(groups, ["goods"], ["ad", "tags"])
-    assert counted.rows() == [(5, 3), (6, 1), (7, 1), (8, 2)]
+    of = {"ad": "ad", "tags": "ad", "goods": "behaviour", "gender": "user"}
+    features = {name: Feature.model_validate({"of": owner}) for name, owner in of.items()}
+    counted = count_samples(groups, np.array([2, 1]), features, 10)
+    assert counted.dtype == np.uint64
+    assert dict(enumerate(counted.tolist())) == {**dict.fromkeys(range(10), 0), 5: 3, 6: 1, 7: 1, 8: 2, 2: 1}
+
+
+@pytest.mark.parametrize("of", ["ad", "behaviour"])
+def test_as_many_values_as_rows_are_not_one_a_row(of: str) -> None:
+    """Two values of the first row, none of the second."""
+    lists = [[[5, 5]], [[]]] if of == "ad" else [[5, 5], []]
+    inner = pl.List(pl.UInt32)
+    groups = pl.DataFrame({"x": pl.Series(lists, dtype=pl.List(inner) if of == "ad" else inner)})
+    features = {"x": Feature.model_validate({"of": of, "multi_hot": of == "ad"})}
+    assert count_samples(groups, np.array([1, 1]), features, 7).tolist() == [0, 0, 0, 0, 0, 1, 0]
 
 
 def test_schema_is_what_readers_expect(shop: Path) -> None:
@@ -130,8 +151,8 @@ def test_schema_is_what_readers_expect(shop: Path) -> None:
 
 
 def test_parts_hold_whole_blocks(shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouping, "BLOCKS_A_PART", 2)
-    group(recipe_of(shop), shop / "convert", shop / "behaviours", tmp_path / "groups")
+    monkeypatch.setattr(grouping, "BLOCKS_A_FILE", 2)
+    assert group(shop, tmp_path / "groups").exit_code == 0
     parts = sorted((tmp_path / "groups" / "train").glob("part-*.parquet"))
     rows = [pl.scan_parquet(p).select(pl.len()).collect().item() for p in parts]
     assert rows[:-1] == [16] * (len(rows) - 1)
@@ -143,23 +164,90 @@ def test_a_user_feature_that_varies_within_a_day_is_an_error(shop: Path, tmp_pat
     file = tmp_path / "recipe.toml"
     text = (shop / "recipe.toml").read_text()
     file.write_text(text.replace('position = { of = "scene" }', 'position = { of = "user" }'))
-    with pytest.raises(
-        UserError, match=r"\[features.position\] is of = \"user\" but has more than one value within a day"
-    ):
-        group(load(file), shop / "convert", shop / "behaviours", tmp_path / "groups")
+    result = group(shop, tmp_path / "groups", recipe=file)
+    assert result.exit_code == 1
+    assert '[features.position] is of = "user" but has more than one value within a day' in result.output
+    assert not (tmp_path / "groups").exists()
 
 
 def test_samples_or_behaviours_of_another_recipe(shop: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     text = (shop / "recipe.toml").read_text()
     file.write_text(text.replace("[select-clicks]", 'extra = { of = "scene", vocab = "hour" }\n[select-clicks]'))
-    with pytest.raises(UserError, match="the samples have no feature 'extra'"):
-        group(load(file), shop / "convert", shop / "behaviours", tmp_path / "groups")
+    result = group(shop, tmp_path / "groups", recipe=file)
+    assert (result.exit_code, "the samples have no feature 'extra'" in result.output) == (1, True)
     file.write_text(text.replace("[select-clicks]", 'extra = { of = "behaviour", vocab = "goods" }\n[select-clicks]'))
-    with pytest.raises(UserError, match="the behaviours have no feature 'extra'"):
-        group(load(file), shop / "convert", shop / "behaviours", tmp_path / "other")
-    with pytest.raises(UserError, match="give the folder"):
-        group(recipe_of(shop), shop / "convert", None, tmp_path / "third")
+    result = group(shop, tmp_path / "groups", recipe=file)
+    assert (result.exit_code, "the behaviours have no feature 'extra'" in result.output) == (1, True)
+    words = ["--recipe", shop / "recipe.toml", "--convert", shop / "convert", "--out", tmp_path / "groups"]
+    result = ctrkit("group", *words)
+    assert (result.exit_code, "give the folder that ctrkit select-clicks wrote" in result.output) == (1, True)
+
+
+FEATURES = [*SHARED, *OWN]
+
+
+def whole(groups: Path, split: str) -> Block:
+    return Block.concat(list(GroupedData(groups, split, FEATURES).blocks()))
+
+
+def samples_with_all(groups: Path, split: str) -> list[dict[str, object]]:
+    """Return every sample with its own features, its group's and its history, as readers of the files see them."""
+    block = whole(groups, split)
+    owner = np.repeat(np.arange(block.n_groups), np.diff(block.sample_offsets))
+
+    def values(column: Column, row: int) -> object:
+        return column.slice(row, row + 1).values.tolist() if isinstance(column, Ragged) else int(column[row])
+
+    found = []
+    for i, g in enumerate(owner):
+        history = slice(block.behaviour_offsets[g], block.behaviour_offsets[g + 1])
+        sample = {name: values(column, i) for name, column in block.sample.items()}
+        sample |= {name: values(column, g) for name, column in block.group.items()}
+        found.append(sample | {name: np.asarray(c)[history].tolist() for name, c in block.behaviour.items()})
+    return sorted(found, key=lambda sample: int(sample["sample_id"]))
+
+
+@pytest.mark.parametrize(("most", "block"), [(1, 8), (2, 3), (2, 1000), (3, 1)])
+def test_large_groups_are_split_into_rows_that_share(shop: Path, tmp_path: Path, most: int, block: int) -> None:
+    out = tmp_path / "groups"
+    sets = [f"group.max_samples={most}", f"group.block_groups={block}"]
+    assert group(shop, out, *sets).exit_code == 0
+    for split in ("train", "valid", "test"):
+        frame = pl.read_parquet(out / split / "part-*.parquet")
+        before = groups_of(shop, split)
+        assert frame["sample_id"].list.len().max() == most
+        assert frame.schema == before.schema
+        assert frame["group_id"].n_unique() == before.height
+        rows = []
+        for path in sorted((out / split).glob("part-*.parquet")):
+            part = pl.read_parquet(path)
+            rows += [part.slice(start, block) for start in range(0, part.height, block)]
+        carried = 0
+        for some in rows:
+            ids = some["group_id"].to_list()
+            assert some["common"].to_list() == [ids.index(i) for i in ids]
+            others = some.filter(pl.col("common") != pl.int_range(pl.len(), dtype=pl.Int32))
+            carried += others.height
+            assert others["gender"].to_list() == [0] * others.height
+            assert others["goods"].to_list() == others["image"].to_list() == [[]] * others.height
+        assert (carried > 0) == (block > 1)
+        # Rows of a group follow one another, its samples in order.
+        ids = frame["group_id"].rle_id()
+        assert ids.n_unique() == frame["group_id"].n_unique()
+        together = frame.group_by("group_id").agg(pl.col("sample_id").explode()).sort("group_id")
+        assert together.equals(before.select("group_id", "sample_id").sort("group_id"))
+        assert samples_with_all(out, split) == samples_with_all(shop / "groups", split)
+    for path in (shop / "groups" / "counts").iterdir():
+        assert (out / "counts" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_group_is_split_only_above_the_limit(shop: Path, tmp_path: Path) -> None:
+    most = groups_of(shop, "train")["sample_id"].list.len().max()
+    assert most > 3
+    assert group(shop, tmp_path / "groups", f"group.max_samples={most}").exit_code == 0
+    for path in (shop / "groups" / "train").iterdir():
+        assert (tmp_path / "groups" / "train" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_sample_columns_are_those_documented() -> None:

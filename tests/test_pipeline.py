@@ -262,3 +262,31 @@ def test_the_name_of_a_target(recipe: Path) -> None:
     assert find_target(steps, "runs/tiny/basic/model") == "runs/tiny/basic/model.json"
     with pytest.raises(UsageError, match="nothing called 'trian' to make; did you mean 'train'"):
         find_target(steps, "trian")
+
+
+def test_a_day_at_a_time(run: Run) -> None:
+    """TODAY converts that day on top of the last one that was, in a folder of its own."""
+    days = run.home / "days"
+
+    def counts(day: str) -> dict[str, int]:
+        found: dict[str, int] = json.loads((days / day / "convert.json").read_text())["counts"]
+        return found
+
+    whole = json.loads((run.home / "convert.json").read_text())["counts"]
+    run.make("TODAY=2024-03-03", "convert")
+    before = run.times("days/2024-03-03")
+    assert counts("2024-03-03")["train days"] == counts("2024-03-03")["test days"] == 1
+    printed = run.make("TODAY=2024-03-04")
+    assert "the report is runs/tiny/days/2024-03-04/report.html" in printed
+    sidecar = json.loads((days / "2024-03-04" / "convert.json").read_text())
+    assert "previous" in sidecar["inputs"]
+    read = [counts(day)["impressions read"] for day in ("2024-03-03", "2024-03-04")]
+    assert read[1] < read[0] < sum(read) == whole["impressions read"]
+    assert counts("2024-03-04")["earlier days kept"] == 3
+    metrics = json.loads((days / "2024-03-04" / "metrics.json").read_text())
+    assert set(metrics["variants"]) == {"pictures", "basic", "all-clicks"}
+    assert run.times("days/2024-03-03") == before
+    assert run.plan("TODAY=2024-03-04") == run.plan("TODAY=2024-03-03", "convert") == run.plan() == set()
+    assert run.leftovers() == []
+    printed = run.make("TODAY=yesterday", fails=True)
+    assert "'yesterday' does not match the format '%Y-%m-%d'" in printed

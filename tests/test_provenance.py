@@ -10,7 +10,7 @@ import pytest
 
 from ctrkit import provenance
 from ctrkit.digests import Digests
-from ctrkit.errors import UserError
+from ctrkit.errors import Resumable, UserError
 from ctrkit.recipe import Recipe
 
 CHECKOUT = Path(__file__).parent.parent
@@ -127,6 +127,60 @@ def test_an_error_leaves_output_and_sidecar(tmp_path: Path, source: Path) -> Non
     assert out.read_text() == "made"
     assert (tmp_path / "out.json").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.json", "source"]
+
+
+def build(target: Path, source: Path, *names: str, error: Exception | None = None) -> list[str]:
+    """Build a folder of these files among the parts; return those that were there before."""
+    with provenance.output("group", RECIPE, {"source": source}, target) as work:
+        out = work.begin()
+        before = sorted(p.name for p in out.iterdir())
+        for name in names:
+            (out / name).write_text(name)
+        if error is not None:
+            raise error
+        work.end()
+    return before
+
+
+@pytest.mark.parametrize("error", [Resumable("a worker died"), ZeroDivisionError("a fault"), KeyboardInterrupt()])
+def test_what_can_go_on_is_kept_and_goes_on(tmp_path: Path, source: Path, error: Exception) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(type(error)):
+        build(out, source, "a", ".a.123", error=error)
+    assert not out.exists()
+    [parts] = tmp_path.glob(".out.parts-*")
+    assert (parts / "out" / "a").is_file()
+    assert build(out, source, "b") == [".a.123", "a"]
+    assert sorted(p.name for p in out.iterdir()) == ["a", "b"]  # what was half written is gone
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.json", "source"]
+
+
+def test_parts_of_work_that_cannot_go_on_are_removed(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="mend it"):
+        build(out, source, "a", error=UserError("mend it"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+    with pytest.raises(Resumable):
+        build(out, source, "a", error=Resumable("go on"))
+    source.write_text("changed")
+    assert build(out, source, "b") == []
+    assert sorted(p.name for p in out.iterdir()) == ["b"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.json", "source"]
+
+
+def test_options_of_the_command_count(source: Path) -> None:
+    keys = {
+        provenance.provenance("convert", RECIPE, {"source": source}, Digests(), options).key
+        for options in (None, {"today": "2024-03-01"}, {"today": "2024-03-02"})
+    }
+    assert len(keys) == 3
+
+
+def test_who_runs_the_tasks_does_not_count(source: Path) -> None:
+    """Bytes do not depend on them, so a run may go on with fewer workers."""
+    first = key(source)
+    for change in ({"workers": 3}, {"engine": "ray"}):
+        assert key(source, RECIPE.model_copy(update=change)) == first
 
 
 @pytest.fixture

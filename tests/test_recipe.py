@@ -98,6 +98,10 @@ def test_variants_and_sets_in_their_order(tmp_path: Path) -> None:
         ("split.test=[2024-03-05]", "split.test", (datetime.date(2024, 3, 5),)),
         ("split.test=0.1", "split.test", 0.1),
         ("convert.clicks.files=c.csv", "convert.clicks.files", "c.csv"),
+        ("engine=ray", "engine", "ray"),
+        ("workers=3", "workers", 3),
+        ("select-clicks.type_weights={ cart = 3 }", "select_clicks.type_weights", {"cart": 3.0}),
+        ("convert.drop_repeats=false", "convert.drop_repeats", False),
     ],
 )
 def test_values_of_sets(tmp_path: Path, text: str, path: str, value: object) -> None:
@@ -133,6 +137,26 @@ def test_values_of_sets(tmp_path: Path, text: str, path: str, value: object) -> 
         ),
         ("[features]\na = { of = 'behaviour', multi_hot = true }\n", "multi_hot is for ids of user, ad or scene"),
         ("[train\n", "is not a TOML file"),
+        ("engine = 'spark'\n", "engine: input should be 'local' or 'ray' (given: 'spark')"),
+        ("[features]\na = { of = 'user', kind = 'number' }\n", "either edges or quantiles go together"),
+        ("[features]\na = { of = 'user', edges = [1] }\n", "either edges or quantiles go together"),
+        (
+            "[features]\na = { of = 'ad', kind = 'number', edges = [1], quantiles = 2 }\n",
+            "either edges or quantiles go together",
+        ),
+        ("[features]\na = { of = 'ad', kind = 'number', edges = [2, 1] }\n", "edges must rise: [2.0, 1.0]"),
+        ("[features]\na = { of = 'ad', hash_buckets = 9, top = 5 }\n", "hash_buckets for ids without"),
+        (
+            "[features]\na = { of = 'user', vocab = 'v' }\nb = { of = 'ad', vocab = 'v', top = 3 }\n",
+            "features 'a' and 'b' share the vocabulary 'v' but differ in top: 0 and 3",
+        ),
+        (
+            "[convert.impressions]\nfiles = 'a.csv'\ncolumns = { user = 1 }\n",
+            "column 1 is given by position, which needs header = false",
+        ),
+        ("[convert.impressions]\nfiles = 'a'\nencoding = 'utf-16'\n", "encoding 'utf-16' is unknown or not"),
+        ("[convert.impressions]\nfiles = 'a'\nencoding = 'kli'\n", "encoding 'kli' is unknown or not"),
+        ("[convert]\nnegative_rate = 0\n", "convert.negative_rate: input should be greater than 0 (given: 0)"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, error: str) -> None:

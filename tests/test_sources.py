@@ -34,6 +34,15 @@ def test_globs_give_files_below_the_folder_in_order_of_name(tmp_path: Path) -> N
     assert list(found) == ["day=1/b.csv", "day=2/b.csv"]
 
 
+def test_folders_stand_for_the_data_below_them_and_urls_for_themselves(tmp_path: Path) -> None:
+    for name in ("log/day=2/b.csv.gz", "log/day=1/a.parquet", "log/day=1/.c.csv", "log/_tmp/d.csv", "log/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    recipe = recipe_of(impressions={"files": ["s3://bucket/log/*.parquet", "log"]}, goods={"files": "http://x/g.csv"})
+    found = raw_inputs(recipe, tmp_path)
+    assert found == {f"raw/{name}": tmp_path / name for name in ("log/day=1/a.parquet", "log/day=2/b.csv.gz")}
+
+
 @pytest.mark.parametrize(
     ("column", "expected"), [("goods", ["goods"]), ("{goods}.jpg", ["goods"]), ("{a}/{b}-{a}", ["a", "b", "a"])]
 )

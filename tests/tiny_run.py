@@ -4,7 +4,7 @@ from pathlib import Path
 
 from click.testing import Result
 
-from tests.shop import ctrkit
+from tests.shop import TABLES, ctrkit
 
 RECIPE = """
 about = "A tiny simulated shop."
@@ -20,22 +20,9 @@ shops = 8
 categories = 5
 picture_size = 32
 active_share = 0.7
-
-[convert.impressions]
-files = "impressions.csv"
-columns = { id = "impression" }
-[convert.clicks]
-files = "clicks.csv"
-columns = { id = "impression" }
-[convert.users]
-files = "users.csv"
-[convert.ads]
-files = "ads.csv"
-[convert.goods]
-files = "goods.csv"
-[convert.behaviours]
-files = "behaviours.csv"
-
+"""
+RECIPE += TABLES
+RECIPE += """
 [features]
 gender = { of = "user" }
 age = { of = "user" }
@@ -92,7 +79,7 @@ class TinyRun:
         raw, behaviours = self.folder / "raw", self.folder / "behaviours"
         self.must("simulate", "--out", raw)
         self.must("convert", "--raw", raw, "--out", self.convert)
-        self.must("select-clicks", "--raw", raw, "--convert", self.convert, "--out", behaviours)
+        self.must("select-clicks", "--convert", self.convert, "--out", behaviours)
         images = ["--pictures", raw / "pictures", "--convert", self.convert, "--out", self.features]
         self.must("extract-images", *images)
         self.must("group", "--convert", self.convert, "--behaviours", behaviours, "--out", self.groups)

@@ -11,6 +11,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.shop import TABLES
+
 CHECKOUT = Path(__file__).parent.parent
 
 RECIPE = """
@@ -29,22 +31,9 @@ shops = 8
 ads = 20
 new_ads_per_day = 4
 picture_size = 32
-
-[convert.impressions]
-files = "impressions.csv"
-columns = { id = "impression" }
-[convert.clicks]
-files = "clicks.csv"
-columns = { id = "impression" }
-[convert.users]
-files = "users.csv"
-[convert.ads]
-files = "ads.csv"
-[convert.goods]
-files = "goods.csv"
-[convert.behaviours]
-files = "behaviours.csv"
-
+"""
+RECIPE += TABLES
+RECIPE += """
 [features]
 gender = { of = "user" }
 ad_id = { of = "ad", column = "ad", switch = "ad_id" }

@@ -62,3 +62,23 @@ def test_what_cannot_be_planned() -> None:
     with pytest.raises(UsageError, match=r"\[train\] user_images is on, but .* of = 'behaviour'"):
         plan(ids, ad_image=False)
     assert not plan(ids, model="base").ad_image
+
+
+def test_numbers_are_inputs_as_ids_are() -> None:
+    """A number is a bucket, and a bucket an id: of every owner, in the recipe's order."""
+    features = Recipe.model_validate(
+        {
+            "name": "x",
+            "features": {
+                "age": {"of": "user", "kind": "number", "edges": [20, 40]},
+                "ad_id": {"of": "ad"},
+                "price": {"of": "ad", "kind": "number", "quantiles": 4},
+                "paid": {"of": "behaviour", "kind": "number", "edges": [5]},
+            },
+        }
+    ).features
+    schema = Schema(features, {"age": 5, "ad_id": 4, "price": 6, "paid": 4}, "0" * 32, 4)
+    plan = make_plan(Train(model="din"), schema, 0)
+    assert (plan.user, plan.sample, plan.behaviour) == (["age"], ["ad_id", "price"], ["paid"])
+    dicm = make_plan(Train(ad_image=False, user_images=False), schema, 0)
+    assert (dicm.user, dicm.sample, dicm.behaviour) == (["age"], ["ad_id", "price"], [])

@@ -21,7 +21,15 @@ def test_it_writes_what_it_says_and_the_same_again(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "300 samples + 0 rejects + 0 duplicates" in result.output
     out = tmp_path / "convert"
-    assert sorted(p.name for p in out.iterdir()) == ["rejects.parquet", "samples", "split.json", "vocab"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "behaviours",
+        "goods.parquet",
+        "rejects.parquet",
+        "samples",
+        "split.json",
+        "users",
+        "vocab",
+    ]
     sidecar = json.loads((tmp_path / "convert.json").read_text())
     assert sidecar["counts"]["samples"] == 300
     names = ["ads", "behaviours", "clicks", "goods", "impressions", "users"]
@@ -51,12 +59,12 @@ def test_samples_are_in_order_of_time_within_the_days_of_the_zone(tmp_path: Path
     [
         ({"convert.goods.columns.goods": "good"}, 1, "has no column 'good', which [convert.goods] calls 'goods'; did"),
         ({"convert.impressions.files": "impression.csv"}, 1, "did you mean 'impressions.csv' or "),
-        ({"convert.behaviours.files": "broken.parquet"}, 1, "broken.parquet cannot be read as PARQUET"),
+        ({"convert.behaviours.files": "broken.parquet"}, 1, "broken.parquet is not a whole Parquet file"),
         ({"convert.impressions.files": "empty.csv"}, 1, "empty.csv ([convert.impressions]) has no rows"),
         ({"split.test": '["2024-03-09"]'}, 2, "days there are: 2024-03-01, 2024-03-02, 2024-03-03"),
         ({"split.test": 3}, 2, "no day to train on"),
         ({"convert.impressions.where": "position >"}, 2, "is not an SQL expression"),
-        ({"convert.time_unit": "iso"}, 1, "3 of 3 rows of impressions (100.0%)"),
+        ({"convert.time_unit": "iso"}, 1, "3 of 3 rows of impressions (100%)"),
         ({"features.hour.column": "hours"}, 1, "did you mean 'hour'?"),
         ({"convert.timezone": "UTC"}, 2, "did you mean 'time_zone'"),
     ],

@@ -64,6 +64,46 @@ def test_every_kind_of_model(tiny_run: TinyRun, tmp_path: Path) -> None:
         assert found == pytest.approx(best["valid_gauc"], abs=1e-9)
 
 
+@pytest.mark.parametrize("variant", ["pictures", "lr", "din"])
+def test_splitting_groups_changes_no_score(tiny_run: TinyRun, model: Path, tmp_path: Path, variant: str) -> None:
+    """Rows of one group share its features, so a limit on samples a row changes only how they are stored."""
+    words = ["--convert", tiny_run.convert, "--behaviours", tiny_run.folder / "behaviours"]
+    tiny_run.must("group", *words, "--set", "group.max_samples=2", "--out", tmp_path / "groups")
+    stored = [pl.read_parquet(g / "test" / "*.parquet") for g in (tiny_run.groups, tmp_path / "groups")]
+    assert stored[1].height > 2 * stored[0].height
+    choose: list[object] = []
+    if variant != "pictures":
+        choose = ["--variant", variant]
+        model = tiny_run.train(tmp_path / "model", *choose)
+    tables = []
+    for groups in (tiny_run.groups, tmp_path / "groups"):
+        out = tmp_path / "predictions.parquet"
+        reads = ["--groups", groups, *tiny_run.reads()[2:], "--model", model]
+        tiny_run.must("predict", *choose, *reads, "--out", out)
+        tables.append(pl.read_parquet(out))
+    assert tables[0].drop("score").equals(tables[1].drop("score"))
+    assert tables[0]["history_length"].max() > 3
+    np.testing.assert_allclose(tables[1]["score"], tables[0]["score"], atol=1e-6)
+
+
+def test_dropped_negatives_are_undone(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Training on a fifth of the negatives: odds five times as high, which predict divides by."""
+    shutil.copytree(tiny_run.groups, tmp_path / "groups")
+    schema = json.loads((tmp_path / "groups" / "schema.json").read_text())
+    assert schema["negative_rate"] == 1.0
+    scores = []
+    for rate in (1.0, 0.2):
+        (tmp_path / "groups" / "schema.json").write_text(json.dumps({**schema, "negative_rate": rate}))
+        reads = ["--groups", tmp_path / "groups"]
+        model = tmp_path / f"model-{rate}"
+        tiny_run.must("train", "--variant", "lr", *reads, "--out", model)
+        out = tmp_path / f"{rate}.parquet"
+        tiny_run.must("predict", "--variant", "lr", *reads, "--model", model, "--out", out)
+        scores.append(pl.read_parquet(out)["score"].to_numpy().astype(np.float64))
+    plain, corrected = scores
+    np.testing.assert_allclose(corrected, plain / (plain + (1 - plain) / 0.2), atol=1e-6)
+
+
 def refused(tiny_run: TinyRun, out: Path, *words: object) -> str:
     result = tiny_run.call("predict", *words, "--out", out)
     assert result.exit_code == 1, (result.output, result.exception)

@@ -18,6 +18,11 @@ def histories(folder: Path, rows: list[str], sets: dict[str, object] | None = No
     for stage in ("convert", "select-clicks"):
         result = run(folder, stage, sets)
         assert result.exit_code == 0, result.output
+    return histories_there(folder)
+
+
+def histories_there(folder: Path) -> dict[int, list[str]]:
+    """Return day number → the goods of u1's history, as they lie in the folder."""
     words = dict(pl.read_parquet(folder / "convert" / "vocab" / "goods.parquet").select("index", "value").iter_rows())
     found = {}
     for path in (folder / "behaviours").glob("day=*/part-0000.parquet"):
@@ -71,6 +76,35 @@ def test_dwell_and_types(tmp_path: Path) -> None:
     result = run(tmp_path / "b", "select-clicks", {"select-clicks.types": '["cilck"]'})
     assert result.exit_code == 2
     assert "did you mean 'click'" in result.output
+
+
+def test_types_weigh_what_the_recipe_says(tmp_path: Path) -> None:
+    """Two clicks against one cart: which goods is left when one is picked."""
+    rows = [f"u1,g2,{at(6, 12)},click,", f"u1,g2,{at(6, 13)},click,", f"u1,g3,{at(6, 12)},cart,"]
+    rows += [f"u1,g1,{at(6, 14)},,"]
+    one = {"select-clicks.max_behaviours": 1}
+    assert histories(tmp_path, rows, one)[7] == ["g2"]
+    for weights, left in (
+        ("{ cart = 2.5 }", "g3"),
+        ("{ cart = 2.5, click = 2 }", "g2"),
+        ("{ click = 0, cart = 0.5 }", "g1"),
+    ):
+        assert run(tmp_path, "select-clicks", {**one, "select-clicks.type_weights": weights}).exit_code == 0
+        assert histories_there(tmp_path)[7] == [left]
+    result = run(tmp_path, "select-clicks", {"select-clicks.type_weights": "{ crat = 3 }"})
+    assert result.exit_code == 2
+    assert "select-clicks.type_weights names 'crat', which no behaviour is; did you mean 'cart'" in result.output
+
+
+def test_types_need_a_column_of_types(tmp_path: Path) -> None:
+    raw, _ = write(tmp_path, impressions=IMPRESSIONS, clicks=["i0,0"])
+    (raw / "behaviours.csv").write_text(f"user,goods,time\nu1,g1,{at(0)}\n")
+    assert run(tmp_path, "convert").exit_code == 0
+    assert run(tmp_path, "select-clicks").exit_code == 0
+    for sets in ({"select-clicks.type_weights": "{ cart = 3 }"}, {"select-clicks.types": '["cart"]'}):
+        result = run(tmp_path, "select-clicks", sets)
+        assert result.exit_code == 2
+        assert "has no column `type`" in result.output
 
 
 def test_lists_are_oldest_first_with_what_selection_used(tmp_path: Path) -> None:

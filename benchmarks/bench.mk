@@ -1,0 +1,11 @@
+# Benchmarks: make bench-NAME [N=impressions] [BENCH='further options'] [BENCH_DATA=runs/bench, where logs are kept]
+.PHONY: bench-logs bench-convert bench-group-size
+
+bench-logs: $(READY) ## the raw logs that the benchmarks of the data stages read
+	.venv/bin/python benchmarks/logs.py $(N:%=--impressions %) $(BENCH)
+
+bench-convert: $(READY) ## convert + select-clicks + group against parsing the same CSV files
+	.venv/bin/python benchmarks/convert.py $(N:%=--impressions %) $(BENCH)
+
+bench-group-size: $(READY) ## grouped training files against the same samples ungrouped
+	.venv/bin/python benchmarks/grouped_size.py $(N:%=--impressions %) $(BENCH)

@@ -1,0 +1,84 @@
+"""One dictionary for all chunks: every distinct text of a log's column, and what each chunk's codes mean in it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ctrkit import spool
+from ctrkit.spool import Ints
+
+Chunk = Mapping[str, Any]
+
+
+def tasks(names: Sequence[str], chunks: Sequence[Chunk]) -> list[list[str]]:
+    """Share the dictionaries out: each long one alone, all short ones together."""
+    long = [n for n in names if any(n in c["words"] and c["words"][n][0] != ".words" for c in chunks)]
+    short = [n for n in names if n not in long]
+    return [*([n] for n in long), *([short] if short else [])]
+
+
+def unify(names: Sequence[str], chunks: Sequence[Chunk], folder: Path, in_order: Sequence[str]) -> dict[str, Any]:
+    """Merge each of these dictionaries over all chunks that have it.
+
+    Writes FOLDER/NAME.words (the distinct texts; sorted, for the names `in_order`) and FOLDER/NAME.map: for each chunk
+    the code here of each code there, 0 first. Returns, by name, `size` (largest code + 1) and where each chunk begins
+    in the map.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    words_of: dict[str, list[pl.Series]] = {name: [] for name in names}
+    kinds = {n: pl.Int64 if all(c["words"][n][3] for c in chunks if n in c["words"]) else pl.String for n in names}
+    for chunk in chunks:
+        files: dict[str, pl.Series] = {}
+        for name in names:
+            if name in chunk["words"]:
+                end, a, b, _ = chunk["words"][name]
+                if end not in files:
+                    files[end] = pl.read_ipc(chunk["stem"] + end)["value"]
+                words_of[name].append(files[end].slice(a, b - a).cast(kinds[name]))
+    return {name: _merge(name, words_of[name], folder, name in in_order) for name in names}
+
+
+def _merge(name: str, words_of: Sequence[pl.Series], folder: Path, in_order: bool) -> dict[str, Any]:
+    codes, words = spool.code(pl.concat(words_of) if words_of else pl.Series("value", [], dtype=pl.String))
+    codes, words = codes.astype(np.uint32), words.cast(pl.String)
+    if in_order:
+        order = words.arg_sort().to_numpy()
+        rank = np.empty(len(order) + 1, np.uint32)
+        rank[0], rank[order + 1] = 0, np.arange(1, len(order) + 1)
+        codes, words = rank[codes], words.gather(order)
+    begins, parts = [0], []
+    for piece in np.split(codes, np.cumsum([w.len() for w in words_of])[:-1]):
+        parts += [np.zeros(1, np.uint32), piece]
+        begins.append(begins[-1] + len(piece) + 1)
+    every = np.concatenate([np.empty(0, np.uint32), *parts]).astype(spool.smallest(words.len() + 1), copy=False)
+    spool.write_array(folder / f"{name}.map", every)
+    spool.write_frame(folder / f"{name}.words", words.rename("value").to_frame())
+    return {"size": words.len() + 1, "begins": begins}
+
+
+def words(folder: Path, name: str) -> pl.Series:
+    """Return the texts of codes 1, 2, …."""
+    return pl.read_ipc(folder / f"{name}.words")["value"]
+
+
+class Maps:
+    """The maps of the dictionaries, read once in a process."""
+
+    def __init__(
+        self, folder: Path, found: Mapping[str, Mapping[str, Any]], order: Mapping[str, Sequence[str]]
+    ) -> None:
+        self.folder, self.found = folder, found
+        self._place = {name: {stem: i for i, stem in enumerate(stems)} for name, stems in order.items()}
+        self._maps: dict[str, Ints] = {}
+
+    def translate(self, name: str, stem: str, codes: Ints) -> Ints:
+        """Return the codes of a chunk as codes of the dictionary, in the smallest type for its size."""
+        if name not in self._maps:
+            self._maps[name] = np.fromfile(self.folder / f"{name}.map", spool.smallest(self.found[name]["size"]))
+        begins = self.found[name]["begins"]
+        i = self._place[name][stem]
+        found: Ints = self._maps[name][begins[i] : begins[i + 1]][codes]
+        return found

@@ -1,0 +1,158 @@
+"""Intermediate tables of the data stages: rows dealt to partitions, ids as small numbers, read without copying.
+
+A *chunk* is what one piece of a raw file becomes. Its rows lie in order of their partition, so that a partition's are
+one slice of every chunk. A *code* stands for a text: 0 for a missing one, k for the k-th of the chunk's dictionary.
+"""
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import polars_hash
+
+Ints = npt.NDArray[np.integer[Any]]
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield where to write a file that then takes the place of `path`: a task may be done twice, even at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    yield tmp
+    tmp.replace(path)
+
+
+def write_frame(path: Path | str, frame: pl.DataFrame) -> None:
+    """Write a frame, uncompressed; `pl.read_ipc` reads it."""
+    with whole(Path(path)) as tmp:
+        frame.write_ipc(tmp, compression="uncompressed")
+
+
+def write_array(path: Path | str, array: Ints) -> None:
+    """Write the bytes of an array; `np.fromfile` reads them."""
+    with whole(Path(path)) as tmp:
+        array.tofile(tmp)
+
+
+def hashes(texts: pl.Series) -> pl.Series:
+    """Return the xxhash64 (UInt64) of each text: the same everywhere and in every version."""
+    return texts.to_frame("t").select(polars_hash.col("t").nchash.xxhash64().alias(texts.name)).to_series()
+
+
+def partition_of(texts: pl.Series, partitions: int) -> Ints:
+    """Return the partition (UInt16) of each text or whole number, which counts as its text."""
+    if partitions == 1:
+        return np.zeros(texts.len(), np.uint16)
+    return (hashes(texts.cast(pl.String)) % partitions).cast(pl.UInt16).to_numpy()
+
+
+NULL = (1 << 32) - 1
+RANGE = 1 << 20
+"""Numbers that lie this close together are coded by a table."""
+SAMPLE, FEW = 2048, 512
+"""A column is taken to have few distinct texts if so many rows of it have."""
+
+
+def smallest(size: int) -> type[np.unsignedinteger[Any]]:
+    """Return the smallest type that holds 0 to size − 1."""
+    return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32
+
+
+def code(values: pl.Series) -> tuple[Ints, pl.Series]:
+    """Return the code of each text or whole number (0: null), and the dictionary: each distinct one, by code from 1."""
+    if values.dtype == pl.Int64 and values.len():
+        low, high = (int(str(v or 0)) for v in (values.min(), values.max()))
+        if high - low < max(RANGE, 4 * values.len()):
+            return _code_range(values, low, high)
+    few = values.dtype == pl.String and values.head(SAMPLE).n_unique() <= FEW
+    codes, first = _code_few(values) if few else _code_many(values)
+    return codes.astype(smallest(len(first) + 1), copy=False), values.gather(first).rename("value")
+
+
+def _code_range(values: pl.Series, low: int, high: int) -> tuple[Ints, pl.Series]:
+    """Return codes and dictionary of numbers from a small range, by a table of that range."""
+    place = values.fill_null(low - 1).to_numpy() - (low - 1)  # 0: null
+    there = np.zeros(high - low + 2, bool)
+    there[place] = True
+    there[0] = False
+    words = np.flatnonzero(there) + (low - 1)
+    codes = np.cumsum(there, dtype=np.uint32).astype(smallest(len(words) + 1))
+    codes[0] = 0
+    return codes[place], pl.Series("value", words, dtype=pl.Int64)
+
+
+def _code_few(texts: pl.Series) -> tuple[Ints, Ints]:
+    """Return codes, and the first row of each: polars' own, given in order of appearance; fast for few texts."""
+    codes = texts.cast(pl.Categorical(pl.Categories.random())).to_physical()
+    numbers: Ints = codes.fill_null(NULL).to_numpy() + np.uint32(1) if texts.null_count() else codes.to_numpy() + 1
+    highest = np.maximum.accumulate(numbers)
+    return numbers, np.flatnonzero(np.diff(highest, prepend=np.uint32(0)))
+
+
+def _code_many(texts: pl.Series) -> tuple[Ints, Ints]:
+    """Return codes, and the first row of each: by a radix sort of 48 bits of a hash, checked against the texts."""
+    hashed = texts.hash().to_numpy()
+    digits = np.ascontiguousarray(hashed.view(np.uint16).reshape(-1, 4).T)
+    order = np.argsort(digits[1], kind="stable")
+    for digit in digits[2:]:
+        order = order[np.argsort(digit[order], kind="stable")]
+    ordered = hashed[order] >> np.uint64(16)
+    new = np.ones(len(order), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    first = order[new]
+    codes = np.empty(len(order), np.uint32)
+    codes[order] = np.cumsum(new, dtype=np.uint32)
+    if not texts.gather(first).gather(codes - 1).equals(texts):  # two of one hash
+        return _code_few(texts.cast(pl.String))
+    if texts.null_count():
+        null = codes[texts.is_null().arg_max() or 0]
+        first = np.delete(first, null - 1)
+        codes = np.where(codes == null, 0, codes - (codes > null))
+    return codes, first
+
+
+def order_by(keys: Sequence[tuple[Ints, int]], rows: int) -> Ints:
+    """Return the stable order of rows by several non-negative keys, the first weighing most.
+
+    keys: each with a bound that none of its values reaches. A radix sort, 16 bits at a time.
+    """
+    order: Ints | None = None
+    for key, bound in reversed(keys):
+        for shift in range(0, max(1, (bound - 1).bit_length()), 16):
+            digit = (key >> shift if shift else key).astype(np.uint16)
+            if order is None:
+                order = np.argsort(digit, kind="stable")
+            else:
+                order = order[np.argsort(digit[order], kind="stable")]
+    return np.arange(rows) if order is None else order
+
+
+def offsets(parts: Ints, partitions: int) -> list[int]:
+    """Return where each partition begins among rows in order of their partition; `partitions` + 1 numbers."""
+    return [0, *np.cumsum(np.bincount(parts, minlength=partitions)).tolist()]
+
+
+Layout = dict[str, tuple[str, int]]
+"""Columns of a spool file: type, byte at which the column begins."""
+
+
+def write(path: Path, columns: Mapping[str, Ints]) -> Layout:
+    """Write columns of numbers, one after the other; return their layout, a JSON value."""
+    layout: Layout = {}
+    with whole(path) as tmp, open(tmp, "wb") as f:
+        for name, column in columns.items():
+            layout[name] = (column.dtype.str, f.tell())
+            np.ascontiguousarray(column).tofile(f)
+    return layout
+
+
+def read(path: Path, layout: Layout, name: str, begin: int, end: int) -> Ints:
+    """Read rows `begin` to `end` of a column."""
+    dtype, at = layout[name]
+    size = np.dtype(dtype).itemsize
+    return np.fromfile(path, dtype, end - begin, offset=at + begin * size)

@@ -1,0 +1,187 @@
+"""The benchmarks at tiny sizes: their logs are what they say, memory is seen wherever it is, results are complete."""
+
+import csv
+import datetime
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "benchmarks"
+DAY = 86_400
+
+
+def script(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark from the repository's root."""
+    command = [sys.executable, SCRIPTS / f"{name}.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def rows_by_day(raw: Path, kind: str) -> dict[int, list[dict[str, str]]]:
+    """Read a log with the csv module: epoch day, as the file's name has it → its rows."""
+    found = {}
+    for path in sorted(raw.glob(f"{kind}-*.csv")):
+        date = datetime.date.fromisoformat(path.stem.removeprefix(f"{kind}-"))
+        with path.open(newline="") as file:
+            found[date.toordinal() - datetime.date(1970, 1, 1).toordinal()] = list(csv.DictReader(file))
+    return found
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The raw folder of logs of 12,000 impressions."""
+    data = tmp_path_factory.mktemp("data")
+    return Path(last_line(script("logs", "--impressions", 12_000, "--data", data))["raw"])
+
+
+@pytest.fixture(scope="module")
+def measure() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("measure", SCRIPTS / "measure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["measure"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_logs_have_the_rows_columns_and_days_they_should(logs: Path) -> None:
+    impressions, behaviours = rows_by_day(logs, "impressions"), rows_by_day(logs, "behaviours")
+    assert [len(rows) for rows in impressions.values()] == [1500] * 8
+    assert sum(len(rows) for rows in behaviours.values()) == 36_000
+    assert sorted(behaviours)[-8:] == sorted(impressions)
+    assert len(behaviours) == 14 + 8
+    ids = [int(row["impression"]) for rows in impressions.values() for row in rows]
+    assert ids == list(range(12_000))
+    assert len(impressions[min(impressions)][0]) == 5 + 27
+    for day, rows in [*impressions.items(), *behaviours.items()]:
+        times = [int(row["time"]) for row in rows]
+        assert times == sorted(times)
+        assert {t // DAY for t in times} == {day}
+
+
+def test_the_logs_are_shaped_as_they_say(logs: Path) -> None:
+    impressions = rows_by_day(logs, "impressions")
+    rows = [row for of_day in impressions.values() for row in of_day]
+    groups = Counter((day, row["user"]) for day, of_day in impressions.items() for row in of_day)
+    assert sum(groups.values()) / len(groups) == 12
+    assert max(groups.values()) > 24  # not all alike
+    assert 0.04 < sum(row["click"] == "1" for row in rows) / len(rows) < 0.06
+    for key, column in (("user", "city"), ("user", "member_level"), ("ad", "goods"), ("goods", "category")):
+        values = defaultdict(set)
+        for row in rows:
+            values[row[key]].add(row[column])
+        assert {len(of_key) for of_key in values.values()} == {1}, column
+    shares = Counter(row["query"] for row in rows)
+    assert len(shares) > 5000  # most are rare
+    assert shares.most_common(1)[0][1] > 200  # and some are not
+
+
+def test_histories_are_as_long_as_they_say(logs: Path) -> None:
+    """Distinct goods of the 14 days before, visits of 2 seconds or more, at most 50: 32.6 on average."""
+    impressions, behaviours = rows_by_day(logs, "impressions"), rows_by_day(logs, "behaviours")
+    lengths = []
+    for day, rows in impressions.items():
+        seen = defaultdict(set)
+        for before in range(day - 14, day):
+            for row in behaviours[before]:
+                if not row["dwell"] or float(row["dwell"]) >= 2.0:
+                    seen[row["user"]].add(row["goods"])
+        lengths += [min(50, len(seen[user])) for user in {row["user"] for row in rows}]
+    assert len(lengths) == 1000
+    assert 30.6 < sum(lengths) / len(lengths) < 34.6
+
+
+def test_the_same_settings_give_the_same_logs_and_make_them_once(logs: Path, tmp_path: Path) -> None:
+    def contents(raw: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in raw.iterdir()}
+
+    def made(*words: object) -> Path:
+        return Path(last_line(script("logs", "--data", tmp_path, *words))["raw"])
+
+    again = made("--impressions", 12_000)
+    assert contents(again) == contents(logs)
+    other = made("--impressions", 12_000, "--seed", 2)
+    assert other != again
+    assert contents(other) != contents(logs)
+    (again / "impressions-2024-03-01.csv").write_text("kept")
+    assert made("--impressions", 12_000) == again
+    assert (again / "impressions-2024-03-01.csv").read_text() == "kept"
+    assert sorted(p.parent.name for p in (again, other)) == sorted(p.name for p in tmp_path.iterdir())
+
+
+def test_memory_is_seen_in_descendants_whose_parent_has_gone(measure: ModuleType) -> None:
+    hungry = "import time; time.sleep(0.9); held = bytearray(b'x') * 150_000_000; time.sleep(0.5)"
+    shell = f'{sys.executable} -c "{hungry}" & sleep 0.6'
+    command = f"import subprocess, time; subprocess.run(['sh', '-c', {shell!r}]); time.sleep(1.5); print('done')"
+    measured = measure.run([sys.executable, "-c", command])
+    assert measured.output == "done\n"
+    assert 150_000_000 < measured.peak_bytes < 250_000_000
+    assert measured.seconds > 2.1
+    assert measured.cpu_seconds < measured.seconds
+
+
+def test_a_command_that_fails_ends_the_benchmark(measure: ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)no such thing.*exit status 3"):
+        measure.run([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"])
+
+
+def test_the_benchmark_of_the_data_stages(tmp_path: Path) -> None:
+    sizes = ("--impressions", 2400, "--rounds", 1, "--data", tmp_path)
+    done = script("convert", *sizes, "--twice", "--profile")
+    found = last_line(done)
+    assert found["name"] == "convert"
+    assert (found["impressions"], found["behaviours"]) == (2400, 7200)
+    assert found["ours"] == pytest.approx(sum(found["stages"].values()), abs=0.01)
+    assert found["ratio"] == pytest.approx(found["ours"] / found["reference"], rel=0.05)
+    assert found["peak_growth"] == pytest.approx(found["peak_bytes_twice"] / found["peak_bytes"], abs=0.01)
+    assert found["peak_bytes"] > 30_000_000  # Python and polars alone
+    assert "200 groups of 12.00 impressions and" in done.stdout
+    assert "4,800 impressions, 14,400 behaviours" in done.stdout
+    assert done.stdout.count("outside the work") == 2 * 3
+    assert not list(tmp_path.glob("outputs-*"))
+
+
+def test_a_lost_impression_ends_the_benchmark(tmp_path: Path) -> None:
+    words = ("--impressions", 2400, "--rounds", 1, "--data", tmp_path)
+    done = script("convert", *words, "--set", "convert.impressions.where=\"gender <> 'sex_1'\"")
+    assert done.returncode == 1
+    assert "2,400 impressions became" in done.stderr
+
+
+def test_the_benchmark_of_grouped_files(tmp_path: Path) -> None:
+    done = script("grouped_size", "--impressions", 2400, "--data", tmp_path)
+    found = last_line(done)
+    assert found["name"] == "group-size"
+    assert found["ratio"] == pytest.approx(found["reference"] / found["ours"], abs=0.001)
+    assert found["all_features"]["grouped"] == found["ours"]
+    assert found["all_features"]["shuffled"] == found["reference"]
+    for columns in ("all_features", "few_features"):
+        assert found[columns]["shuffled"] > found[columns]["grouped"]
+    assert found["few_features"]["grouped"] < found["all_features"]["grouped"]
+    assert "150 training groups of 12.00 impressions and" in done.stdout
+    assert not list(tmp_path.glob("outputs-*"))
+
+
+@pytest.mark.parametrize("target", ["logs", "convert", "group-size"])
+def test_make_has_a_target_for_each(target: str, tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text(f"READY :=\ninclude {SCRIPTS}/bench.mk\n")
+    words = ["make", "--dry-run", f"bench-{target}", "N=7", "BENCH=--seed 2"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    name = {"group-size": "grouped_size"}.get(target, target)
+    assert done.stdout.splitlines()[-1] == f".venv/bin/python benchmarks/{name}.py --impressions 7 --seed 2"
+    assert (SCRIPTS / f"{name}.py").is_file()
