@@ -214,6 +214,8 @@ def _see(recipe: Recipe, inputs: Inputs, name: str) -> Seen:
         extra = Log(table, keys, with_id, 1, recipe.convert.time_zone).columns()
         taken = sample(table, extra)
     good, bad = parsing.parse(table, taken.frame.drop(WINDOW), needed, extra)
+    ids = [c for c in good.columns if c not in (ROW, "time", "click", "dwell")]
+    good = good.with_columns(pl.col(ids).cast(pl.String))  # whole numbers of one table may be texts of another
     good = good.join(taken.frame.select(ROW, WINDOW), on=ROW, how="left", maintain_order="left")
     return Seen(taken, good, bad)
 

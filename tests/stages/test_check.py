@@ -401,6 +401,19 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
     assert [e for e in told(result, "error") if e.startswith("the disk of /proc has 0 B free, and about ")]
 
 
+def test_ids_may_be_whole_numbers_in_one_table_and_texts_in_another(tmp_path: Path) -> None:
+    bare = {name: [re.sub(r"\b[iuag](?=\d)", "", line) for line in lines] for name, lines in good_rows().items()}
+    # One id that is no number makes its whole column text.
+    bare["ads"].append("a-99,99,z")
+    bare["users"].append("u-99,f")
+    bare["goods"].append("g-99,c1")
+    write(tmp_path, WITHOUT_PICTURES, **bare)
+    result = check(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert not told(result, "error")
+    assert run(tmp_path, "convert").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
