@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import polars as pl
@@ -8,6 +9,7 @@ from ctrkit.stages.convert import command
 from ctrkit.cli import COMMANDS
 from tests.shop import FIRST_DAY, at, random_rows, run, write
 
+LOGS = ("impressions", "clicks", "behaviours")
 ROWS = [f"i{n},{at(n)},u1,a1,0" for n in range(3)]
 
 
@@ -107,3 +109,21 @@ def test_iso_times_and_milliseconds_give_the_same_samples(tmp_path: Path) -> Non
         assert result.exit_code == 0, result.output
         found.append(json.loads((folder / "convert.json").read_text())["content"])
     assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("odd", ["", "007", "+7"])
+def test_whole_numbers_are_their_texts(tmp_path: Path, odd: str) -> None:
+    rows = {n: [re.sub(r"\b[iuag](?=\d)", "", line) for line in lines] for n, lines in random_rows(4).items()}
+    if odd:  # 7 and 007 are two users
+        rows["behaviours"].append(f"{odd},3,{at(2)},click,9")
+        rows["impressions"].append(f"99999,{at(2)},{odd},5,1")
+    outputs = []
+    for name, sets in (("numbers", {}), ("texts", {f"convert.{t}.null_values": '["none"]' for t in LOGS})):
+        write(tmp_path / name, **rows)
+        result = run(tmp_path / name, "convert", sets)
+        assert result.exit_code == 0, result.output
+        out = tmp_path / name / "convert"
+        outputs.append({p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()})
+    assert outputs[0] == outputs[1]
+    users = pl.read_parquet(tmp_path / "numbers" / "convert" / "samples" / "*" / "*.parquet")["user"]
+    assert not odd or {odd, "7"} <= set(users)
