@@ -112,13 +112,13 @@ def convert(
     counted = engine.run("count", indexing.count, [(job, p) for p in parts])
     write_state(job, "count", counted)
     names = list(dict.fromkeys(f.vocab for f in recipe.features.values()))
-    sizes = engine.run("vocabularies", indexing.build_vocabulary, [(job, name, counted) for name in names])
+    sizes = engine.run("vocabularies", indexing.build_vocabulary, [(job, name) for name in names])
     indexing.write_goods(job)
     engine.run("encode impressions", indexing.encode_impressions, [(job, p) for p in parts])
     if with_behaviours:
         engine.run("encode behaviours", indexing.encode_behaviours, [(job, p) for p in parts])
 
-    _list_unused(job, tables, chunks, labelled, counted, rejects)
+    _list_unused(job, tables, chunks, rejects)
     rejects.write(out / "rejects.parquet")
     facts: dict[str, Any] = {part: [str(d) for d in split[part]] for part in split}
     facts |= {"negative_rate": recipe.convert.negative_rate, "partitions": job.partitions}
@@ -129,7 +129,7 @@ def convert(
         facts["known_before"] = daily.known_before(recipe, previous, today)
         counts |= daily.link_days(recipe, previous, today, out)
     (out / "split.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    counts |= _summary(job, labelled, counted, split, rejects, counts)
+    counts |= _summary(job, labelled, counted, split)
     return counts | {f"vocabulary {name}": size for name, size in zip(names, sizes, strict=True)}
 
 
@@ -275,12 +275,7 @@ def _split(
 
 
 def _list_unused(
-    job: Job,
-    tables: Mapping[str, RawTable],
-    chunks: Mapping[str, Sequence[Chunk]],
-    labelled: Sequence[Mapping[str, Any]],
-    counted: Sequence[Mapping[str, Any]],
-    rejects: Rejects,
+    job: Job, tables: Mapping[str, RawTable], chunks: Mapping[str, Sequence[Chunk]], rejects: Rejects
 ) -> None:
     """List the rows that are good but became nothing: duplicates, clicks without an impression, dropped negatives."""
     reasons = {
@@ -293,11 +288,12 @@ def _list_unused(
     def add(log: str, frame: pl.DataFrame, kind: str) -> None:
         if frame.height:
             files = pl.Series("file", [c["file"] for c in chunks[log]], dtype=pl.UInt32)
-            rows = frame.sort("chunk", "row").select(
+            ordered = frame.sort("chunk", "row")
+            rows = ordered.select(
                 pl.col("row").alias(ROW),
                 pl.lit(reasons[kind]).alias("reason"),
                 pl.lit(None, dtype=pl.String).alias("cell"),
-                files.gather(frame.sort("chunk", "row")["chunk"]).alias("file"),
+                files.gather(ordered["chunk"]).alias("file"),
             )
             rejects.add(tables[log], rows, 0, "unmatched" if kind == "further" else kind)
 
@@ -339,8 +335,6 @@ def _summary(
     labelled: Sequence[Mapping[str, Any]],
     counted: Sequence[Mapping[str, Any]],
     split: Mapping[str, Sequence[datetime.date]],
-    rejects: Rejects,
-    counts: Mapping[str, Any],
 ) -> Counts:
     found: Counts = {"duplicate impressions dropped": sum(one["counts"]["duplicates"] for one in labelled)}
     for key in (

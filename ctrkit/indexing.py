@@ -102,7 +102,7 @@ def _sum_counts(job: Job, name: str) -> tuple[Ints, Ints]:
     return sums[0], sums[1]
 
 
-def build_vocabulary(job: Job, vocab: str, counted: object) -> int:
+def build_vocabulary(job: Job, vocab: str) -> int:
     """Task: build one vocabulary and the indexes of each of its features' texts; return its size."""
     features = {name: f for name, f in job.recipe.features.items() if f.vocab == vocab}
     keyed = {p.stem: pl.read_ipc(p) for p in sorted((job.work / "keyed").glob("*.ipc"))}
@@ -135,11 +135,8 @@ def write_goods(job: Job) -> None:
     old = pl.Series("goods", [], dtype=pl.String)
     if job.previous is not None and (job.previous / "goods.parquet").is_file():
         old = pl.read_parquet(job.previous / "goods.parquet")["goods"]
-    every = pl.concat([old, words.filter(~words.is_in(old.implode()))])
-    known = pl.DataFrame({"goods": every, "code": np.arange(1, every.len() + 1, dtype=np.uint32)})
-    code = words.to_frame().join(known, on="goods", how="left", maintain_order="left")["code"].to_numpy()
-    (job.work / "indexes").mkdir(parents=True, exist_ok=True)
-    spool.write_array(job.work / "indexes" / GOODS, np.concatenate([np.zeros(1, np.uint32), code]))
+    every, row = _append(old, words)
+    spool.write_array(job.work / "indexes" / GOODS, np.concatenate([np.zeros(1, np.uint32), row + np.uint32(1)]))
     partitions.write_parquet(every.to_frame(), job.out / "goods.parquet")
 
 
@@ -223,9 +220,16 @@ def encode_behaviours(job: Job, part: int) -> int:
 def _write_users(job: Job, users: pl.Series, part: int) -> Ints:
     """Write the users of a partition, those of earlier days first; return the row of each of `users` there."""
     old = partitions.read_users(job.previous, part) if job.previous is not None else users.clear()
-    every = pl.concat([old, users.filter(~users.is_in(old.implode()))]) if old.len() else users
+    every, row = _append(old, users)
     partitions.write_parquet(every.to_frame("user"), job.out / "users" / f"part-{part:04}.parquet")
+    return row
+
+
+def _append(old: pl.Series, new: pl.Series) -> tuple[pl.Series, Ints]:
+    """Return distinct texts with the new ones of others after them, and the row there of each of the others."""
     if not old.len():
-        return np.arange(users.len(), dtype=np.uint32)
-    known = pl.DataFrame({"user": every, "row": np.arange(every.len(), dtype=np.uint32)})
-    return users.to_frame("user").join(known, on="user", how="left", maintain_order="left")["row"].to_numpy()
+        return new, np.arange(new.len(), dtype=np.uint32)
+    every = pl.concat([old, new.filter(~new.is_in(old.implode()))])
+    known = pl.DataFrame({"text": every, "row": np.arange(every.len(), dtype=np.uint32)})
+    rows = new.to_frame("text").join(known, on="text", how="left", maintain_order="left")["row"]
+    return every, rows.to_numpy()

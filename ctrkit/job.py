@@ -90,9 +90,9 @@ class Labelled:
         self.begins = [0, *np.cumsum(facts["days"]).tolist()]
         self.rows = self.begins[-1]
 
-    def column(self, name: str, begin: int = 0, end: int | None = None) -> Ints:
-        """Return rows `begin` to `end` of a column."""
-        return spool.read(Path(f"{self.stem}.rows"), self.layout, name, begin, self.rows if end is None else end)
+    def column(self, name: str) -> Ints:
+        """Return a column."""
+        return spool.read(Path(f"{self.stem}.rows"), self.layout, name, 0, self.rows)
 
     def users(self) -> pl.Series:
         """Return the users by their rank."""

@@ -463,12 +463,16 @@ def _json_text(value: object) -> str | None:
     return value if isinstance(value, str) or value is None else json.dumps(value, ensure_ascii=False)
 
 
+def parquet_source(file: File) -> Path | io.BytesIO:
+    """Return what polars can read a Parquet file from; one that was compressed once more is unpacked in memory."""
+    if not file.compression:
+        return Path(file.path)
+    with _unreadable(file), _open(file) as f:
+        return io.BytesIO(f.read())
+
+
 def _parquet_frames(file: File, piece: Piece, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-    source: Path | io.BytesIO = Path(file.path)
-    if file.compression:
-        with _open(file) as f:
-            source = io.BytesIO(f.read())
-    scan = pl.scan_parquet(source, hive_partitioning=False, glob=False)
+    scan = pl.scan_parquet(parquet_source(file), hive_partitioning=False, glob=False)
     rows = int(scan.select(pl.len()).collect().item()) if piece.end is None else piece.end
     for begin in range(piece.begin, rows, PIECE_ROWS):
         some = scan.slice(begin, min(PIECE_ROWS, rows - begin))

@@ -27,6 +27,7 @@ from ctrkit.pieces import (
     frames,
     head,
     json_frame,
+    parquet_source,
     remote_columns,
     remote_files,
 )
@@ -257,11 +258,10 @@ def _header(file: File, source: Source, *, types: bool) -> tuple[list[str], froz
     try:
         if file.url and file.format == "parquet":
             return remote_columns(file), none, none
-        if file.format == "parquet" and not file.compression:
-            parquet_footer.row_groups(Path(file.path))
-            return list(pl.read_parquet_schema(Path(file.path))), none, none
         if file.format == "parquet":
-            return _compressed_parquet_columns(file), none, none
+            if not file.compression:
+                parquet_footer.row_groups(Path(file.path))
+            return list(pl.read_parquet_schema(parquet_source(file))), none, none
         names_only = not types and file.format != "jsonl"
         data, whole = head(file, FIRST_ROW_BYTES if names_only else HEAD_BYTES)
         if names_only and not whole and b"\n" not in data:
@@ -307,17 +307,6 @@ def _csv_names(file: File, data: bytes) -> list[str]:
         encoding="utf8-lossy",
     )
     return first.columns
-
-
-def _compressed_parquet_columns(file: File) -> list[str]:
-    import gzip
-    import io
-
-    import zstandard
-
-    opened = gzip.open if file.compression == ".gz" else zstandard.open
-    with opened(file.path, "rb") as f:
-        return list(pl.read_parquet_schema(io.BytesIO(f.read())))
 
 
 def _holds_numbers(column: pl.Series) -> bool:
