@@ -13,7 +13,7 @@ last row in the slice stands for all; what came before it is a difference of run
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ SLICE_ROWS = 2_000_000
 """Rows of (user, day) × behaviours worked on at once."""
 MILLI = 1000
 """Weights are summed in thousandths, so that sums do not depend on the order of addition."""
-TYPE, DWELL = "behaviour_type", "dwell_ms"
-"""Columns of the behaviours that convert writes; dwell is −1 where unknown."""
+TYPE, DWELL = "type_code", "dwell_ms"
+"""Columns of the behaviours that convert writes; type is 0, dwell −1 where unknown."""
 NEVER = np.iinfo(np.int64).max
 
 
@@ -50,23 +50,26 @@ def select_clicks(recipe: Recipe, convert_folder: Path, out: Path, engine: Engin
         raise UserError(f"{convert_folder} has no samples; run ctrkit convert with this recipe first")
     facts = partitions.read_facts(convert_folder)
     tasks = [(recipe, convert_folder, out, part) for part in range(facts["partitions"])]
-    _check_types(recipe.select_clicks, convert_folder / "behaviours")
-    found = engine.run("select", select_part, tasks)
-    types = {t for one in found for t in one.pop("types")}
+    types = _types(recipe.select_clicks, convert_folder)
     for key in ("types", "type_weights"):
         for wanted in getattr(recipe.select_clicks, key):
             if types and wanted not in types:
                 raise UsageError(f"select-clicks.{key} names {wanted!r}, which no behaviour is{nearest(wanted, types)}")
+    found = engine.run("select", select_part, tasks)
     return {key: sum(one[key] for one in found) for key in found[0] if any(one[key] for one in found) or key in ALWAYS}
 
 
 ALWAYS = ("behaviours read", "users and days with samples", "of these with a history", "goods picked")
 
 
-def _check_types(options: SelectClicks, behaviours: Path) -> None:
-    some = next(behaviours.glob("day=*/part-*.parquet"), None)
-    if (options.types or options.type_weights) and some and TYPE not in pl.read_parquet_schema(some):
+def _types(options: SelectClicks, convert_folder: Path) -> list[str]:
+    """Return the types of behaviours by their code − 1; none where the log has no types."""
+    path = convert_folder / "types.parquet"
+    if path.is_file():
+        return pl.read_parquet(path)["type"].to_list()
+    if (options.types or options.type_weights) and any((convert_folder / "behaviours").glob("day=*/part-*")):
         raise UsageError("[select-clicks] speaks of types, but the behaviour log has no column `type`")
+    return []
 
 
 def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> dict[str, Any]:
@@ -76,21 +79,20 @@ def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> d
     users = partitions.read_users(convert_folder, part)
     pairs, served_pairs = _pairs(convert_folder / "samples", users, part)
     log = _log(convert_folder / "behaviours", part, features)
-    counts: dict[str, Any] = {"types": [], "behaviours read": log.height}
-    if TYPE in log.columns:
-        counts["types"] = log[TYPE].unique().drop_nulls().to_list()
-    log = _usable(log, options, pairs, users.len(), counts)
+    counts: dict[str, Any] = {"behaviours read": log.height}
+    types = _types(options, convert_folder)
+    rows = _usable(log, options, types, pairs, users.len(), counts)
     counts["users and days with samples"] = served_pairs
-    log, events = _events(log, features, options)
-    columns = {name: log[name] for name in features}
+    rows, events = _events(log, rows, features, options, types)
     picks = select(events, pairs["user"].to_numpy(), pairs["day"].to_physical().to_numpy(), options)
     counts["distinct goods in the windows"] = picks.candidates
     counts["goods picked"] = len(picks.event)
+    picked = rows[picks.event]
     lists = (
         pl.DataFrame(
             {
                 "pair": picks.pair,
-                **{name: column.gather(picks.event) for name, column in columns.items()},
+                **{name: _gather(log[name], picked) for name in features},
                 "visits": picks.visits.astype(np.uint32),
                 "dwell": (picks.dwell / 1000).astype(np.float32),
                 "last_time": events.time[picks.event],
@@ -106,6 +108,13 @@ def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> d
     partitions.write_days(lists, [str(d) for d in by_day["day"]], by_day["len"], out, part)
     counts["of these with a history"] = lists.height
     return counts
+
+
+def _gather(column: pl.Series, rows: Ints) -> pl.Series:
+    """Return some rows of a feature, UInt32."""
+    if column.dtype == pl.List:
+        return column.gather(rows)
+    return pl.Series(column.to_numpy()[rows].astype(np.uint32))
 
 
 def _pairs(samples: Path, users: pl.Series, part: int) -> tuple[pl.DataFrame, int]:
@@ -136,23 +145,27 @@ def _log(behaviours: Path, part: int, features: list[str]) -> pl.DataFrame:
 
 
 def _usable(
-    log: pl.DataFrame, options: SelectClicks, pairs: pl.DataFrame, users: int, counts: dict[str, Any]
-) -> pl.DataFrame:
-    """Drop behaviours of other types, short visits and those of users without samples."""
+    log: pl.DataFrame,
+    options: SelectClicks,
+    types: Sequence[str],
+    pairs: pl.DataFrame,
+    users: int,
+    counts: dict[str, Any],
+) -> Ints:
+    """Return the rows that count: of the wanted types, not too short, of users with samples."""
+    usable = np.ones(log.height, bool)
     if options.types and TYPE in log.columns:
-        before = log.height
-        log = log.filter(pl.col(TYPE).is_in(list(options.types)))
-        counts["behaviours of other types"] = before - log.height
+        usable = np.array([False, *(t in options.types for t in types)])[log[TYPE].to_numpy()]
+        counts["behaviours of other types"] = int((~usable).sum())
     if DWELL in log.columns:
-        before = log.height
-        if options.min_dwell > 0:
-            log = log.filter((pl.col(DWELL) < 0) | (pl.col(DWELL) >= options.min_dwell * 1000))
-        counts["behaviours shorter than min_dwell"] = before - log.height
-    counts["behaviours kept"] = log.height
+        dwell = log[DWELL].to_numpy()
+        short = usable & (dwell >= 0) & (dwell < options.min_dwell * 1000)
+        counts["behaviours shorter than min_dwell"] = int(short.sum())
+        usable &= ~short
+    counts["behaviours kept"] = int(usable.sum())
     served = np.zeros(users, bool)
     served[pairs["user"].to_numpy()] = True
-    chosen = served[log["user_code"].to_numpy()]
-    return log if chosen.all() else log.filter(pl.Series(chosen))
+    return np.flatnonzero(usable & served[log["user_code"].to_numpy()])
 
 
 @dataclass(frozen=True)
@@ -171,30 +184,32 @@ class Events:
     """Thousandths of a visit."""
 
 
-def _events(log: pl.DataFrame, features: list[str], options: SelectClicks) -> tuple[pl.DataFrame, Events]:
-    """Return the log in order of user, time and key, and its rows as events."""
+def _events(
+    log: pl.DataFrame, rows: Ints, features: list[str], options: SelectClicks, types: Sequence[str]
+) -> tuple[Ints, Events]:
+    """Return the rows of the log in order of user, time and key, and what they say as events."""
+    user = log["user_code"].to_numpy()[rows]
+    order = spool.order_by([(user, int(user.max(initial=0)) + 1)], len(rows))
+    rows, user = rows[order], user[order]
+    time = log["time"].to_numpy()[rows]
     if "goods_code" in log.columns:
-        key = log["goods_code"].to_numpy()
+        key = log["goods_code"].to_numpy()[rows]
     else:
-        key = log.select(pl.struct(features).rank("dense") - 1).to_series().cast(pl.UInt32).to_numpy()
-    user, time = log["user_code"].to_numpy(), log["time"].to_numpy()
-    order = spool.order_by([(user, int(user.max(initial=0)) + 1)], log.height)
-    user, time, key = user[order], time[order], key[order]
-    tied = np.zeros(len(order), bool)
+        key = np.array(log.select(features)[rows].select(pl.struct(features).rank("dense") - 1).to_series())
+    tied = np.zeros(len(rows), bool)
     tied[1:] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
     if tied.any():
-        rows = np.flatnonzero(tied | np.append(tied[1:], False))
-        by_key = rows[np.lexsort((key[rows], np.cumsum(~tied)[rows]))]
-        order[rows], key[rows] = order[by_key], key[by_key]
-    log = log[order]
-    weight = np.full(log.height, MILLI, np.int64)
-    for kind, visits in options.type_weights.items():
-        if TYPE in log.columns:
-            weight[(log[TYPE] == kind).fill_null(False).to_numpy()] = round(visits * MILLI)
-    dwell = np.zeros(log.height, np.int64)
+        some = np.flatnonzero(tied | np.append(tied[1:], False))
+        by_key = some[np.lexsort((key[some], np.cumsum(~tied)[some]))]
+        rows[some], key[some] = rows[by_key], key[by_key]
+    weight = np.full(len(rows), MILLI, np.int64)
+    if options.type_weights and TYPE in log.columns:
+        weights = [MILLI, *(round(options.type_weights.get(t, 1) * MILLI) for t in types)]
+        weight = np.array(weights, np.int64)[log[TYPE].to_numpy()[rows]]
+    dwell = np.zeros(len(rows), np.int64)
     if DWELL in log.columns:
-        dwell = np.maximum(log[DWELL].to_numpy(), 0)
-    return log, Events(user, log["day"].to_physical().to_numpy(), time, key, dwell, weight)
+        dwell = np.maximum(log[DWELL].to_numpy()[rows], 0).astype(np.int64)
+    return rows, Events(user, log["day"].to_physical().to_numpy()[rows], time, key, dwell, weight)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,11 @@ def _key(pair: tuple[str, str], owner: str, tables: Mapping[str, RawTable]) -> s
     return "goods" if table == "goods" else column
 
 
+def is_key(source: Input) -> bool:
+    """Say whether a feature's values are the texts of its dictionary, each there once."""
+    return len(source.keys) == 1 and [_column(*pair) for pair in source.pairs] == list(source.keys)
+
+
 def table_columns(inputs: Mapping[str, Input], tables: Mapping[str, RawTable]) -> dict[str, list[str]]:
     """Return the columns to read of the tables of users, ads and goods, those that link tables included."""
     columns: dict[str, list[str]] = {}

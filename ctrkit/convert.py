@@ -104,16 +104,14 @@ def convert(
     _match(job, chunks, ids, engine, counts)
     parts = range(job.partitions)
     labelled = engine.run("label impressions", labelling.label_impressions, [(job, p) for p in parts])
-    histories = (
-        engine.run("label behaviours", labelling.label_behaviours, [(job, p) for p in parts]) if with_behaviours else []
-    )
-    write_state(job, "label", {"impressions": labelled, "behaviours": histories})
+    write_state(job, "label", labelled)
     split = _split(job, labelled, midnights)
     counted = engine.run("count", indexing.count, [(job, p) for p in parts])
     write_state(job, "count", counted)
     names = list(dict.fromkeys(f.vocab for f in recipe.features.values()))
     sizes = engine.run("vocabularies", indexing.build_vocabulary, [(job, name) for name in names])
-    indexing.write_goods(job)
+    for name in ("goods", "type"):
+        indexing.write_words(job, name)
     engine.run("encode impressions", indexing.encode_impressions, [(job, p) for p in parts])
     if with_behaviours:
         engine.run("encode behaviours", indexing.encode_behaviours, [(job, p) for p in parts])
@@ -227,7 +225,9 @@ def _unify(job: Job, chunks: Mapping[str, Sequence[Chunk]], engine: Engine) -> N
     )
     folder = job.work / "dictionaries"
     own = {name: [c for c in every if name in c["words"]] for name in names}
-    shares = [(some, every, folder, ["behaviours.goods"]) for some in dictionaries.tasks(names, every)]
+    shares = [
+        (some, every, folder, ["behaviours.goods", "behaviours.type"]) for some in dictionaries.tasks(names, every)
+    ]
     found = {k: v for one in engine.run("dictionaries", dictionaries.unify, shares) for k, v in one.items()}
     order = {name: [c["stem"] for c in own[name]] for name in names}
     write_state(job, "dictionaries", {"found": found, "order": order})
@@ -303,10 +303,10 @@ def _list_unused(
     if job.recipe.convert.negative_rate < 1:
         frames = []
         for p in parts:
-            rows = Labelled(job, "impressions", p)
+            rows = Labelled(job, p)
             dropped = ~np.fromfile(f"{rows.stem}.kept", bool)
             frames.append(
-                pl.DataFrame({"chunk": rows.column("__chunk")[dropped], "row": rows.column("__row")[dropped]})
+                pl.DataFrame({"chunk": rows.columns["__chunk"][dropped], "row": rows.columns["__row"][dropped]})
             )
         add("impressions", pl.concat(frames), "negative")
     if chunks["clicks"]:
@@ -324,7 +324,7 @@ def _click_rows(useless: pl.DataFrame, chunks: Sequence[Chunk]) -> pl.DataFrame:
     frames = [pl.DataFrame(schema={"chunk": pl.UInt32, "row": pl.Int64, "kind": pl.String})]
     for (number,), some in useless.partition_by("chunk", as_dict=True, maintain_order=True).items():
         chunk = chunks[int(number)]
-        row = spool.read(Path(f"{chunk['stem']}.rows"), chunk["layout"], "row", 0, chunk["rows"])
+        row = spool.Columns(Path(f"{chunk['stem']}.rows"), chunk["layout"], 0, chunk["rows"])["row"]
         rows = row[some["at"].to_numpy()].astype(np.int64) + chunk["first_row"]
         frames.append(pl.DataFrame({"chunk": some["chunk"], "row": rows, "kind": some["kind"]}))
     return pl.concat(frames)

@@ -92,7 +92,7 @@ def link_days(recipe: Recipe, previous: Path, today: datetime.date, out: Path) -
     }
     for folder, some in kept.items():
         for day in some:
-            _link(sorted((previous / folder / f"day={day}").glob("part-*.parquet")), out / folder / f"day={day}")
+            _link(sorted((previous / folder / f"day={day}").glob("part-*")), out / folder / f"day={day}")
     there = partitions.days_there(previous / "samples")
     return {"earlier days kept": len(kept["samples"]), "earlier days dropped": len(there) - len(kept["samples"])}
 

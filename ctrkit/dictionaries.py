@@ -45,7 +45,7 @@ def _merge(name: str, words_of: Sequence[pl.Series], folder: Path, in_order: boo
     codes, words = spool.code(pl.concat(words_of) if words_of else pl.Series("value", [], dtype=pl.String))
     codes, words = codes.astype(np.uint32), words.cast(pl.String)
     if in_order:
-        order = words.arg_sort().to_numpy()
+        order = spool.text_order(words)
         rank = np.empty(len(order) + 1, np.uint32)
         rank[0], rank[order + 1] = 0, np.arange(1, len(order) + 1)
         codes, words = rank[codes], words.gather(order)
@@ -74,11 +74,10 @@ class Maps:
         self._place = {name: {stem: i for i, stem in enumerate(stems)} for name, stems in order.items()}
         self._maps: dict[str, Ints] = {}
 
-    def translate(self, name: str, stem: str, codes: Ints) -> Ints:
-        """Return the codes of a chunk as codes of the dictionary, in the smallest type for its size."""
+    def of(self, name: str, stem: str) -> Ints:
+        """Return the code in the dictionary of each code of a chunk, in the smallest type for its size."""
         if name not in self._maps:
             self._maps[name] = np.fromfile(self.folder / f"{name}.map", spool.smallest(self.found[name]["size"]))
         begins = self.found[name]["begins"]
         i = self._place[name][stem]
-        found: Ints = self._maps[name][begins[i] : begins[i + 1]][codes]
-        return found
+        return self._maps[name][begins[i] : begins[i + 1]]

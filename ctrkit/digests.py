@@ -32,8 +32,9 @@ class Digests:
         """Return the digest of a file's bytes, or of a folder's names and bytes. "missing" if there is nothing."""
         if path.is_dir():
             h = hashlib.blake2b(digest_size=16)
-            for inner in sorted(_walk(path)):
-                h.update(os.fsencode(str(inner.relative_to(path))) + b"\0" + self._file(inner).encode() + b"\n")
+            inner = sorted(_walk(path))
+            for one, digest in zip(inner, files.side_by_side(self._file, inner), strict=True):
+                h.update(os.fsencode(str(one.relative_to(path))) + b"\0" + digest.encode() + b"\n")
             return h.hexdigest()
         return self._file(path) if path.is_file() else "missing"
 

@@ -7,24 +7,26 @@ order drawn at random again.
 
 import datetime
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from ctrkit import daily, digests, partitions, spool, vocabulary
 from ctrkit.engine import Engine
 from ctrkit.errors import UserError
 from ctrkit.recipe import Feature, Recipe
-from ctrkit.sources import fields
 from ctrkit.spool import Ints
 
 BLOCKS_A_FILE = 50
 SPLITS = ("train", "valid", "test")
 SAMPLE_COLUMNS = ("sample_id", "time", "ad", "click", "unseen_ad")
+CELLS = 1 << 18
+"""Ids that are sorted at once."""
 MEASURED_GROUPS = 4000
 """Groups that are written both ways to measure what grouping saves."""
 
@@ -100,78 +102,79 @@ def group_part(job: Job, part: int) -> dict[str, Any]:
     result: dict[str, Any] = {"bytes": None}
     for name in SPLITS:
         made = _Part(job, name, part)
-        groups = made.frame
         result[name] = made.counts
         if name == "train":
             _count_part(job, made, part)
-            order = np.random.default_rng([job.recipe.group.seed, part]).permutation(made.counts["groups"])
-            groups = groups[_expand(made.group_begins, order)]
-            if groups.height and part == 0:
-                result["bytes"] = measure(groups.head(MEASURED_GROUPS), job)
-        _write_groups(groups, job, job.out / name, part)
+            if made.frame.height and part == 0:
+                result["bytes"] = measure(made.frame.head(MEASURED_GROUPS), job)
+        _write_groups(made.frame, job, job.out / name, part)
     return result
 
 
-def _expand(begins: Ints, order: Ints) -> Ints:
-    """Return the rows of groups in a new order; group i has rows `begins[i]` to `begins[i + 1]`."""
-    lengths = np.diff(begins)[order]
+def _expand(begins: Ints, lengths: Ints) -> Ints:
+    """Return the rows of slices, one after the other; slice i has `lengths[i]` rows from `begins[i]`."""
     ends = np.cumsum(lengths)
-    rows: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins[:-1][order] - (ends - lengths), lengths)
+    rows: Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - lengths), lengths)
     return rows
 
 
 class _Part:
     """The groups of a split and partition: a row a group, or several rows for one with too many samples.
 
-    Columns as in groups/, without `common`: every row has what its samples share.
+    Groups of training are in random order, others in order of day and user. Columns as in groups/, without `common`:
+    every row has what its samples share.
     """
 
     def __init__(self, job: Job, split: str, part: int) -> None:
         samples = partitions.read_by_day(job.convert / "samples", job.split[split], (), part)
-        users, own = job.names("user"), job.names("ad", "scene")
-        if samples is None:
-            samples = _no_samples(job)
+        users, own, histories = job.names("user"), job.names("ad", "scene"), job.names("behaviour")
+        samples = _no_samples(job) if samples is None else samples.rechunk()
         missing = [n for n in (*users, *own) if n not in samples.columns]
         if missing:
             raise UserError(
                 f"the samples have no feature {missing[0]!r}; they are of another recipe: run ctrkit convert again"
             )
-        day = samples["day"].to_physical().to_numpy()
         first = np.ones(samples.height, bool)
-        if samples.height:
-            first[1:] = ((samples["user"] != samples["user"].shift()).to_numpy()[1:]) | (day[1:] != day[:-1])
-        group = np.cumsum(first) - 1
-        begins = np.flatnonzero(first)
-        place = np.arange(samples.height) - begins[group] if samples.height else np.empty(0, np.int64)
-        starts = place % job.recipe.group.max_samples == 0
+        first[1:] = _changes(samples["user"]) | _changes(samples["day"])
         for name in users:
-            _check_common(samples, name, first, group)
-        row = np.cumsum(starts) - 1
-        rows = np.flatnonzero(starts)
-        heads = samples.select("user", "day", *users)[rows]
-        lists = (
-            samples.select(pl.Series("row", row, dtype=pl.Int64).set_sorted(), *SAMPLE_COLUMNS, *own)
-            .group_by("row", maintain_order=True)
-            .agg(pl.all())
-            .drop("row")
-        )
-        self.samples_of_row = np.diff(np.append(rows, samples.height))
-        self.group_begins = np.append(np.flatnonzero(first[rows]), len(rows))
-        frame = pl.concat([heads, lists], how="horizontal")
-        frame = frame.with_columns(pl.Series("group_id", samples["sample_id"].to_numpy()[begins][group[rows]]))
-        histories = job.names("behaviour")
+            _check_common(samples, name, first)
+        begins = np.flatnonzero(first)
+        sizes = np.diff(begins, append=samples.height)
+        self.counts = {"groups": len(begins), "samples": samples.height}
+        shown = samples.select(*SAMPLE_COLUMNS, *own)
+        if split == "train":
+            order = np.random.default_rng([job.recipe.group.seed, part]).permutation(len(begins))
+            begins, sizes = begins[order], sizes[order]
+            shown = shown[_expand(begins, sizes)]
+        most = job.recipe.group.max_samples
+        rows_of_group = -(-sizes // most)
+        group = np.repeat(np.arange(len(begins)), rows_of_group)
+        place = np.arange(len(group)) - (np.cumsum(rows_of_group) - rows_of_group)[group]
+        self.samples_of_row = np.minimum(sizes[group] - most * place, most)
+        frame = samples.select("user", "day", pl.col("sample_id").alias("group_id"), *users)[begins[group]]
+        del samples
         if histories:
             frame = _attach(job, frame, part, histories, job.split[split])
+            lengths = frame[histories[0]].list.len().to_numpy()[place == 0]
+            self.counts["groups with a history"] = int((lengths > 0).sum())
+            self.counts["behaviours"] = int(lengths.sum())
+        frame = frame.hstack(_lists(shown, self.samples_of_row))
         if split != "train":
             frame = frame.with_columns(
                 _unknown(job, frame, n) for n in (*users, *own, *histories) if _is_extended(job, n)
             )
         self.frame = frame.select("user", "day", "group_id", *users, *histories, *SAMPLE_COLUMNS, *own)
-        self.counts = {"groups": len(begins), "samples": samples.height}
-        if histories:
-            lengths = self.frame[histories[0]].list.len().to_numpy()[self.group_begins[:-1]]
-            self.counts["groups with a history"] = int((lengths > 0).sum())
-            self.counts["behaviours"] = int(lengths.sum())
+
+
+def _changes(column: pl.Series) -> npt.NDArray[np.bool_]:
+    """Return which values but the first, [rows − 1], differ from the one before."""
+    return column.slice(1).ne_missing(column.head(-1)).to_numpy()
+
+
+def _lists(frame: pl.DataFrame, lengths: Ints) -> pl.DataFrame:
+    """Return lists of so many rows each."""
+    row = pl.Series("row", np.repeat(np.arange(len(lengths)), lengths)).set_sorted()
+    return frame.select(row, pl.all()).group_by("row", maintain_order=True).agg(pl.all()).drop("row")
 
 
 def _is_extended(job: Job, name: str) -> bool:
@@ -199,13 +202,11 @@ def _no_samples(job: Job) -> pl.DataFrame:
     return some.clear()
 
 
-def _check_common(samples: pl.DataFrame, name: str, first: Ints, group: Ints) -> None:
-    column = samples[name]
-    heads = column.filter(pl.Series(first)).gather(group) if samples.height else column
-    differ = (column != heads) if not isinstance(column.dtype, pl.List) else ~column.eq_missing(heads)
-    if differ.any():
-        groups = np.unique(group[differ.to_numpy()])
-        user, day = samples.select("user", "day").row(int(np.flatnonzero(differ.to_numpy())[0]))
+def _check_common(samples: pl.DataFrame, name: str, first: Ints) -> None:
+    differ = np.flatnonzero(_changes(samples[name]) & ~first[1:]) + 1
+    if len(differ):
+        groups = np.unique(np.cumsum(first)[differ])
+        user, day = samples.select("user", "day").row(int(differ[0]))
         raise UserError(
             f'[features.{name}] is of = "user" but has more than one value within a day for {len(groups):,} '
             f'users and days, such as user {user!r} on {day}; make it of = "scene"'
@@ -215,19 +216,23 @@ def _check_common(samples: pl.DataFrame, name: str, first: Ints, group: Ints) ->
 def _attach(
     job: Job, groups: pl.DataFrame, part: int, names: list[str], wanted: Sequence[datetime.date]
 ) -> pl.DataFrame:
-    """Join each group's behaviour lists; a group without a history gets empty lists."""
+    """Add each group's behaviour lists; a group without a history gets empty lists."""
     assert job.behaviours is not None
     empty = pl.lit([], dtype=pl.List(pl.UInt32))
-    histories = partitions.read_by_day(job.behaviours, wanted, (), part)
-    if histories is None:
-        return groups.with_columns(empty.alias(n) for n in names)
-    missing = [n for n in names if n not in histories.columns]
-    if missing:
+    try:
+        histories = partitions.read_by_day(job.behaviours, wanted, ("user", *names), part)
+    except pl.exceptions.ColumnNotFoundError:
+        there = partitions.read_by_day(job.behaviours, wanted, (), part)
+        missing = [n for n in names if there is not None and n not in there.columns]
         raise UserError(
             f"the behaviours have no feature {missing[0]!r}; they are of another recipe: run ctrkit select-clicks again"
-        )
-    joined = groups.join(histories.select("day", "user", *names), on=["day", "user"], how="left", maintain_order="left")
-    return joined.with_columns(pl.col(n).fill_null(empty) for n in names)
+        ) from None
+    if histories is None:
+        return groups.with_columns(empty.alias(n) for n in names)
+    row = histories.select("day", "user").with_row_index("row")
+    rows = groups.select("day", "user").join(row, on=["day", "user"], how="left", maintain_order="left")["row"]
+    lists = histories.select(names).rechunk().select(pl.all().gather(rows))
+    return groups.hstack(lists.with_columns(pl.all().fill_null(empty)))
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ def _count_part(job: Job, made: _Part, part: int) -> None:
     """Write how many of a partition's training samples have each id."""
     for vocab, size in job.sizes.items():
         features = {n: f for n, f in job.recipe.features.items() if f.vocab == vocab}
-        counts = count_samples(made.frame, made.samples_of_row, features, size, _apart(job))
+        counts = count_samples(made.frame, made.samples_of_row, features, size)
         spool.write_array(job.work / f"counts-{part:04}-{vocab}", counts)
 
 
@@ -315,16 +320,7 @@ def _write_counts(job: Job, parts: int) -> None:
         frame.write_parquet(job.out / "counts" / f"{vocab}.parquet")
 
 
-def _apart(job: Job) -> list[str]:
-    """Return the behaviour features of which no two goods have the same value: goods differ within a history."""
-    goods = (job.convert / "goods.parquet").is_file()
-    features = {n: f for n, f in job.recipe.features.items() if f.of == "behaviour" and f.kind != "number"}
-    return [n for n, f in features.items() if goods and fields(f) == ["goods"] and not f.hash_buckets]
-
-
-def count_samples(
-    groups: pl.DataFrame, samples: Ints, features: Mapping[str, Feature], size: int, apart: Collection[str] = ()
-) -> Ints:
+def count_samples(groups: pl.DataFrame, samples: Ints, features: Mapping[str, Feature], size: int) -> Ints:
     """Count the samples that contain each id at least once: n_i of DIN eqs. 9 and 10.
 
     Parameters
@@ -332,68 +328,83 @@ def count_samples(
     groups: rows as in groups/, each with what its samples share.
     samples: how many samples each row has.
     features: those of one vocabulary; `size` is its largest index + 1.
-    apart: features of which no row has an index twice, but for unknown.
 
     Returns UInt64 [size]; 0, missing, has count 0.
     """
-    shared = [n for n, f in features.items() if f.of in ("user", "behaviour")]
-    own = [n for n, f in features.items() if f.of in ("ad", "scene")]
-    counts = np.zeros(size, np.uint64)
-    if len(shared) == 1 and shared[0] in apart:
-        row, common = _pairs(groups[shared[0]])
-        known = common != vocabulary.UNKNOWN
-        unknown = np.unique(row[~known])
-        row, common = (
-            np.concatenate([row[known], unknown]),
-            np.concatenate([common[known], np.full(len(unknown), vocabulary.UNKNOWN)]),
-        )
-    else:
-        row, common = _distinct([_pairs(groups[n]) for n in shared], groups.height)
-    counts += np.bincount(common, weights=samples[row], minlength=size).astype(np.uint64)
+    shared = [groups[n] for n, f in features.items() if f.of in ("user", "behaviour")]
+    own = [groups[n].explode() for n, f in features.items() if f.of in ("ad", "scene")]
+    counts = np.zeros(size, np.int64)
+    if shared:
+        row, common = _distinct(shared)
+        counts += np.bincount(common, weights=samples[row], minlength=size).astype(np.int64)
     if own:
-        row_of_sample = np.repeat(np.arange(groups.height), samples)
-        columns = [groups[n].explode() for n in own]
-        pairs = [_pairs(column) for column in columns]
-        sample, index = _distinct(pairs, len(row_of_sample))
-        index = index[~_among(row_of_sample[sample], index, row, common, groups.height, size)]
-        counts += np.bincount(index, minlength=size).astype(np.uint64)
+        sample, index = _distinct(own)
+        if shared:
+            row_of_sample = np.repeat(np.arange(groups.height), samples)
+            index = index[~_among(row_of_sample[sample], index, row, common)]
+        counts += np.bincount(index, minlength=size)
     counts[vocabulary.MISSING] = 0
-    return counts
+    return counts.view(np.uint64)
 
 
-def _among(row: Ints, index: Ints, other_row: Ints, other_index: Ints, rows: int, size: int) -> Ints:
-    """Return which (row, index) are among others (Boolean)."""
-    found = np.zeros(len(row), bool)
-    if len(other_row) and len(row):
-        both = np.concatenate([other_row, row]), np.concatenate([other_index, index])
-        order = spool.order_by([(both[0], rows), (both[1], size)], len(both[0]))
-        a, b = both[0][order], both[1][order]
-        starts = np.ones(len(order), bool)
-        starts[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
-        is_other = order < len(other_row)
-        # The sort is stable, so a run of equal pairs begins with one of the others, if it has any.
-        known = is_other[np.flatnonzero(starts)[np.cumsum(starts) - 1]]
-        found[order[~is_other] - len(other_row)] = known[~is_other]
+def _among(row: Ints, index: Ints, other_row: Ints, other_index: Ints) -> npt.NDArray[np.bool_]:
+    """Return which (row, index) are among others, which are in order."""
+    pairs, others = row << 32 | index, other_row << 32 | other_index
+    if not len(others):
+        return np.zeros(len(pairs), bool)
+    found: npt.NDArray[np.bool_] = others.take(np.searchsorted(others, pairs), mode="clip") == pairs
     return found
 
 
-def _pairs(column: pl.Series) -> tuple[Ints, Ints]:
-    """Return (row, id) of a column of ids or of lists of ids."""
+def _distinct(columns: Sequence[pl.Series]) -> tuple[Ints, Ints]:
+    """Return the distinct (row, id) of several columns of ids or of lists of ids, in order of both.
+
+    Missing ones are left out, but for those of a single column of ids.
+    """
+    if len(columns) == 1 and not isinstance(columns[0].dtype, pl.List):
+        return np.arange(columns[0].len()), columns[0].to_numpy()
+    rows = columns[0].len()
+    lists = [_ids(column) for column in columns]
+    width = sum((lengths for lengths, _ in lists), np.zeros(rows, np.int64))
+    ends = [np.append(0, np.cumsum(lengths, dtype=np.int64)) for lengths, _ in lists]
+    found, how_many = [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
+    for begin, end in _slices(width):
+        padded = np.concatenate(
+            [
+                _padded(lengths[begin:end], ids[upto[begin] : upto[end]])
+                for (lengths, ids), upto in zip(lists, ends, strict=True)
+            ],
+            axis=1,
+        )
+        padded.sort(axis=1)
+        new = padded != vocabulary.MISSING
+        new[:, 1:] &= padded[:, 1:] != padded[:, :-1]
+        found.append(padded[new])
+        how_many.append(new.sum(axis=1))
+    return np.repeat(np.arange(rows), np.concatenate(how_many)), np.concatenate(found)
+
+
+def _ids(column: pl.Series) -> tuple[Ints, Ints]:
+    """Return how many ids each row has, and those of all rows."""
     if not isinstance(column.dtype, pl.List):
-        return np.arange(column.len()), column.to_numpy().astype(np.int64)
-    lengths = column.list.len().to_numpy()
-    return np.repeat(np.arange(column.len()), lengths), column.filter(column.list.len() > 0).explode().to_numpy()
+        return np.ones(column.len(), np.int64), column.to_numpy()
+    return column.list.len().to_numpy(), column.explode(empty_as_null=False).to_numpy()
 
 
-def _distinct(pairs: Sequence[tuple[Ints, Ints]], rows: int) -> tuple[Ints, Ints]:
-    """Return the distinct (row, id) of several columns."""
-    if not pairs:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    row, index = (np.concatenate(c) for c in zip(*pairs, strict=True))
-    if len(pairs) == 1 and len(row) == rows and (row == np.arange(rows)).all():  # one id a row
-        return row, index
-    order = spool.order_by([(row, max(rows, 1)), (index, int(index.max(initial=0)) + 1)], len(row))
-    row, index = row[order], index[order]
-    new = np.ones(len(row), bool)
-    new[1:] = (row[1:] != row[:-1]) | (index[1:] != index[:-1])
-    return row[new], index[new]
+def _padded(lengths: Ints, ids: Ints) -> Ints:
+    """Return ids as a row each, [rows, longest], filled up with missing ones."""
+    longest = int(lengths.max())
+    padded = np.full((len(lengths), longest), vocabulary.MISSING, np.uint32)
+    padded[np.arange(longest) < lengths[:, None]] = ids
+    return padded
+
+
+def _slices(width: Ints) -> Iterator[tuple[int, int]]:
+    """Yield where slices of rows begin and end that have at most `CELLS` cells once padded, or are a single row."""
+    begin = 0
+    while begin < len(width):
+        end = min(begin + CELLS, len(width))
+        while end - begin > 1 and (end - begin) * int(width[begin:end].max()) > CELLS:
+            end -= (end - begin) // 2
+        yield begin, end
+        begin = end

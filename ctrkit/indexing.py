@@ -8,11 +8,14 @@ import numpy as np
 import polars as pl
 
 from ctrkit import columns, daily, dictionaries, partitions, spool, vocabulary
-from ctrkit.job import Job, Labelled, state, texts
+from ctrkit.gathering import Lookup, by_day, gather
+from ctrkit.job import Job, Labelled, maps, state, texts
+from ctrkit.partitions import ARROW
 from ctrkit.spool import Ints
 
-GOODS = ".goods"
-"""What the codes of goods become, among the indexes."""
+WORDS = {"goods": "goods.parquet", "type": "types.parquet"}
+"""Columns of the behaviours whose texts stand in a file of their own; 1 is its first row, 0 none."""
+CODES = {"goods": "goods_code", "type": "type_code"}
 
 
 def _counted(job: Job) -> dict[str, int]:
@@ -24,37 +27,29 @@ def _counted(job: Job) -> dict[str, int]:
 
 
 def count(job: Job, part: int) -> dict[str, Any]:
-    """Task: draw negatives, count the texts of a partition's training rows and of all its rows."""
+    """Task: draw negatives, count the texts of a partition's training impressions and of all its impressions; and
+    those of a share of the behaviours' chunks."""
     split = state(job.work, "split")
-    sizes = _counted(job)
-    total = sum(sizes.values())
-    counts = np.zeros(2 * total, np.uint32)
-    places = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1].tolist(), strict=True))
-    shown = Labelled(job, "impressions", part)
+    counts = _Counts(job)
+    shown = Labelled(job, part)
     training = np.repeat(split["training"], np.diff(shown.begins))
-    kept = _draw_negatives(job, part, shown, training)
+    kept = _draw_negatives(job, shown, training)
     if kept is not None:
         spool.write_array(f"{shown.stem}.kept", kept)
         training &= kept
-    for log, rows in (("impressions", shown), ("behaviours", Labelled(job, "behaviours", part))):
-        if not rows.rows:
-            continue
-        if log == "behaviours":
-            training = rows.column("time") < split["end"]
-        keep = kept if log == "impressions" else None
-        for name in sizes:
-            if name not in rows.layout:
-                continue
-            codes = rows.column(name)
-            begin = places[name]
-            counts[begin : begin + sizes[name]] += np.bincount(codes[training], minlength=sizes[name]).astype(np.uint32)
-            if _holds_pictures(job, name):
-                every = np.bincount(codes if keep is None else codes[keep], minlength=sizes[name])
-                counts[total + begin : total + begin + sizes[name]] += every.astype(np.uint32)
-    spool.write_array(job.work / "labelled" / f"counts-{part:04}", counts)
+    if shown.rows:
+        for name in shown.columns:
+            counts.add(name, shown.columns[name], training, kept)
+    for chunk in state(job.work, "scan")["chunks"]["behaviours"][part :: job.partitions]:
+        there = spool.Columns(Path(f"{chunk['stem']}.rows"), chunk["layout"], 0, chunk["rows"])
+        first, last = chunk["times"]
+        early = None if last < split["end"] else there["time"] < max(split["end"] - first, 0)
+        for name in chunk["words"]:
+            counts.add(name, there[name], early, None, maps(job.work).of(name, chunk["stem"]))
+    spool.write_array(job.work / "labelled" / f"counts-{part:04}", counts.counts)
     days_of = np.searchsorted(shown.begins, np.flatnonzero(kept), side="right") - 1 if kept is not None else None
     by_day = np.diff(shown.begins) if days_of is None else np.bincount(days_of, minlength=len(shown.begins) - 1)
-    clicks = shown.column("click")
+    clicks = shown.columns["click"]
     return {
         "days": by_day.tolist(),
         "clicks": int((clicks if kept is None else clicks[kept]).sum()),
@@ -62,26 +57,55 @@ def count(job: Job, part: int) -> dict[str, Any]:
     }
 
 
+class _Counts:
+    """How often each text is in training; of dictionaries that pictures come from, also how often anywhere."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._sizes = job, _counted(job)
+        self._total = sum(self._sizes.values())
+        places = np.cumsum([0, *self._sizes.values()])[:-1].tolist()
+        self._begin = dict(zip(self._sizes, places, strict=True))
+        self.counts = np.zeros(2 * self._total, np.uint32)
+
+    def add(
+        self, name: str, codes: Ints, training: Ints | None, kept: Ints | None, meaning: Ints | None = None
+    ) -> None:
+        """Count rows of a dictionary's codes, if it is one to count. training, kept: Boolean, None for all rows;
+        meaning: what the codes mean in the dictionary, if they are a chunk's."""
+        if name not in self._sizes:
+            return
+        self._add(self._begin[name], codes if training is None else codes[training], meaning)
+        if _holds_pictures(self._job, name):
+            self._add(self._total + self._begin[name], codes if kept is None else codes[kept], meaning)
+
+    def _add(self, begin: int, codes: Ints, meaning: Ints | None) -> None:
+        found = np.bincount(codes).astype(np.uint32)
+        if meaning is None:
+            self.counts[begin : begin + len(found)] += found
+        else:  # no two of a chunk's codes mean the same
+            self.counts[begin + meaning[: len(found)].astype(np.int64)] += found
+
+
 def _holds_pictures(job: Job, name: str) -> bool:
     features = job.recipe.features
     return any(one.dictionary == name and features[f].kind == "image" for f, one in job.inputs.items())
 
 
-def _draw_negatives(job: Job, part: int, shown: Labelled, training: Ints) -> Ints | None:
+def _draw_negatives(job: Job, shown: Labelled, training: Ints) -> Ints | None:
     """Return which rows stay (Boolean), None for all: clicks, rows after training, and negatives that are drawn."""
     options = job.recipe.convert
     if options.negative_rate == 1:
         return None
     rows = pl.DataFrame(
         {
-            "user": shown.users().gather(shown.column("user")),
-            "ad": texts(job, "ad").gather(shown.column("ad")),
-            "time": shown.column("time"),
+            "user": shown.users().gather(shown.columns["user"]),
+            "ad": texts(job, "ad").gather(shown.columns["ad"]),
+            "time": shown.columns["time"],
         }
     ).with_columns(pl.int_range(pl.len()).over("user", "ad", "time").alias("n"))
     drawn = spool.hashes(rows.select(pl.concat_str(pl.lit(options.seed), pl.all(), separator="|")).to_series())
     below = drawn.to_numpy() < np.uint64(int(options.negative_rate * 2**64))
-    kept: Ints = (shown.column("click") == 1) | ~training | below
+    kept: Ints = (shown.columns["click"] == 1) | ~training | below
     return kept
 
 
@@ -115,54 +139,50 @@ def build_vocabulary(job: Job, vocab: str) -> int:
         counts.append(np.where(wanted > 0, training.astype(np.int64), -1))
     one = next(iter(features.values()))
     old = vocabulary.read(job.previous / "vocab", vocab) if job.previous is not None else None
-    words, indexes = (vocabulary.build_numbers if one.kind == "number" else vocabulary.build)(values, counts, one, old)
+    if one.kind == "number":
+        words, indexes = vocabulary.build_numbers(values, counts, one, old)
+    else:
+        distinct = len(features) == 1 and not one.multi_hot and columns.is_key(job.inputs[next(iter(features))])
+        words, indexes = vocabulary.build(values, counts, one, old, distinct=distinct)
     folder = job.work / "indexes"
     folder.mkdir(parents=True, exist_ok=True)
+    dtype = spool.smallest(words.height + vocabulary.FIRST)
     for name, index in zip(features, indexes, strict=True):
-        if features[name].multi_hot:
-            spool.write_frame(folder / f"{name}.lists", index.to_frame("index"))
-        else:
-            spool.write_array(folder / name, index.to_numpy())
+        narrow = index if index.dtype == pl.List else pl.Series(index.to_numpy().astype(dtype))
+        spool.write_frame(folder / name, narrow.to_frame("index"))
     partitions.write_parquet(words, job.out / "vocab" / f"{vocab}.parquet")
     return words.height
 
 
-def write_goods(job: Job) -> None:
-    """Write the texts of the behaviours' goods codes, those of earlier days first, and what each code here becomes."""
-    if "behaviours.goods" not in state(job.work, "dictionaries")["found"]:
+def write_words(job: Job, name: str) -> None:
+    """Write the texts of a column of the behaviours, goods or type, those of earlier days first, and what each code
+    here becomes."""
+    if f"behaviours.{name}" not in state(job.work, "dictionaries")["found"]:
         return
-    words = dictionaries.words(job.work / "dictionaries", "behaviours.goods").rename("goods")
-    old = pl.Series("goods", [], dtype=pl.String)
-    if job.previous is not None and (job.previous / "goods.parquet").is_file():
-        old = pl.read_parquet(job.previous / "goods.parquet")["goods"]
+    path = WORDS[name]
+    words = dictionaries.words(job.work / "dictionaries", f"behaviours.{name}").rename(name)
+    old = pl.Series(name, [], dtype=pl.String)
+    if job.previous is not None and (job.previous / path).is_file():
+        old = pl.read_parquet(job.previous / path)[name]
     every, row = _append(old, words)
-    spool.write_array(job.work / "indexes" / GOODS, np.concatenate([np.zeros(1, np.uint32), row + np.uint32(1)]))
-    partitions.write_parquet(every.to_frame(), job.out / "goods.parquet")
+    (job.work / "indexes").mkdir(parents=True, exist_ok=True)
+    table = np.concatenate([np.zeros(1, np.uint32), row + np.uint32(1)]).astype(spool.smallest(every.len() + 1))
+    spool.write_frame(job.work / "indexes" / f".{name}", pl.DataFrame({"code": table}))
+    partitions.write_parquet(every.to_frame(), job.out / path)
 
 
 @functools.lru_cache(maxsize=256)
-def _indexes(work: Path, name: str, multi_hot: bool) -> Ints | pl.Series:
-    if multi_hot:
-        return pl.read_ipc(work / "indexes" / f"{name}.lists")["index"]
-    return np.fromfile(work / "indexes" / name, np.uint32)
-
-
-def _features(job: Job, log: str, rows: Labelled) -> dict[str, Any]:
-    """Return the indexes of a log's features in all rows of a partition."""
-    out: dict[str, Any] = {}
-    for name in job.features(log):
-        feature = job.recipe.features[name]
-        codes = rows.column(job.inputs[name].dictionary)
-        index = _indexes(job.work, name, feature.multi_hot)
-        out[name] = index.gather(codes) if isinstance(index, pl.Series) else index[codes]
-    return out
+def _indexes(work: Path, name: str) -> pl.Series:
+    """Return the indexes of a feature by the code of its dictionary: of the smallest type, or lists; and what
+    `write_words` left."""
+    return pl.read_ipc(work / "indexes" / name).to_series()
 
 
 def encode_impressions(job: Job, part: int) -> int:
     """Task: write a partition's samples, a file a day; return how many."""
     counted = state(job.work, "count")
     scanned = state(job.work, "scan")
-    rows = Labelled(job, "impressions", part)
+    rows = Labelled(job, part)
     if not rows.rows:
         return 0
     ads = texts(job, "ad")
@@ -176,17 +196,18 @@ def encode_impressions(job: Job, part: int) -> int:
     before = first_id + np.concatenate([[0], np.cumsum(by_day.sum(0))])[:-1] + by_day[:part].sum(0)
     lengths = by_day[part]
     begins = np.cumsum(lengths) - lengths
-    ad = rows.column("ad")
-    frame = pl.DataFrame(
-        {
-            "time": rows.column("time"),
-            "user": rows.users().gather(rows.column("user")),
-            "ad": ads.gather(ad),
-            "click": rows.column("click").astype(np.int8),
-            "unseen_ad": ~known[ad],
-            **_features(job, "impressions", rows),
-        }
-    )
+    there = rows.columns
+    found: dict[str, Any] = {
+        "time": there["time"],
+        "user": rows.users().gather(there["user"]),
+        "ad": ads.gather(there["ad"]),
+        "click": there["click"].astype(np.int8),
+        "unseen_ad": ~known[there["ad"]],
+    }
+    for name in job.features("impressions"):
+        index, codes = _indexes(job.work, name), there[job.inputs[name].dictionary]
+        found[name] = index.gather(codes) if index.dtype == pl.List else index.to_numpy()[codes].astype(np.uint32)
+    frame = pl.DataFrame(found)
     if job.recipe.convert.negative_rate < 1:
         frame = frame.filter(pl.Series(np.fromfile(f"{rows.stem}.kept", bool)))
     ids = np.repeat(before - begins, lengths) + np.arange(frame.height)
@@ -197,24 +218,32 @@ def encode_impressions(job: Job, part: int) -> int:
 
 
 def encode_behaviours(job: Job, part: int) -> int:
-    """Task: write a partition's behaviours, a file a day; return how many."""
-    rows = Labelled(job, "behaviours", part)
-    if not rows.rows:
-        if job.previous is not None:
-            _write_users(job, pl.Series("user", [], dtype=pl.String), part)
-        return 0
-    code = _write_users(job, rows.users(), part)
-    found: dict[str, Any] = {"user_code": code[rows.column("user")], "time": rows.column("time")}
-    if "behaviours.goods" in rows.layout:
-        found["goods_code"] = np.fromfile(job.work / "indexes" / GOODS, np.uint32)[rows.column("behaviours.goods")]
-    if "behaviours.type" in rows.layout:
-        found["behaviour_type"] = texts(job, "behaviours.type").gather(rows.column("behaviours.type"))
-    if "dwell" in rows.layout:
-        found["dwell_ms"] = rows.column("dwell")
-    found |= _features(job, "behaviours", rows)
+    """Task: write a partition's behaviours in order of day, user and time, a file a day; return how many."""
+    chunks = state(job.work, "scan")["chunks"]["behaviours"]
+    coded: dict[str, Lookup] = {}
+    lists: dict[str, pl.Series] = {}
+    for name in WORDS:
+        if chunks and f"behaviours.{name}" in chunks[0]["words"]:
+            coded[CODES[name]] = f"behaviours.{name}", _indexes(job.work, f".{name}").to_numpy()
+    for name in job.features("behaviours"):
+        index = _indexes(job.work, name)
+        if index.dtype == pl.List:
+            lists[name] = index
+        coded[name] = job.inputs[name].dictionary, None if name in lists else index.to_numpy()
+    plain = [n for n in ("dwell",) if chunks and n in chunks[0]["layout"]]
+    rows = gather(job, "behaviours", part, plain, coded)
+    code = _write_users(job, rows.users, part)
+    days, order = by_day(job, rows.columns, rows.users.len())
+    ordered = {name: column[order] for name, column in rows.columns.items()}
+    found: dict[str, Any] = {"user_code": code[ordered.pop("user")], "time": ordered.pop("time")}
+    found |= {name: ordered.pop(name) for name in CODES.values() if name in ordered}
+    if "dwell" in ordered:
+        dwell = ordered.pop("dwell")
+        found["dwell_ms"] = dwell.astype(np.int32 if dwell.itemsize < 4 else np.int64) - 1
+    found |= {name: lists[name].gather(column) if name in lists else column for name, column in ordered.items()}
     dates = [day for day, _ in state(job.work, "scan")["midnights"]]
-    partitions.write_days(pl.DataFrame(found), dates, np.diff(rows.begins), job.out / "behaviours", part)
-    return int(rows.rows)
+    partitions.write_days(pl.DataFrame(found), dates, days, job.out / "behaviours", part, ARROW)
+    return len(order)
 
 
 def _write_users(job: Job, users: pl.Series, part: int) -> Ints:

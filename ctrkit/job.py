@@ -14,7 +14,6 @@ from ctrkit import dictionaries, spool
 from ctrkit.columns import Input
 from ctrkit.dictionaries import Maps
 from ctrkit.recipe import Recipe
-from ctrkit.spool import Ints, Layout
 from ctrkit.tables import RawTable
 
 Chunk = dict[str, Any]
@@ -81,18 +80,14 @@ def texts(job: Job, name: str) -> pl.Series:
 
 
 class Labelled:
-    """A partition of labelled rows, its columns read when asked for."""
+    """The labelled impressions of a partition, in order of day, user and time."""
 
-    def __init__(self, job: Job, log: str, part: int) -> None:
-        self.stem = job.work / "labelled" / f"{log}-{part:04}"
-        facts = state(job.work, "label")[log][part] if state(job.work, "label")[log] else {"layout": {}, "days": []}
-        self.layout: Layout = facts["layout"]
+    def __init__(self, job: Job, part: int) -> None:
+        self.stem = job.work / "labelled" / f"impressions-{part:04}"
+        facts = state(job.work, "label")[part]
         self.begins = [0, *np.cumsum(facts["days"]).tolist()]
         self.rows = self.begins[-1]
-
-    def column(self, name: str) -> Ints:
-        """Return a column."""
-        return spool.read(Path(f"{self.stem}.rows"), self.layout, name, 0, self.rows)
+        self.columns = spool.Columns(Path(f"{self.stem}.rows"), facts["layout"], 0, self.rows)
 
     def users(self) -> pl.Series:
         """Return the users by their rank."""

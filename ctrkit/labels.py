@@ -57,10 +57,8 @@ def _ids(part: int, chunks: Sequence[Chunk], *, with_part: bool) -> pl.DataFrame
     for i, chunk in enumerate(chunks):
         a, b = chunk["ids"][part], chunk["ids"][part + 1]
         if b > a:
-            path = Path(f"{chunk['stem']}.at")
-            columns = {"at": spool.read(path, chunk["ids_layout"], "at", a, b)}
-            if with_part:
-                columns["part"] = spool.read(path, chunk["ids_layout"], "part", a, b)
+            there = spool.Columns(Path(f"{chunk['stem']}.at"), chunk["ids_layout"], a, b)
+            columns = {name: there[name] for name in (("at", "part") if with_part else ("at",))}
             ids = pl.read_ipc(f"{chunk['stem']}.ids")["id"].slice(a, b - a)
             own = pl.DataFrame({"id": ids, "chunk": pl.repeat(i, b - a, dtype=pl.UInt32, eager=True), **columns})
             frames.append(own)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import zstandard
 
@@ -32,6 +33,7 @@ LONGEST_CELL = 1 << 20
 """Bytes after which a quoted cell that has not ended is taken for a quote without its partner."""
 SCAN_BYTES = 1 << 16
 """Looked at in one go: what fits the processor's cache."""
+Bytes = npt.NDArray[np.uint8]
 ROW, EXTRA, BAD = "__row", "__extra", "__bad"
 """Columns of our own: row in the file (from 1), a cell beyond the header's columns, why a line cannot be read."""
 UNIT = "\x1f"
@@ -98,8 +100,9 @@ def cut(file: File) -> list[Piece]:
     try:
         if file.format == "parquet":
             return [Piece()] if file.compression else _cut_parquet(file)
-        with open(file.path, "rb") as f:
-            return _cut_text(f, file.quoted)
+        if not Path(file.path).stat().st_size:  # which cannot be mapped
+            return [Piece(0, 0)]
+        return _cut_text(np.memmap(file.path, np.uint8, "r"), file.quoted)
     except OSError as e:
         raise UserError(f"{file.path} cannot be read: {e.strerror}") from None
 
@@ -114,27 +117,25 @@ def _cut_parquet(file: File) -> list[Piece]:
     return [*pieces, Piece(begin, end)]
 
 
-def _cut_text(f: IO[bytes], quoted: bool) -> list[Piece]:
+def _cut_text(data: Bytes, quoted: bool) -> list[Piece]:
     pieces, begin = [], 0
-    while True:
-        data = f.read(PIECE_BYTES)
-        if len(data) < PIECE_BYTES:
+    while len(data) - begin > PIECE_BYTES:
+        stop = begin + PIECE_BYTES
+        inside = quoted and _quotes(data[begin:stop]) % 2 == 1
+        size, length = LONGEST_CELL, 0
+        while not length and stop + size - LONGEST_CELL < len(data):  # more than once for rows of over a megabyte
+            length = _row_end(data[stop : stop + size].tobytes(), inside)
+            size += LONGEST_CELL
+        if not length:
             break
-        inside = quoted and data.count(b'"') % 2 == 1
-        tail = f.read(LONGEST_CELL)
-        end = begin + len(data) + _row_end(tail, inside)
-        while end == begin + len(data) and tail:  # a row of more than a megabyte
-            more = f.read(LONGEST_CELL)
-            end, tail = begin + len(data) + _row_end(tail + more, inside), tail + more if more else b""
-            if not more:
-                end = begin + len(data)
-        if end == begin + len(data):
-            break
-        pieces.append(Piece(begin, end))
-        begin = end
-        f.seek(begin)
-    last = f.seek(0, 2)
-    return [*pieces, Piece(begin, last)] if last > begin or not pieces else pieces
+        pieces.append(Piece(begin, stop + length))
+        begin = stop + length
+    return [*pieces, Piece(begin, len(data))] if len(data) > begin or not pieces else pieces
+
+
+def _quotes(data: Bytes) -> int:
+    """Count the double quotes, some bytes at a time that stay in the processor's cache."""
+    return sum(int(np.count_nonzero(data[i : i + SCAN_BYTES] == ord('"'))) for i in range(0, len(data), SCAN_BYTES))
 
 
 def _row_end(data: bytes, inside: bool) -> int:

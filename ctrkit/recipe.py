@@ -391,7 +391,7 @@ RESERVED = frozenset(
         "group_id",
         "common",
         "goods_code user_code",
-        "behaviour_type",
+        "type_code",
         "dwell_ms",
         "visits",
         "dwell",

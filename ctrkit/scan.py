@@ -74,28 +74,34 @@ def scan(log: Log, number: int, piece: Piece, stem: Path) -> dict[str, Any]:
 
 def _write_chunk(log: Log, good: pl.DataFrame, stem: str) -> dict[str, Any]:
     """Write STEM.rows, STEM.words and, where rows have ids, STEM.ids."""
-    columns: dict[str, Ints] = {"row": (good[ROW] - good[ROW][0]).to_numpy().astype(np.uint32)}
+    columns: dict[str, Ints] = {}
     chunk: dict[str, Any] = {"stem": stem, "rows": good.height, "first_row": good[ROW][0]}
+    if log.table.name != "behaviours":  # of which none becomes a duplicate or otherwise unused
+        columns["row"] = (good[ROW] - good[ROW][0]).to_numpy().astype(np.uint32)
     if log.by_user:
         users, words = spool.code(good["user"])
         part_of_user = spool.partition_of(words, log.partitions)
         by_part = np.argsort(part_of_user, kind="stable")
-        rank = np.empty(len(by_part) + 1, np.uint32)
-        rank[by_part + 1] = np.arange(len(by_part))
+        chunk["users"] = spool.offsets(part_of_user, log.partitions)
+        lengths = np.diff(chunk["users"])
+        rank = np.zeros(len(by_part) + 1, spool.smallest(max(lengths)))
+        rank[by_part + 1] = np.arange(len(by_part)) - np.repeat(chunk["users"][:-1], lengths)
         columns["user"] = rank[users]
         parts = np.concatenate([np.zeros(1, np.uint16), part_of_user])[users]
         spool.write_frame(f"{stem}.users", words.gather(by_part).to_frame("user"))
-        chunk["users"] = spool.offsets(part_of_user, log.partitions)
         order = np.argsort(parts, kind="stable")
-        columns["time"] = good["time"].to_numpy()
-        chunk["times"] = [good["time"].min(), good["time"].max()]
+        times = good["time"].to_numpy()
+        first, last = int(times.min()), int(times.max())
+        columns["time"] = (times - first).astype(spool.smallest(last - first + 1))
+        chunk["times"] = [first, last]
     else:
         parts, order = np.zeros(good.height, np.uint16), np.arange(good.height)
     chunk["begins"] = spool.offsets(parts, log.partitions)
     if "click" in good.columns:
         columns["click"] = good["click"].to_numpy()
-    if "dwell" in good.columns:
-        columns["dwell"] = good["dwell"].fill_null(-1).to_numpy()
+    if "dwell" in good.columns:  # from 1, so that 0 is unknown
+        dwell = (good["dwell"] + 1).fill_null(0).to_numpy()
+        columns["dwell"] = dwell.astype(spool.smallest(int(dwell.max()) + 1))
     chunk["words"] = _add_codes(log, good, columns, stem)
     chunk["layout"] = spool.write(Path(f"{stem}.rows"), {n: c[order] for n, c in columns.items()})
     if log.with_id:

@@ -59,8 +59,11 @@ SAMPLE, FEW = 2048, 512
 
 
 def smallest(size: int) -> type[np.unsignedinteger[Any]]:
-    """Return the smallest type that holds 0 to size − 1."""
-    return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32
+    """Return the smallest unsigned type that holds 0 to size − 1."""
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        if size <= np.iinfo(dtype).max + 1:
+            return dtype
+    return np.uint64
 
 
 def code(values: pl.Series) -> tuple[Ints, pl.Series]:
@@ -132,6 +135,23 @@ def order_by(keys: Sequence[tuple[Ints, int]], rows: int) -> Ints:
     return np.arange(rows) if order is None else order
 
 
+def text_order(texts: pl.Series) -> Ints:
+    """Return the order of texts by their bytes: by the first eight as a number, then those that share them."""
+    padded = (texts + "\0" * 8).cast(pl.Binary).bin.slice(0, 8)
+    key = padded.bin.reinterpret(dtype=pl.UInt64, endianness="big")
+    order = key.arg_sort().to_numpy()
+    ordered = key.to_numpy()[order]
+    again = np.zeros(len(order) + 1, bool)
+    again[1:-1] = ordered[1:] == ordered[:-1]
+    tied = np.flatnonzero(again[:-1] | again[1:])
+    if len(tied):
+        rows = order[tied]
+        some = pl.DataFrame({"key": key.gather(rows), "text": texts.gather(rows), "row": rows}).sort("key", "text")
+        order = np.array(order)
+        order[tied] = some["row"].to_numpy()
+    return order
+
+
 def offsets(parts: Ints, partitions: int) -> list[int]:
     """Return where each partition begins among rows in order of their partition; `partitions` + 1 numbers."""
     return [0, *np.cumsum(np.bincount(parts, minlength=partitions)).tolist()]
@@ -146,13 +166,26 @@ def write(path: Path, columns: Mapping[str, Ints]) -> Layout:
     layout: Layout = {}
     with whole(path) as tmp, open(tmp, "wb") as f:
         for name, column in columns.items():
+            f.write(bytes(-f.tell() % column.itemsize))
             layout[name] = (column.dtype.str, f.tell())
             np.ascontiguousarray(column).tofile(f)
     return layout
 
 
-def read(path: Path, layout: Layout, name: str, begin: int, end: int) -> Ints:
-    """Read rows `begin` to `end` of a column."""
-    dtype, at = layout[name]
-    size = np.dtype(dtype).itemsize
-    return np.fromfile(path, dtype, end - begin, offset=at + begin * size)
+class Columns(Mapping[str, Ints]):
+    """Rows `begin` to `end` of the columns of a spool file, mapped into memory: what is not looked at is not read."""
+
+    def __init__(self, path: Path, layout: Layout, begin: int, end: int) -> None:
+        self._layout, self._begin, self._rows = layout, begin, end - begin
+        self._bytes = np.memmap(path, np.uint8, "r") if end > begin else np.empty(0, np.uint8)
+
+    def __getitem__(self, name: str) -> Ints:
+        dtype, at = self._layout[name]
+        offset = at + self._begin * np.dtype(dtype).itemsize
+        return np.frombuffer(self._bytes, dtype, self._rows, offset) if self._rows else np.empty(0, dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)

@@ -4,6 +4,7 @@ Nothing is guessed about text: a CSV cell stays text until someone asks for a nu
 stays "007". Only SQL conditions see numbers, where a column holds numbers.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +38,11 @@ from ctrkit.sources import COMPRESSIONS, FORMATS, is_url, patterns, source_files
 LABEL = "__label"
 """The value of the label expression."""
 HEAD_BYTES = 2 << 20
-"""How much of a file is read to learn its columns."""
+"""How much of a file of JSON lines is read to learn its columns."""
+CSV_BYTES = 512 << 10
+"""How much of a CSV file is read to learn what its columns hold."""
 FIRST_ROW_BYTES = 64 << 10
-SAMPLE_ROWS = 10_000
+SAMPLE_ROWS = 2_000
 LATEST_MS = 7_258_118_400_000
 """The year 2200. A later time has the wrong unit."""
 
@@ -117,7 +120,8 @@ class RawTable:
 
     def pieces(self) -> list[tuple[int, Piece]]:
         """Return the pieces of all files: number of the file, piece."""
-        return [(i, piece) for i, file in enumerate(self.files) for piece in cut(file)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return [(i, piece) for i, pieces in enumerate(pool.map(cut, self.files)) for piece in pieces]
 
     def read(self, number: int, piece: Piece) -> Iterator[tuple[pl.DataFrame, int]]:
         """Yield the rows of a piece for which `where` holds, some at a time.
@@ -263,7 +267,7 @@ def _header(file: File, source: Source, *, types: bool) -> tuple[list[str], froz
                 parquet_footer.row_groups(Path(file.path))
             return list(pl.read_parquet_schema(parquet_source(file))), none, none
         names_only = not types and file.format != "jsonl"
-        data, whole = head(file, FIRST_ROW_BYTES if names_only else HEAD_BYTES)
+        data, whole = head(file, FIRST_ROW_BYTES if names_only else HEAD_BYTES if file.format == "jsonl" else CSV_BYTES)
         if names_only and not whole and b"\n" not in data:
             data, _ = head(file, HEAD_BYTES)
         if not data.strip():

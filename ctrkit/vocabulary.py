@@ -19,7 +19,12 @@ SIGNIFICANT_DIGITS = 4
 
 
 def build(
-    values: Sequence[pl.Series], counts: Sequence[Ints], feature: Feature, previous: pl.DataFrame | None = None
+    values: Sequence[pl.Series],
+    counts: Sequence[Ints],
+    feature: Feature,
+    previous: pl.DataFrame | None = None,
+    *,
+    distinct: bool = False,
 ) -> tuple[pl.DataFrame, list[pl.Series]]:
     """Give values their indexes: those of training, at least `min_count` times, at most `top`; pictures all.
 
@@ -29,6 +34,7 @@ def build(
     counts: how often each is in training; −1 where it is not to be in the vocabulary whatever happens.
     feature: any of the features.
     previous: an earlier vocabulary, whose values keep their indexes; new ones follow.
+    distinct: no value (of the only feature) is there twice.
 
     Returns the vocabulary, `value` String, `index` UInt32 (2…), `count` UInt64, most frequent first, ties by value; and
     the UInt32 index of each value, 0 for null (a list: empty).
@@ -37,8 +43,13 @@ def build(
     if previous is not None and not feature.hash_buckets:
         old = previous.select("value", "count")
     flat = [_flatten(v) for v in values]
-    codes, words = spool.code(pl.concat([old["value"].rename("value"), *(f["value"].rename("value") for f in flat)]))
-    codes = codes.astype(np.int64)
+    if distinct and not old.height:
+        there = values[0].is_not_null().to_numpy()
+        codes, words = np.where(there, np.cumsum(there), 0), values[0].drop_nulls()
+    else:
+        every = [old["value"], *(f["value"] for f in flat)]
+        codes, words = spool.code(pl.concat([v.rename("value") for v in every]))
+        codes = codes.astype(np.int64)
     parts = np.split(codes, np.cumsum([old.height, *(f.height for f in flat)])[:-1])
     total = np.zeros(words.len() + 1, np.int64)
     known = np.zeros(words.len() + 1, bool)
@@ -53,11 +64,12 @@ def build(
     is_new[0] = False
     is_new[parts[0]] = False
     candidates = np.flatnonzero(is_new)
-    rows_new = pl.DataFrame({"code": candidates, "value": words.gather(candidates - 1), "count": total[candidates]})
-    rows_new = rows_new.sort("count", "value", descending=[True, False])
+    candidates = candidates[spool.text_order(words.gather(candidates - 1))]
+    most = int(total.max())
+    candidates = candidates[spool.order_by([(most - total[candidates], most + 1)], len(candidates))]
     if feature.top:
-        rows_new = rows_new.head(max(0, feature.top - old.height))
-    order = np.concatenate([parts[0], rows_new["code"].to_numpy()])
+        candidates = candidates[: max(0, feature.top - old.height)]
+    order = np.concatenate([parts[0], candidates])
     index = np.full(len(total), UNKNOWN, np.uint32)
     index[0] = MISSING
     index[order] = np.arange(FIRST, FIRST + len(order))

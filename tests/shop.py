@@ -146,13 +146,18 @@ def behaviours_of(convert: Path) -> pl.DataFrame:
     """Return the behaviours that convert wrote, with `day`, `user` and the text of the `goods` instead of codes."""
     days, frames = convert / "behaviours", []
     goods = pl.read_parquet(convert / "goods.parquet")["goods"]
-    for path in sorted(days.glob("day=*/part-*.parquet")):
-        users = pl.read_parquet(convert / "users" / path.name)["user"]
-        log = pl.read_parquet(path).with_columns(day=pl.lit(path.parent.name.removeprefix("day=")).str.to_date())
-        text = pl.when(pl.col("goods_code") > 0).then(pl.col("goods_code") - 1)
-        frames.append(
-            log.with_columns(
-                users.gather(log["user_code"]).alias("user"), goods.gather(log.select(text).to_series()).alias("text")
-            ).drop("user_code", "goods_code")
-        )
-    return pl.concat(frames)
+    types = pl.read_parquet(convert / "types.parquet")["type"] if (convert / "types.parquet").is_file() else None
+    for path in sorted(days.glob("day=*/part-*.arrow")):
+        users = pl.read_parquet(convert / "users" / f"{path.stem}.parquet")["user"]
+        log = pl.read_ipc(path).with_columns(day=pl.lit(path.parent.name.removeprefix("day=")).str.to_date())
+        if types is not None:
+            log = log.with_columns(type=types.gather(log.select(_row("type_code")).to_series())).drop("type_code")
+        texts = goods.gather(log.select(_row("goods_code")).to_series())
+        log = log.with_columns(user=users.gather(log["user_code"]), text=texts)
+        frames.append(log.drop("user_code", "goods_code"))
+    return pl.concat(frames, how="vertical_relaxed")
+
+
+def _row(code: str) -> pl.Expr:
+    """Return the row that a code from 1 stands for; null for 0."""
+    return pl.when(pl.col(code) > 0).then(pl.col(code).cast(pl.UInt32) - 1)

@@ -140,6 +140,35 @@ def test_as_many_values_as_rows_are_not_one_a_row(of: str) -> None:
     assert count_samples(groups, np.array([1, 1]), features, 7).tolist() == [0, 0, 0, 0, 0, 1, 0]
 
 
+@pytest.mark.parametrize("cells", [1, 40, 1 << 18])
+def test_counts_of_random_groups_are_those_of_a_loop(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few ids are sorted at once: some rows are far wider than others, many have none."""
+    monkeypatch.setattr(grouping, "CELLS", cells)
+    draw, size, ids = np.random.default_rng(cells), 60, pl.List(pl.UInt32)
+    of = {"gender": "user", "goods": "behaviour", "tags": "user", "ad": "ad", "ad_tags": "ad", "position": "scene"}
+    lists = {"goods", "tags", "ad_tags"}
+
+    def value(name: str) -> int | list[int]:
+        longest = 50 if draw.random() < 0.02 else 3
+        return draw.integers(0, size, draw.integers(0, longest + 1)).tolist() if name in lists else draw.integers(size)
+
+    samples = draw.integers(1, 5, 300)
+    rows = {n: [value(n) for _ in samples] for n, o in of.items() if o in ("user", "behaviour")}
+    own = {n: [[value(n) for _ in range(k)] for k in samples] for n, o in of.items() if o in ("ad", "scene")}
+    groups = pl.DataFrame(
+        {n: pl.Series(v, dtype=ids if n in lists else pl.UInt32) for n, v in rows.items()}
+        | {n: pl.Series(v, dtype=pl.List(ids) if n in lists else ids) for n, v in own.items()}
+    )
+    for names in (["goods"], ["goods", "ad"], ["tags", "gender", "ad_tags", "position"], ["ad_tags"], list(of)):
+        expected = np.zeros(size, np.uint64)
+        for g, k in enumerate(samples):
+            for s in range(k):
+                there = [rows[n][g] if n in rows else own[n][g][s] for n in names]
+                expected[list({int(i) for one in there for i in np.atleast_1d(one)} - {0})] += np.uint64(1)
+        features = {n: Feature.model_validate({"of": of[n], "multi_hot": n in ("tags", "ad_tags")}) for n in names}
+        assert count_samples(groups, samples, features, size).tolist() == expected.tolist()
+
+
 def test_schema_is_what_readers_expect(shop: Path) -> None:
     schema = Schema.read(shop / "groups")
     assert list(schema.features) == list(recipe_of(shop).features)

@@ -102,7 +102,7 @@ def test_columns_are_read_back_slice_by_slice(tmp_path: Path) -> None:
     layout = spool.write(tmp_path / "new" / "x.rows", columns)
     for name, column in columns.items():
         for begin, end in ((0, 10), (3, 7), (4, 4), (10, 10)):
-            found = spool.read(tmp_path / "new" / "x.rows", layout, name, begin, end)
+            found = spool.Columns(tmp_path / "new" / "x.rows", layout, begin, end)[name]
             assert found.dtype == column.dtype
             assert found.tolist() == column[begin:end].tolist()
 
@@ -124,5 +124,13 @@ def test_one_dictionary_for_all_chunks(tmp_path: Path, in_order: bool) -> None:
     assert found["size"] == 6
     maps = dictionaries.Maps(tmp_path / "all", {"x": found}, {"x": [c["stem"] for c in chunks]})
     for chunk, (codes, texts) in zip(chunks, own, strict=True):
-        translated = maps.translate("x", str(chunk["stem"]), codes)
+        translated = maps.of("x", str(chunk["stem"]))[codes]
         assert [[None, *words][c] for c in translated] == texts
+
+
+def test_texts_are_ordered_by_their_bytes() -> None:
+    texts = ["b", "", "a", "a\0", "abcdefgh", "abcdefgha", "abcdefghZ", "abcdefgh\0", "ü", "z", "日本", "10", "9", "-1"]
+    texts += [f"picture {i}.jpg" for i in range(40)]
+    order = spool.text_order(pl.Series("x", texts))
+    assert [texts[i] for i in order] == sorted(texts, key=str.encode)
+    assert spool.text_order(pl.Series("x", [], dtype=pl.String)).tolist() == []

@@ -29,6 +29,7 @@ def test_it_writes_what_it_says_and_the_same_again(tmp_path: Path) -> None:
         "rejects.parquet",
         "samples",
         "split.json",
+        "types.parquet",
         "users",
         "vocab",
     ]
