@@ -3,11 +3,12 @@ behaviours repeated, written with the same codec and as many samples in a row gr
 
     python benchmarks/grouped_size.py --impressions 1000000
 
-How much the repeated values cost depends on how far apart they lie, since dictionaries and zstd remember. So the
-ungrouped samples are written in three orders: shuffled (as a trainer needs them, and as the groups are), in order of
-time (as a log has them), and by user and day (repeated values side by side, which no trainer can use as it is). And
-with two sets of columns: all features of logs.py, and a few such as the demo has. The ratio is that of all features,
-shuffled; the others are printed and stand beside it.
+The ungrouped samples are ordinary Parquet, as polars writes it (dictionaries, zstd). How much the repeated values cost
+depends on how far apart they lie, since dictionaries and zstd remember. So they are written in three orders: shuffled
+(as a trainer needs them, and as the groups are), in order of time (as a log has them), and by user and day (repeated
+values side by side, which no trainer can use as it is); and shuffled once more by the writer of the groups, whose
+encoding (ctrkit/blocks.py) makes any such file smaller. With two sets of columns: all features of logs.py, and a few
+such as the demo has. The ratio is that of all features, shuffled, ordinary; the others are printed and stand beside it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import measure
 import polars as pl
 from measure import MIB
 
+from ctrkit.blocks import write_blocks
 from ctrkit.grouping import ungroup
 
 FEW = {
@@ -35,15 +37,24 @@ ORDERS: dict[str, Callable[[pl.DataFrame, int], pl.DataFrame]] = {
     "by time": lambda rows, seed: rows.sort("time", "sample_id"),
     "by user and day": lambda rows, seed: rows.sort("day", "user", "time", "sample_id"),
 }
+SPLIT = "shuffled, as groups"
 SAME = 0.02
 """Share by which the groups, written again by this script, may differ in size from the stage's own files."""
 
 
-def written(frame: pl.DataFrame, rows: int) -> int:
+def ordinary(frame: pl.DataFrame, rows: int) -> int:
     """Return the bytes of a Parquet file of a frame, with `rows` rows in a row group."""
     with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
         frame.write_parquet(file.name, compression="zstd", compression_level=1, statistics=False, row_group_size=rows)
         return Path(file.name).stat().st_size
+
+
+def split(frame: pl.DataFrame, rows: int) -> int:
+    """Return the same, written as groups are."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "it.parquet")
+        write_blocks(frame, path, rows)
+        return path.stat().st_size
 
 
 def sizes(groups_folder: Path, seed: int) -> tuple[dict[str, dict[str, int]], str]:
@@ -55,7 +66,7 @@ def sizes(groups_folder: Path, seed: int) -> tuple[dict[str, dict[str, int]], st
     }
     block = schema["block_groups"]
     sets = {f"all {sum(map(len, names.values()))} features": names, f"{sum(map(len, FEW.values()))} features": FEW}
-    found = {name: dict.fromkeys(["grouped", *ORDERS], 0) for name in sets}
+    found = {name: dict.fromkeys(["grouped", *ORDERS, SPLIT], 0) for name in sets}
     files = sorted((groups_folder / "train").glob("*.parquet"))
     if not files:
         sys.exit(f"{groups_folder} has no training groups")
@@ -65,17 +76,19 @@ def sizes(groups_folder: Path, seed: int) -> tuple[dict[str, dict[str, int]], st
         counted = int(frame["click"].list.len().sum())
         groups, samples = groups + frame["group_id"].n_unique(), samples + counted
         behaviours += int(frame["goods"].list.len().sum())
-        again, own = written(frame, block), file.stat().st_size
+        again, own = split(frame, block), file.stat().st_size
         if abs(again / own - 1) > SAME:
             sys.exit(f"{file} has {own} bytes, but {again} when written here, so no comparison would be fair")
         for name, columns in sets.items():
             left_out = [n for n in [*names["shared"], *names["own"]] if n not in columns["shared"] + columns["own"]]
-            found[name]["grouped"] += written(frame.drop(left_out), block)
+            found[name]["grouped"] += split(frame.drop(left_out), block)
             rows = ungroup(frame, columns["shared"], columns["own"])
             if rows.height != counted:
                 sys.exit(f"{counted} samples of {file} became {rows.height} rows when ungrouped")
+            in_block = max(1, block * counted // frame.height)
             for order, arrange in ORDERS.items():
-                found[name][order] += written(arrange(rows, seed), max(1, block * counted // frame.height))
+                found[name][order] += ordinary(arrange(rows, seed), in_block)
+            found[name][SPLIT] += split(ORDERS["shuffled"](rows, seed), in_block)
     shape = f"{groups:,} training groups of {samples / groups:.2f} impressions and {behaviours / groups:.2f} behaviours"
     return found, shape
 
@@ -96,7 +109,7 @@ def main() -> None:
     for name, by_form in found.items():
         times = [f"{size / MIB:,.1f} ({size / by_form['grouped']:.2f} ×)" for size in by_form.values()]
         rows.append([name, *times])
-    measure.table(["", "grouped", *ORDERS], rows)
+    measure.table(["", "grouped", *ORDERS, SPLIT], rows)
     (everything, few) = found.values()
     measure.last_line(
         name="group-size",

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ctrkit import daily, digests, partitions, spool, vocabulary
+from ctrkit.blocks import write_blocks
 from ctrkit.engine import Engine
 from ctrkit.errors import UserError
 from ctrkit.recipe import Feature, Recipe
@@ -255,9 +256,7 @@ def _write_groups(groups: pl.DataFrame, job: Job, folder: Path, part: int) -> No
         if not starts.all():
             some = _without_repeats(some, job.names("user", "behaviour"), pl.Series(starts))
         some = some.insert_column(3, pl.Series("common", common, dtype=pl.Int32))
-        partitions.write_parquet(
-            some, folder / f"part-{part:04}-{i:04}.parquet", row_group_size=block, compression_level=1
-        )
+        write_blocks(some, folder / f"part-{part:04}-{i:04}.parquet", block)
 
 
 def _without_repeats(groups: pl.DataFrame, shared: Sequence[str], carries: pl.Series) -> pl.DataFrame:
@@ -271,19 +270,18 @@ def _without_repeats(groups: pl.DataFrame, shared: Sequence[str], carries: pl.Se
 
 
 def measure(groups: pl.DataFrame, job: Job) -> list[int]:
-    """Write some groups, and the same samples ungrouped in an order drawn at random, as a trainer needs them.
+    """Write some groups, and the same samples ungrouped in an order drawn at random, as a trainer needs them, the
+    latter as ordinary Parquet.
 
     Returns the bytes of both.
     """
     flat = ungroup(groups, job.names("user", "behaviour"), job.names("ad", "scene"))
     flat = flat[np.random.default_rng(0).permutation(flat.height)]
-    sizes = []
-    for name, frame, rows in (("grouped", groups, groups.height), ("ungrouped", flat, flat.height)):
-        path = job.work / f"{name}.measured"
-        frame.write_parquet(path, statistics=False, row_group_size=max(1, min(rows, 100_000)))
-        sizes.append(path.stat().st_size)
-        path.unlink()
-    return sizes
+    path = job.work / "measured"
+    write_blocks(groups, path, max(1, groups.height))
+    grouped = path.stat().st_size
+    flat.write_parquet(path, compression_level=1, statistics=False, row_group_size=max(1, min(flat.height, 100_000)))
+    return [grouped, path.stat().st_size]
 
 
 def ungroup(groups: pl.DataFrame, shared: list[str], own: list[str]) -> pl.DataFrame:
