@@ -11,7 +11,7 @@ OUT ?= runs
 JOBS ?= 2
 
 READY := .venv/.ready
-STAGES := simulate convert select-clicks extract-images group train predict eval report
+STAGES := simulate convert select-clicks tune-backbone extract-images import-features group train predict eval report
 # DATA, RAW, WEIGHTS, SET, TODAY and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
 PIPELINE = $(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) -f ctrkit/pipeline.mk CTRKIT=.venv/bin/ctrkit
 
@@ -28,7 +28,7 @@ setup: $(READY) ## make .venv and install everything into it
 
 .PHONY: test
 test: $(READY) ## run the tests; PYTEST='-k name' gives pytest options
-	.venv/bin/python -m pytest $(PYTEST)
+	.venv/bin/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 .PHONY: check
 check: $(READY) ## ruff and strict types

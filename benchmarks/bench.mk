@@ -1,5 +1,5 @@
 # Benchmarks: make bench-NAME [N=impressions] [BENCH='further options'] [BENCH_DATA=runs/bench, where logs are kept]
-.PHONY: bench-logs bench-convert bench-group-size
+.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract
 
 bench-logs: $(READY) ## the raw logs that the benchmarks of the data stages read
 	.venv/bin/python benchmarks/logs.py $(N:%=--impressions %) $(BENCH)
@@ -9,3 +9,9 @@ bench-convert: $(READY) ## convert + select-clicks + group against parsing the s
 
 bench-group-size: $(READY) ## grouped training files against the same samples ungrouped
 	.venv/bin/python benchmarks/grouped_size.py $(N:%=--impressions %) $(BENCH)
+
+bench-feature-reads: $(READY) ## random reads of picture vectors against converting as many side by side (N: rows of the file)
+	.venv/bin/python benchmarks/feature_reads.py $(N:%=--rows %) $(BENCH)
+
+bench-extract: $(READY) ## JPEG files to features.h5 against the bare network (N: pictures)
+	.venv/bin/python benchmarks/extract.py $(N:%=--pictures %) $(BENCH)

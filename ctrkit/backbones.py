@@ -11,7 +11,7 @@ import contextlib
 import functools
 import socket
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ ALIASES = {
 """Prefix of a model's name → the papers' name of a layer → its node in the model's graph."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the red, green and blue values of ImageNet, each within 0 to 1."""
+ALL = range(10**9)
+"""The number of every parameter."""
 DOWNLOAD_SECONDS = 20.0
 """How long the host of the published weights may stay silent."""
 
@@ -91,8 +93,9 @@ def _skeleton(model: str) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
         raise UsageError(f"torchvision has no classification model {model!r}{nearest(model, known)}")
-    with torch.device("meta"):
-        return _build(model)
+    # Not `torch.device("meta")`: RegNet's constructor computes widths with tensors.
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(ALL):
+        return _build(model).to("meta")
 
 
 def _build(model: str) -> nn.Module:
@@ -218,7 +221,7 @@ def _width(graph: nn.Module, layer: Layer, size: int, backbone: str) -> int:
 
 
 @contextlib.contextmanager
-def _parameters_on_meta(skip: set[int]) -> Iterator[list[nn.Parameter]]:
+def _parameters_on_meta(skip: Container[int]) -> Iterator[list[nn.Parameter]]:
     """Take the memory of parameters as they are made: those whose number, in order of making, is in `skip`.
 
     Yields the list of all that were made.
@@ -240,8 +243,8 @@ def _parameters_on_meta(skip: set[int]) -> Iterator[list[nn.Parameter]]:
 
 def _numbers(model: str) -> dict[str, int]:
     """Return each parameter's place in the order in which the model's constructor makes them."""
-    with _parameters_on_meta(set()) as made:
-        network = _skeleton(model)
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(ALL) as made:
+        network = _build(model)
     place = {id(parameter): number for number, parameter in enumerate(made)}
     return {name: place[id(parameter)] for name, parameter in network.named_parameters()}
 
@@ -304,7 +307,7 @@ def _download(model: str) -> Path:
 def _loaded(model: str, skeleton: nn.Module, needed: set[str], path: Path, backbone: str) -> nn.Module:
     """Build a model with the tensors of a state dict, those that are needed and no others."""
     state = state_dict.read(path)
-    with _parameters_on_meta(set(_numbers(model).values())):
+    with torch.random.fork_rng(devices=[]), _parameters_on_meta(ALL):
         network = _build(model)  # buffers are made in earnest: some are computed, and lie in no file
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     needed = {name for name in needed if name in shapes and not name.endswith("num_batches_tracked")}

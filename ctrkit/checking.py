@@ -14,24 +14,32 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ctrkit import columns, days, labels, parsing, pictures
+from ctrkit import columns, days, labels, parsing, picture_sources, pictures
 from ctrkit.columns import KEYS, LOOKS_IN, Input
-from ctrkit.convert import LOGS
 from ctrkit.errors import UserError, nearest
 from ctrkit.job import Job
 from ctrkit.pictures import BadPicture
 from ctrkit.pieces import ROW
 from ctrkit.recipe import Recipe, Source
+from ctrkit.rejects import none_left
 from ctrkit.sampling import TABLE_BYTES, TABLE_ROWS, WINDOW, Sample, sample
 from ctrkit.scan import Log
-from ctrkit.sources import SOURCES
-from ctrkit.tables import RawTable, as_time, open_table
+from ctrkit.sources import SOURCES, picture_paths
+from ctrkit.tables import RawTable, as_time, open_table, path_parts, say_skipped
 
 LIKELY_MS = (788_918_400_000, 4_102_444_800_000)
 """The years 1995 to 2099: times outside are likely in another unit."""
 SURE = 20
 """Where so many matches were to be expected in a sample by chance alone and there is none, there is none at all."""
 YEAR_MS = 366 * days.DAY_MS
+NONE_OF = {
+    "clicks": "no impression counts as clicked",
+    "behaviours": "no sample has a history",
+    "users": "what features take from there is missing",
+    "ads": "what features take from there is missing",
+    "goods": "what features take from there is missing",
+}
+"""What follows where a table is empty."""
 SHOWN = 3
 LOOKED_FOR, DECODED = 2000, 20
 """Pictures."""
@@ -94,8 +102,8 @@ class Inputs:
     @property
     def usable(self) -> bool:
         """Whether the logs have rows to try the stages on."""
-        logs = [one for name, one in self.seen.items() if name in LOGS]
-        return not self.broken and "impressions" in self.seen and all(one.good.height for one in logs)
+        shown = self.seen.get("impressions")
+        return not self.broken and shown is not None and bool(shown.good.height)
 
 
 def look(recipe: Recipe, raw: Path, found: Findings) -> Inputs:
@@ -135,6 +143,7 @@ def _open_all(recipe: Recipe, raw: Path, found: Findings) -> tuple[dict[str, Raw
             continue
         try:
             tables[name] = open_table(name, source, raw, recipe)
+            _check_files(tables[name], found)
         except UserError as e:
             failed.add(name)
             told = [e.message]
@@ -146,6 +155,21 @@ def _open_all(recipe: Recipe, raw: Path, found: Findings) -> tuple[dict[str, Raw
             for message in told:
                 found.error(message)
     return tables, failed
+
+
+def _check_files(table: RawTable, found: Findings) -> None:
+    """Tell of files without anything in them, and of columns that the paths of others give in vain."""
+    if table.skipped:
+        found.warning(f"[convert.{table.name}]: {say_skipped(table)}")
+    hidden: dict[str, str] = {}
+    for file in table.files:
+        for part in path_parts(file.name):
+            if part not in file.parts:
+                hidden.setdefault(part[0], file.name)
+    for column, name in hidden.items():
+        found.warning(
+            f"{name} ([convert.{table.name}]) has a column {column!r} of its own, as its folder has: the file's counts"
+        )
 
 
 def _check_recipe(recipe: Recipe, tables: dict[str, RawTable], failed: set[str], found: Findings) -> None:
@@ -167,16 +191,24 @@ def _check_recipe(recipe: Recipe, tables: dict[str, RawTable], failed: set[str],
         )
 
 
+def are_pictures_there(recipe: Recipe, raw: Path) -> bool:
+    """Say whether there is what `extract-images.folder` names."""
+    try:
+        return bool(picture_paths(raw / recipe.extract_images.folder))
+    except UserError:
+        return False
+
+
 def _check_folder_of_pictures(recipe: Recipe, raw: Path, found: Findings) -> None:
     if any(f.kind == "image" for f in recipe.features.values()):
         folder = raw / recipe.extract_images.folder
-        if not folder.is_dir():
+        if not are_pictures_there(recipe, raw):
             found.error(
                 f"the folder of pictures {folder} is not there; name another with --set extract-images.folder=NAME, "
                 f"or leave out the features of kind image"
             )
         weights = recipe.extract_images.weights
-        if weights not in ("published", "random") and not Path(weights).exists():
+        if weights not in ("published", "random", "tuned") and not Path(weights).exists():
             found.error(
                 f"extract-images.weights = {weights!r} is neither 'published' nor 'random' nor a file or folder"
             )
@@ -223,7 +255,7 @@ def _see(recipe: Recipe, inputs: Inputs, name: str) -> Seen:
 def _require(table: RawTable, needed: Sequence[str]) -> None:
     """Raise one UserError for all the columns that are missing."""
     told = []
-    for column in needed:
+    for column in needed if table.names else needed[:1]:
         try:
             table.require(column)
         except UserError as e:
@@ -239,7 +271,11 @@ def _check_rows(recipe: Recipe, seen: Seen, found: Findings) -> None:
     taken, table = seen.sample, seen.sample.table
     place = f"[convert.{seen.name}]"
     if not taken.rows:
-        found.error(f"{', '.join(f.name for f in table.files[:SHOWN])} ({place}) has no rows")
+        text = f"{', '.join(f.name for f in table.files[:SHOWN])} ({place}) has no rows"
+        if seen.name == "impressions":
+            found.error(text)
+        else:
+            found.warning(f"{text}: {NONE_OF[seen.name]}")
         return
     if not taken.frame.height:
         of = "" if taken.whole else "sampled "
@@ -256,6 +292,11 @@ def _check_rows(recipe: Recipe, seen: Seen, found: Findings) -> None:
     _check_rejects(recipe, seen, found)
     if "time" in seen.good.columns and seen.good.height:
         _check_times(seen, found)
+    moments = taken.frame.schema.get("time")
+    if isinstance(moments, pl.Datetime) and moments.time_zone is None:
+        found.warning(
+            f"the times of {seen.name} have no zone and are read as UTC; local times must be written with their zone"
+        )
     if seen.name in KEYS:
         key = KEYS[seen.name]
         repeats = seen.good.height - seen.good[key].n_unique()
@@ -282,14 +323,15 @@ def _check_rejects(recipe: Recipe, seen: Seen, found: Findings) -> None:
     sampled = "" if seen.sample.whole else "sampled "
     text = f"{bad.height:,} of {rows:,} {sampled}rows of {seen.name} ({bad.height / rows:.1%}) cannot be used"
     allowed = recipe.convert.max_reject_rate
+    unit = _likely_unit(seen) if reasons["reason"][0].startswith("time is not") else None
+    hint = f"its times look like {parsing.UNITS[unit]}: --set convert.{seen.name}.time_unit={unit}" if unit else ""
     if bad.height > allowed * rows:
-        unit = _likely_unit(seen) if reasons["reason"][0].startswith("time is not") else None
-        hint = (
-            f"its times look like {parsing.UNITS[unit]}: --set convert.{seen.name}.time_unit={unit}"
-            if unit
-            else f"mend the rows, name the right columns in [convert.{seen.name}], or raise convert.max_reject_rate"
+        hint = hint or (
+            f"mend the rows, name the right columns in [convert.{seen.name}], or raise convert.max_reject_rate"
         )
         found.error(f"{text}, more than convert.max_reject_rate = {allowed:g} allows: {'; '.join(told)}; {hint}")
+    elif bad.height == rows and seen.name == "impressions":
+        found.error(none_left(seen.name, f"{rows:,} {sampled}".strip(), "; ".join(told), hint))
     else:
         found.warning(f"{text} and will be dropped: {'; '.join(told)}")
 
@@ -430,7 +472,7 @@ def _check_keys(inputs: Inputs, found: Findings) -> None:
         named = named.filter(pl.col(key).is_not_null())
         there = inputs.seen[table]
         lost = named.join(there.good, on=key, how="anti", maintain_order="left")
-        if not named.height or not lost.height:
+        if not named.height or not lost.height or not there.good.height:
             continue
         share = lost.height / named.height
         what = f"{share:.1%} of the {'' if rows.sample.whole else 'sampled '}rows of {through}{log}"
@@ -438,7 +480,7 @@ def _check_keys(inputs: Inputs, found: Findings) -> None:
         if lost.height == named.height and (there.sample.whole or named[key].n_unique() * there.sample.share >= SURE):
             found.error(
                 f"no {key} of {through}{log} has a row in [convert.{table}] ({example}; {table} has such as "
-                f"{there.good[key][0] if there.good.height else None!r}): their ids do not agree"
+                f"{there.good[key][0]!r}): their ids do not agree"
             )
         elif there.sample.whole:
             found.warning(
@@ -522,10 +564,11 @@ def _check_visits(recipe: Recipe, done: Seen, found: Findings) -> None:
             if name in there or not there:
                 continue
             text = f"select-clicks.{key} names {name!r}, which no behaviour is{nearest(name, there)}"
-            if done.sample.whole or not set(wanted) & set(there):
+            if key == "types" and not set(wanted) & set(there):
                 found.error(text)
             else:
-                found.warning(text.replace("no behaviour is", "no behaviour of the sample is"))
+                seen = "no behaviour is" if done.sample.whole else "no behaviour of the sample is"
+                found.warning(text.replace("no behaviour is", seen))
     if options.min_dwell > 0 and "dwell" in done.good.columns:
         dwell = done.good["dwell"]
         if dwell.len() and bool((dwell < options.min_dwell * 1000).fill_null(False).all()):
@@ -586,23 +629,18 @@ def check_counts(counts: Mapping[str, int], inputs: Inputs, found: Findings) -> 
 def check_pictures(recipe: Recipe, raw: Path, images: Sequence[str], found: Findings) -> float:
     """Look for some of the pictures that the sample names, decode a few; return the seconds that decoding one takes."""
     settings = recipe.extract_images
+    source = picture_sources.open_source(raw / settings.folder, settings)
     some = [images[round(i)] for i in np.linspace(0, len(images) - 1, min(len(images), LOOKED_FOR))]
     there: list[str] = []
     lost: list[str] = []
     for image in some:
-        try:
-            path = pictures.picture_path(raw / settings.folder, settings.template, image)
-        except BadPicture:
-            lost.append(image)
-            continue
-        (there if path.is_file() else lost).append(image)
+        (there if source.has(image) else lost).append(image)
     broken, begun = [], time.perf_counter()
     decoded = there[:: max(1, len(there) // DECODED)][:DECODED]
     with pictures.quiet():
         for image in decoded:
             try:
-                path = pictures.picture_path(raw / settings.folder, settings.template, image)
-                pictures.decode(pictures.read(path), settings.size)
+                pictures.decode(pictures.read(source.place(image)), settings.size)
             except BadPicture as bad:
                 broken.append(f"{image}: {bad}")
     seconds = (time.perf_counter() - begun) / max(len(decoded), 1)

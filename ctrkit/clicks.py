@@ -25,6 +25,7 @@ from ctrkit import partitions, spool
 from ctrkit.days import DAY_MS
 from ctrkit.engine import Engine
 from ctrkit.errors import UsageError, UserError, nearest
+from ctrkit.progress import say
 from ctrkit.recipe import Recipe, SelectClicks
 from ctrkit.spool import Ints
 
@@ -48,15 +49,28 @@ def select_clicks(recipe: Recipe, convert_folder: Path, out: Path, engine: Engin
     served = partitions.days_there(convert_folder / "samples")
     if not served:
         raise UserError(f"{convert_folder} has no samples; run ctrkit convert with this recipe first")
+    if not (convert_folder / "users").is_dir():
+        raise UserError(f"{convert_folder} has no behaviours; it is of another recipe: run ctrkit convert again")
     facts = partitions.read_facts(convert_folder)
     tasks = [(recipe, convert_folder, out, part) for part in range(facts["partitions"])]
-    types = _types(recipe.select_clicks, convert_folder)
-    for key in ("types", "type_weights"):
-        for wanted in getattr(recipe.select_clicks, key):
-            if types and wanted not in types:
-                raise UsageError(f"select-clicks.{key} names {wanted!r}, which no behaviour is{nearest(wanted, types)}")
+    for note in unknown_types(recipe.select_clicks, _types(recipe.select_clicks, convert_folder)):
+        say(f"select-clicks: note: {note}")
     found = engine.run("select", select_part, tasks)
     return {key: sum(one[key] for one in found) for key in found[0] if any(one[key] for one in found) or key in ALWAYS}
+
+
+def unknown_types(options: SelectClicks, types: Sequence[str]) -> list[str]:
+    """Return a note for each type that the options name and no behaviour is of; with none at all left to select from,
+    raise UsageError. `types` are those that there are; where none is known, nothing is said."""
+    told = {
+        (key, wanted): f"select-clicks.{key} names {wanted!r}, which no behaviour is{nearest(wanted, types)}"
+        for key, some in (("types", options.types), ("type_weights", options.type_weights))
+        for wanted in some
+        if types and wanted not in types
+    }
+    if options.types and all(("types", wanted) in told for wanted in options.types):
+        raise UsageError(f"{told['types', options.types[0]]}; so no behaviour would be left")
+    return list(told.values())
 
 
 ALWAYS = ("behaviours read", "users and days with samples", "of these with a history", "goods picked")
@@ -66,7 +80,8 @@ def _types(options: SelectClicks, convert_folder: Path) -> list[str]:
     """Return the types of behaviours by their code − 1; none where the log has no types."""
     path = convert_folder / "types.parquet"
     if path.is_file():
-        return pl.read_parquet(path)["type"].to_list()
+        types: list[str] = partitions.read(path)["type"].to_list()
+        return types
     if (options.types or options.type_weights) and any((convert_folder / "behaviours").glob("day=*/part-*")):
         raise UsageError("[select-clicks] speaks of types, but the behaviour log has no column `type`")
     return []

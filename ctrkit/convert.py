@@ -28,7 +28,7 @@ from ctrkit.engine import Engine
 from ctrkit.errors import UsageError, UserError
 from ctrkit.job import Chunk, Counts, Job, Labelled, state, write_state
 from ctrkit.pieces import ROW
-from ctrkit.recipe import Recipe
+from ctrkit.recipe import Feature, Recipe, Source
 from ctrkit.rejects import Rejects
 from ctrkit.scan import Log, scan
 from ctrkit.tables import RawTable
@@ -38,8 +38,8 @@ PARTITION_BYTES = 128 << 20
 URL_BYTES = 32 << 20
 """What a file behind a URL counts, whose size is not known."""
 LOGS = ("impressions", "clicks", "behaviours")
-ALMOST_ALL = 0.999999
-"""Of the rows of a log may be bad at most."""
+OF_INDEXES = {"of", "kind", "vocab", "multi_hot", "separator", "hash_buckets", "edges", "quantiles"}
+"""Keys of a feature that decide what its indexes mean, with where its values come from."""
 SMALL_BYTES = 32 << 20
 """Below this, starting other processes takes longer than the work."""
 
@@ -73,20 +73,22 @@ def convert(
     parsing.check_labels(recipe.convert, dict(tables))
     inputs = columns.plan(recipe, tables)
     wanted = recipe.convert.partitions or math.ceil(input_bytes(recipe, tables) / PARTITION_BYTES)
+    ids = {name for name in ("impressions", "clicks") if name in tables and "id" in tables[name].names}
+    if "impressions" not in ids:
+        ids = set()
+    meaning = _meaning(recipe, inputs, ids)
     if previous is not None:
-        wanted = daily.check_previous(recipe, previous, today)
+        wanted = daily.check_previous(recipe, previous, today, meaning)
     job = Job(recipe, inputs, engine.folder, out, min(max(wanted, 1), 4096), previous)
     with_behaviours = any(one.log == "behaviours" for one in inputs.values())
     if with_behaviours and "behaviours" not in tables:
         raise UsageError("the recipe has behaviour features but no [convert.behaviours] to take them from")
 
     rejects = Rejects()
-    counts = _read_keyed(job, tables, rejects)
+    counts = daily.tell(recipe, previous, today) if today is not None else {}
+    counts |= _read_keyed(job, tables, rejects)
     logs = [name for name in LOGS if name in tables and (name != "behaviours" or with_behaviours)]
-    ids = {name for name in ("impressions", "clicks") if name in tables and "id" in tables[name].names}
-    if "impressions" not in ids:
-        ids = set()
-    elif recipe.convert.drop_repeats:
+    if ids and recipe.convert.drop_repeats:
         raise UsageError(
             "convert.drop_repeats is for impressions without an id, and these have one: those of the same id are "
             "duplicates; leave drop_repeats out"
@@ -94,15 +96,18 @@ def convert(
     chunks = _scan(job, tables, logs, ids, today, engine, rejects, counts)
     rejects.check(recipe.convert.max_reject_rate)
     if not chunks["impressions"]:
-        rejects.check(min(recipe.convert.max_reject_rate, ALMOST_ALL))
+        rejects.check_left("impressions")
         files = ", ".join(f.name for f in tables["impressions"].files)
         raise UserError(f"{files} ([convert.impressions]) has no rows{f' of {today}' if today else ''}")
 
     midnights = _midnights(chunks, recipe.convert.time_zone)
     write_state(job, "scan", {"chunks": chunks, "midnights": midnights, "ids": sorted(ids)})
     _unify(job, chunks, engine)
-    _match(job, chunks, ids, engine, counts)
+    _match(job, chunks, ids, engine, counts, today)
     parts = range(job.partitions)
+    if recipe.convert.sampled_negatives:
+        engine.run("first days", labelling.first_days, [(job, p) for p in parts])
+        labelling.order_ads(job)
     labelled = engine.run("label impressions", labelling.label_impressions, [(job, p) for p in parts])
     write_state(job, "label", labelled)
     split = _split(job, labelled, midnights)
@@ -115,11 +120,14 @@ def convert(
     engine.run("encode impressions", indexing.encode_impressions, [(job, p) for p in parts])
     if with_behaviours:
         engine.run("encode behaviours", indexing.encode_behaviours, [(job, p) for p in parts])
+    if previous is not None and today is not None:
+        held_out = [d for d in (*split["valid"], *split["test"]) if d < today]
+        engine.run("held-out days", indexing.hold_out, [(job, d, p) for d in held_out for p in parts])
 
     _list_unused(job, tables, chunks, rejects)
     rejects.write(out / "rejects.parquet")
     facts: dict[str, Any] = {part: [str(d) for d in split[part]] for part in split}
-    facts |= {"negative_rate": recipe.convert.negative_rate, "partitions": job.partitions}
+    facts |= {"negative_rate": recipe.convert.negative_rate, "partitions": job.partitions, "recipe": meaning}
     made = sum(sum(one["days"]) for one in counted)
     facts["next_sample_id"] = made
     if previous is not None and today is not None:
@@ -129,6 +137,45 @@ def convert(
     (out / "split.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     counts |= _summary(job, labelled, counted, split)
     return counts | {f"vocabulary {name}": size for name, size in zip(names, sizes, strict=True)}
+
+
+def _meaning(recipe: Recipe, inputs: Mapping[str, columns.Input], ids: Collection[str]) -> daily.Meaning:
+    """Return what of a recipe decides what samples, labels and indexes mean.
+
+    inputs: what the features are made from; ids: which logs have an id that counts.
+
+    Not how the files are written, which may change from day to day; nor `min_count` and `top`, which decide only which
+    new values get an index.
+    """
+    options = recipe.convert
+    by_time = options.clicks is not None and "clicks" not in ids
+    own: dict[str, Any] = {"time_zone": options.time_zone, "label": options.label}
+    if options.clicks is not None:
+        own["clicks"] = "joined by user, ad and time" if by_time else "joined by id"
+    if by_time:
+        own["attribution_window"] = options.attribution_window
+    repeats = (options.clicks is not None and not ids) if options.drop_repeats is None else options.drop_repeats
+    own["drop_repeats"] = "those of the same id" if ids else repeats
+    for log in LOGS:
+        source: Source | None = getattr(options, log)
+        if source is not None:
+            own[f"{log}.where"] = source.where
+    found = {"convert": own}
+    for name, one in inputs.items():
+        feature = recipe.features[name]
+        kept = feature.model_dump(mode="json", include=OF_INDEXES - (set() if feature.multi_hot else {"separator"}))
+        found[f"features.{name}"] = {**kept, "column": _column(feature, one)}
+    return found
+
+
+def _column(feature: Feature, source: columns.Input) -> str:
+    """Say where a feature's values come from: "goods.category by ad"."""
+    column = feature.column
+    for table, field in source.pairs:
+        column = column.replace(f"{{{field}}}", f"{{{table}.{field}}}")
+    if "{" not in column:
+        column = f"{source.pairs[0][0]}.{column}"
+    return f"{column} by {', '.join(source.keys)}"
 
 
 def _read_keyed(job: Job, tables: Mapping[str, RawTable], rejects: Rejects) -> Counts:
@@ -234,20 +281,29 @@ def _unify(job: Job, chunks: Mapping[str, Sequence[Chunk]], engine: Engine) -> N
 
 
 def _match(
-    job: Job, chunks: Mapping[str, Sequence[Chunk]], ids: Collection[str], engine: Engine, counts: Counts
+    job: Job,
+    chunks: Mapping[str, Sequence[Chunk]],
+    ids: Collection[str],
+    engine: Engine,
+    counts: Counts,
+    today: datetime.date | None,
 ) -> None:
     found: list[dict[str, Any]] = []
     if ids:
         clicks = chunks["clicks"] if "clicks" in ids else []
         (job.work / "marks").mkdir(parents=True, exist_ok=True)
         tasks = [
-            (p, job.partitions, chunks["impressions"], clicks, job.work / "marks" / f"{p:04}")
+            (p, job.partitions, chunks["impressions"], clicks, job.work / "marks" / f"{p:04}", today is not None)
             for p in range(job.partitions)
         ]
         found = engine.run("match", labels.match_ids, tasks)
-        for key in ("repeated clicks", "clicks without an impression"):
-            if clicks:
+        timed = any("other_day" in c["layout"] for c in clicks)
+        for key in ("clicks of other days", "repeated clicks", "clicks without an impression"):
+            if any(key in f["counts"] for f in found):
                 counts[key] = sum(f["counts"].get(key, 0) for f in found)
+        if today is not None and clicks and not timed:
+            del counts["clicks without an impression"]
+            counts["clicks of other days or without an impression"] = counts.pop("clicks of other days")
     write_state(job, "match", [f["begins"] for f in found])
 
 
@@ -269,8 +325,10 @@ def _split(
         # Today extends the vocabularies whatever it is for; group hides from a model what its training days lack.
         training |= {day for day, _ in midnights}
         last = present[-1]
+        spool.write_frame(job.work / daily.TRAINING_ADS, daily.training_ads(job.previous, split["train"]).to_frame())
     end = days.midnight(last + datetime.timedelta(days=1), zone)
-    write_state(job, "split", {"training": [day in training for day, _ in midnights], "end": end})
+    facts = {"training": [day in training for day, _ in midnights], "end": end}
+    write_state(job, "split", facts | {"trains": present[-1] in split["train"]})
     return split
 
 
@@ -342,6 +400,7 @@ def _summary(
         "further clicks on a clicked impression",
         "clicks without an impression",
         "sampled negatives",
+        "negatives that no ad was left for",
     ):
         if any(key in one["counts"] for one in labelled):
             found[key] = sum(one["counts"].get(key, 0) for one in labelled)
@@ -352,12 +411,16 @@ def _summary(
     found["samples"] = int(by_day.sum())
     found["clicks among samples"] = sum(one["clicks"] for one in counted)
     of_day = dict(zip(dates, by_day.tolist(), strict=True))
+    if job.previous is not None:
+        earlier = {str(d): daily.samples_of(job.out, d) for d in partitions.days_there(job.out / "samples")}
+        of_day = earlier | {day: n for day, n in of_day.items() if n}
+        found["samples taken over"] = sum(of_day.values()) - found["samples"]
     for part, chosen in split.items():
         found[f"{part} days"] = len(chosen)
         found[f"{part} samples"] = sum(of_day.get(str(d), 0) for d in chosen)
     used = sum(found[f"{part} samples"] for part in split)
-    if used < found["samples"]:
-        found["samples on days of no split"] = found["samples"] - used
+    if used < sum(of_day.values()):
+        found["samples on days of no split"] = sum(of_day.values()) - used
     if split["test"]:
         unseen = partitions.read_by_day(job.out / "samples", split["test"], ["unseen_ad"])
         found["test samples of unseen ads"] = int(unseen["unseen_ad"].sum()) if unseen is not None else 0

@@ -3,17 +3,26 @@
 import datetime
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from ctrkit import days, partitions, vocabulary
 from ctrkit.errors import UsageError, UserError
+from ctrkit.parquet_footer import row_groups
+from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
+Meaning = Mapping[str, Mapping[str, Any]]
+"""Table of the recipe → key → value, as JSON has them."""
+TRAINING_ADS = "training-ads"
+"""The file of the ads that the earlier days of training have."""
+SHOWN = 4
 
-def check_previous(recipe: Recipe, previous: Path, today: datetime.date | None) -> int:
+
+def check_previous(recipe: Recipe, previous: Path, today: datetime.date | None, meaning: Meaning) -> int:
     """Check that an earlier conversion can be extended by today; return its number of user partitions."""
     if today is None:
         raise UsageError("--extend needs --today, the day to add")
@@ -28,12 +37,64 @@ def check_previous(recipe: Recipe, previous: Path, today: datetime.date | None) 
             "convert.negative_rate and --extend do not go together: a day that is tested on today is trained on "
             "tomorrow"
         )
-    missing = [f.vocab for f in recipe.features.values() if not (previous / "vocab" / f"{f.vocab}.parquet").is_file()]
-    if missing:
+    if recipe.convert.sampled_negatives:
+        raise UsageError(
+            "convert.sampled_negatives and --extend do not go together: which ads a user never had, today's rows do "
+            "not tell; convert the window without --extend"
+        )
+    if "recipe" not in facts:
         raise UserError(
-            f"{previous} has no vocabulary {missing[0]!r}: it is of another recipe; convert the window without --extend"
+            f"{previous} does not say what recipe it was made with: an older ctrkit made it; convert the window "
+            "without --extend"
+        )
+    if differing := differences(meaning, facts["recipe"]):
+        more = f" and {len(differing) - SHOWN} more keys" if len(differing) > SHOWN else ""
+        raise UserError(
+            f"{previous} was converted with another recipe, whose samples and indexes mean something else: "
+            f"{'; '.join(differing[:SHOWN])}{more}. Give the recipe that it was made with, or convert the window "
+            "without --extend (where `ctrkit run --today` or make TODAY=… does it: put the run's folder of days away)"
         )
     return int(facts["partitions"])
+
+
+def differences(now: Meaning, then: Meaning) -> list[str]:
+    """Name the keys in which two recipes differ, with their values."""
+    found = []
+    if list(now) != list(then) and set(now) == set(then):
+        found.append("the features are in another order")
+    for table in {**now, **then}:
+        if table not in then or table not in now:
+            found.append(f"[{table}] is {'new' if table in now else 'gone'}")
+            continue
+        a, b = now[table], then[table]
+        differing = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+        found += [f"{table}.{key} is {a.get(key)!r} and was {b.get(key)!r}" for key in differing]
+    return found
+
+
+def tell(recipe: Recipe, previous: Path | None, today: datetime.date) -> dict[str, int]:
+    """Say which days were skipped and where histories are cut short; return the counts of it."""
+    kept, days_, window = recipe.daily.behaviour_days, recipe.daily.window_days, recipe.select_clicks.window_days
+    if any(f.of == "behaviour" for f in recipe.features.values()) and (window is None or kept < window + days_):
+        why = (
+            'select-clicks.window_days = "all" can only mean these days'
+            if window is None
+            else f"{window + days_} are needed for whole histories of select-clicks.window_days = {window}"
+        )
+        say(
+            f"convert: behaviours of {kept} days are kept (daily.behaviour_days) for {days_} days of samples "
+            f"(daily.window_days), and {why}: the earliest days' histories are shorter"
+        )
+    if previous is None:
+        return {}
+    last = partitions.days_there(previous / "samples")[-1]
+    skipped = (today - last).days - 1
+    if skipped:
+        say(
+            f"convert: {previous} ends with {last}, so {skipped:,} days before {today} are in no sample and no "
+            f"history; if they have logs, convert them first, one after the other"
+        )
+    return {"days skipped": skipped} if skipped else {}
 
 
 def times(recipe: Recipe, log: str, today: datetime.date, *, extending: bool) -> tuple[int, int]:
@@ -51,11 +112,12 @@ def kept_days(recipe: Recipe, previous: Path, today: datetime.date) -> list[date
     return [d for d in partitions.days_there(previous / "samples") if first <= d < today]
 
 
-def known_ads(recipe: Recipe, previous: Path, today: str) -> pl.Series:
-    """Return the ads that earlier days of the window have."""
-    kept = kept_days(recipe, previous, datetime.date.fromisoformat(today))
-    found = partitions.read_by_day(previous / "samples", kept, ["ad"])
-    return pl.Series("ad", [], dtype=pl.String) if found is None else found["ad"].unique()
+def training_ads(previous: Path, train: Sequence[datetime.date]) -> pl.Series:
+    """Return the ads that some earlier days have, each once."""
+    files = [p for day in train for p in sorted((previous / "samples" / f"day={day}").glob("part-*"))]
+    if not files:
+        return pl.Series("ad", [], dtype=pl.String)
+    return pl.scan_parquet(files).select("ad").unique().collect(engine="streaming").to_series()
 
 
 def next_sample_id(previous: Path) -> int:
@@ -84,7 +146,10 @@ def known_sizes(convert_folder: Path) -> dict[str, int]:
 
 
 def link_days(recipe: Recipe, previous: Path, today: datetime.date, out: Path) -> dict[str, int]:
-    """Take over the earlier days that are still in the window, as links where the file system has them."""
+    """Take over the earlier days that are still in the window, as links where the file system has them.
+
+    What is there already stays.
+    """
     since = today - datetime.timedelta(days=recipe.daily.behaviour_days - 1)
     kept = {
         "samples": kept_days(recipe, previous, today),
@@ -95,6 +160,11 @@ def link_days(recipe: Recipe, previous: Path, today: datetime.date, out: Path) -
             _link(sorted((previous / folder / f"day={day}").glob("part-*")), out / folder / f"day={day}")
     there = partitions.days_there(previous / "samples")
     return {"earlier days kept": len(kept["samples"]), "earlier days dropped": len(there) - len(kept["samples"])}
+
+
+def samples_of(folder: Path, day: datetime.date) -> int:
+    """Return how many samples a day has."""
+    return sum(sum(row_groups(path)) for path in (folder / "samples" / f"day={day}").glob("part-*"))
 
 
 def _link(files: Sequence[Path], folder: Path) -> None:

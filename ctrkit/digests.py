@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import xxhash
 
 from ctrkit import files
 
+MISSING = "missing"
+"""Stands for the digest of what is not there."""
 SETTLED_SECONDS = 0.05
 """A file's times move only every few milliseconds: what is read sooner after a change may change again unseen."""
 
@@ -31,12 +33,16 @@ class Digests:
     def of(self, path: Path) -> str:
         """Return the digest of a file's bytes, or of a folder's names and bytes. "missing" if there is nothing."""
         if path.is_dir():
-            h = hashlib.blake2b(digest_size=16)
-            inner = sorted(_walk(path))
-            for one, digest in zip(inner, files.side_by_side(self._file, inner), strict=True):
-                h.update(os.fsencode(str(one.relative_to(path))) + b"\0" + digest.encode() + b"\n")
-            return h.hexdigest()
-        return self._file(path) if path.is_file() else "missing"
+            return folder(self.inside(path))
+        return self._file(path) if path.is_file() else MISSING
+
+    def inside(self, path: Path) -> dict[Path, str]:
+        """Return the digests of a folder's files, those in inner folders too, by their path below it."""
+        inner = sorted(_walk(path))
+        return {
+            one.relative_to(path): digest
+            for one, digest in zip(inner, files.side_by_side(self._file, inner), strict=True)
+        }
 
     def _file(self, path: Path) -> str:
         stat = path.stat()
@@ -67,6 +73,14 @@ def _walk(folder: Path) -> Iterable[Path]:
         for name in names:
             if not name.startswith("."):
                 yield Path(base, name)
+
+
+def folder(inside: Mapping[Path, str]) -> str:
+    """Return the digest of a folder whose files have these digests."""
+    h = hashlib.blake2b(digest_size=16)
+    for path, digest in inside.items():
+        h.update(os.fsencode(str(path)) + b"\0" + digest.encode() + b"\n")
+    return h.hexdigest()
 
 
 def text(value: str) -> str:

@@ -88,20 +88,19 @@ class LocalEngine(Engine):
         self.workers = workers
 
     def __enter__(self) -> "LocalEngine":
-        threads = max(1, (os.cpu_count() or 1) // self.workers)
-        with _environment(POLARS_MAX_THREADS=str(threads), OMP_NUM_THREADS=str(threads), **KEEP_MEMORY):
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.workers, multiprocessing.get_context("spawn"), initializer=_die_with_parent
-            )
-            # Processes start with the first tasks; start them all while the environment is set.
-            concurrent.futures.wait([self._pool.submit(os.getpid) for _ in range(self.workers)])
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            self.workers, multiprocessing.get_context("spawn"), initializer=_die_with_parent
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: TracebackType | BaseException | None) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
 
     def _each(self, jobs: Sequence[tuple[Path, Function, tuple[Any, ...]]], done: Callable[[], None]) -> None:
-        waiting = [self._pool.submit(do_task, *job) for job in jobs]
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        # A process starts when a task is submitted and none is idle, so there are never more than tasks.
+        with _environment(POLARS_MAX_THREADS=str(threads), OMP_NUM_THREADS=str(threads), **KEEP_MEMORY):
+            waiting = [self._pool.submit(do_task, *job) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(waiting):
                 future.result()

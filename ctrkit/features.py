@@ -1,5 +1,14 @@
-"""Picture features as extract-images wrote them: rows by picture, read where they lie."""
+"""Picture features as extract-images or import-features wrote them: rows by picture, read where they lie.
 
+Rows are in order of use, most first, so that the pictures that are asked for most are a prefix of the file.
+"""
+
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,44 +21,103 @@ import polars as pl
 from ctrkit.errors import UserError
 
 Float = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 Int = npt.NDArray[np.int64]
+
+GAP = 32 << 10
+"""Bytes between two rows up to which reading them too costs less than reading twice."""
+BLOCK = 512 << 10
+"""Bytes of rows that are gathered and then converted while they are in the processor's cache."""
+_OPENING = threading.RLock()
+"""Held while a cache is filled, so that threads do not fill it twice."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows `begin` to `end` of the features, from row `first` of `data` on."""
+
+    begin: int
+    end: int
+    first: int
+    data: Any
+    """[rows, width]: an array that lies in memory or is mapped, or else a data set of HDF5."""
+    map: mmap.mmap | None = None
+    """Of the whole file, where `data` is mapped."""
+    offset: int = 0
+    """Bytes of the file before `data`."""
+
+    def advise(self, rows: Int) -> None:
+        """Have the system read sorted rows of this piece ahead, all at once; it goes on in the background."""
+        if self.map is None:
+            return
+        row_bytes = self.data[:1].nbytes
+        for begin, end in runs(rows - self.begin + self.first, row_bytes):
+            start = (self.offset + begin * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.map.madvise(mmap.MADV_WILLNEED, start, self.offset + end * row_bytes - start)
 
 
 class FeatureStore:
-    """A features.h5, opened when it is first asked for anything.
+    """A features.h5, opened when it is first asked for anything. Threads may share it.
 
     Parameters
     ----------
     path: the file.
     shuffle_seed: give each picture that has a vector another picture's, always the same one: the control in
         which nothing visual can be learned. None: each its own.
+    cache_bytes: as many of the first rows as fit into so many bytes are held in memory.
+    pinned: hold them in memory that a GPU reads by itself (see `prefix`).
     """
 
-    def __init__(self, path: Path, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self, path: Path, shuffle_seed: int | None = None, *, cache_bytes: int = 0, pinned: bool = False
+    ) -> None:
         self.path = path
         self.shuffle_seed = shuffle_seed
+        self.cache_bytes, self.pinned = cache_bytes, pinned
 
     @cached_property
     def _h5(self) -> Any:
         if not self.path.is_file():
             raise UserError(f"{self.path} is not there; `ctrkit extract-images` writes it")
-        try:
-            h5 = h5py.File(self.path, "r")
-        except OSError as e:
-            raise UserError(f"{self.path} is not an HDF5 file, or is damaged: {e}") from None
+        h5 = _open(self.path)
         missing = {"features", "image", "row"} - set(h5)
         if missing:
             raise UserError(f"{self.path} is not a features file: it has no data set {', '.join(sorted(missing))}")
         return h5
 
     @cached_property
-    def _features(self) -> Any:
-        """[rows, width] float16: mapped into memory if the file holds it in one piece, else HDF5's view."""
+    def _file(self) -> list[_Piece]:
+        """The features where they lie: one piece, or one a shard."""
+        return _pieces_of(self.path, self._h5["features"])
+
+    @cached_property
+    def prefix(self) -> Floats:
+        """The rows that are held in memory, [cached rows, width] float16. Where they are pinned,
+        `torch.from_numpy(store.prefix)` is a pinned tensor."""
         data = self._h5["features"]
-        offset = data.id.get_offset()
-        if offset is None or data.size == 0:
-            return data
-        return np.memmap(self.path, dtype=data.dtype, mode="r", offset=offset, shape=data.shape)
+        shape = (min(self.rows, self.cache_bytes // max(1, self.width * data.dtype.itemsize)), self.width)
+        held = _pinned(shape, data.dtype) if self.pinned else np.empty(shape, data.dtype)
+        _copy_rows(self._file, held)
+        return held
+
+    @cached_property
+    def _pieces(self) -> list[_Piece]:
+        """What rows are read from: the cache first, then the file."""
+        with _OPENING:
+            held = len(self.prefix)
+        rest = [
+            replace(p, begin=max(p.begin, held), first=p.first + max(0, held - p.begin))
+            for p in self._file
+            if p.end > held
+        ]
+        return [_Piece(0, held, 0, self.prefix), *rest] if held else rest
+
+    @cached_property
+    def _been_read(self) -> npt.NDArray[np.bool_] | None:
+        """[rows]: which rows were asked for before, and so will still be in memory. None where the file is too large
+        for that."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return np.zeros(self.rows, np.bool_) if self.rows * self.width * 2 <= memory // 2 else None
 
     @property
     def rows(self) -> int:
@@ -83,23 +151,191 @@ class FeatureStore:
         found = asked.join(self.pictures, on="image", how="left", maintain_order="left")
         return found["row"].fill_null(-1).to_numpy().copy()
 
-    def read(self, rows: Int) -> Float:
+    def prefetch(self, rows: Int) -> None:
+        """Start to read `rows` [n] int64 from the disk, side by side, and return at once: a later `read` finds them
+        in memory. Rows that were read before are not read again, if the file fits into memory."""
+        self._check(rows)
+        been = self._been_read
+        wanted = rows[rows >= 0]
+        if been is not None:
+            wanted = wanted[~been[wanted]]
+        if len(wanted) == 0:
+            return
+        wanted = np.unique(wanted)
+        for piece in self._pieces:
+            piece.advise(wanted[np.searchsorted(wanted, piece.begin) : np.searchsorted(wanted, piece.end)])
+        if been is not None:
+            been[wanted] = True
+
+    def read(self, rows: Int, out: Floats | None = None) -> Floats:
         """Return the vectors of `rows` [n] int64, as [n, width] float32; row −1 gives zeros.
 
-        Each distinct row is read once, in the order of the file, neighbours together.
-        """
-        wanted, place = np.unique(rows, return_inverse=True)
-        if len(wanted) and not -1 <= wanted[0] <= wanted[-1] < self.rows:
-            raise IndexError(f"rows {wanted[0]} to {wanted[-1]} asked of a file with {self.rows}")
-        vectors = np.zeros((len(wanted), self.width), dtype=np.float32)
-        runs = np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(wanted) != 1) + 1)
-        for run in runs:
-            if len(run) and wanted[run[0]] < 0:
-                run = run[1:]
-            if len(run):
-                vectors[run[0] : run[-1] + 1] = self._features[wanted[run[0]] : wanted[run[-1]] + 1]
-        return vectors[place]
+        What is not in memory is read in the order of the file, close rows together, before any of it is waited for.
 
-    def load(self, dtype: str = "float16") -> npt.NDArray[np.floating[Any]]:
+        out: [n, width] float32 or float16, written and returned. Fresh memory for the result costs the system as
+        much time as reading it, so who reads often should use it again.
+        """
+        self.prefetch(rows)
+        if out is None:
+            out = np.empty((len(rows), self.width), np.float32)
+        if out.shape != (len(rows), self.width):
+            raise ValueError(f"out is {list(out.shape)}, and {len(rows)} rows of {self.width} are asked for")
+        pieces = self._pieces
+        if not pieces:
+            out[:] = 0
+            return out
+        piece_of = np.searchsorted([p.end for p in pieces], np.maximum(rows, 0), side="right")
+        local = rows + np.array([p.first - p.begin for p in pieces])[piece_of]
+        arrays = [p.data for p in pieces]
+        for i, array in enumerate(arrays):
+            if not isinstance(array, np.ndarray):
+                here = (piece_of == i) & (rows >= 0)
+                arrays[i], local[here] = _read_runs(array, local[here])
+        _gather(arrays, piece_of, local, out)
+        out[rows < 0] = 0
+        return out
+
+    def load(self, dtype: str = "float16") -> Floats:
         """Return all vectors, [rows, width], in memory."""
-        return np.array(self._features[:], dtype=dtype)
+        held = np.empty((self.rows, self.width), dtype)
+        _copy_rows(self._file, held)
+        return held
+
+    def _check(self, rows: Int) -> None:
+        if len(rows) and not -1 <= rows.min() <= rows.max() < self.rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a file with {self.rows}")
+
+
+def runs(rows: Int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last + 1 of the runs in sorted rows, across gaps of at most `GAP` bytes."""
+    if len(rows):
+        last = np.flatnonzero(np.diff(rows) > 1 + GAP // max(1, row_bytes))
+        yield from zip(rows[[0, *(last + 1)]].tolist(), (rows[[*last, -1]] + 1).tolist(), strict=True)
+
+
+def _read_runs(data: Any, rows: Int) -> tuple[Floats, Int]:
+    """Return the distinct rows of a data set, each read once, and where each of `rows` is among them."""
+    distinct, place = np.unique(rows, return_inverse=True)
+    held = np.empty((len(distinct), data.shape[1]), data.dtype)
+    done = 0
+    for begin, end in runs(distinct, data.shape[1] * data.dtype.itemsize):
+        upto = int(np.searchsorted(distinct, end))
+        held[done:upto] = data[begin:end][distinct[done:upto] - begin]
+        done = upto
+    return held, place.reshape(-1)
+
+
+def _gather(arrays: Sequence[Floats], array_of: Int, rows: Int, out: Floats) -> None:
+    """Write row `rows[i]` of `arrays[array_of[i]]` to `out[i]`, block by block. Negative rows are written anyhow."""
+    block = max(1, BLOCK // max(1, out.shape[1] * arrays[0].itemsize))
+    widens = out.dtype != arrays[0].dtype
+    gathered = np.empty((block if widens else 0, out.shape[1]), arrays[0].dtype)
+    for begin in range(0, len(out), block):
+        part = slice(begin, min(begin + block, len(out)))
+        buffer = gathered[: part.stop - begin] if widens else out[part]
+        here = np.unique(array_of[part])
+        if len(here) == 1:
+            _take(arrays[here[0]], rows[part], buffer)
+        else:
+            for i in here:
+                places = np.flatnonzero(array_of[part] == i)
+                buffer[places] = _take(arrays[i], rows[part][places])
+        if widens:
+            convert(buffer, out[part])
+
+
+def _take(array: Floats, rows: Int, out: Floats | None = None) -> Floats:
+    """Return rows of an array. One that has none gives zeros; rows beyond its ends, the nearest."""
+    if len(array):
+        return np.take(array, rows, axis=0, out=out, mode="clip")
+    return np.zeros((len(rows), array.shape[1]), array.dtype)
+
+
+def convert(values: Floats, out: Floats) -> None:
+    """Copy values to an array of another type. torch takes float16 to float32 eight times as fast as numpy; where it
+    has not been imported, that would take longer than it saves."""
+    torch = sys.modules.get("torch")
+    if torch is None or not values.dtype.isnative:
+        np.copyto(out, values, casting="same_kind")
+    else:
+        torch.from_numpy(out).copy_(torch.from_numpy(values))
+
+
+def _copy_rows(pieces: Sequence[_Piece], out: Floats) -> None:
+    """Write the first rows to `out`, in the order of the file."""
+    for piece in pieces:
+        step = max(1, (16 << 20) // max(1, out[:1].nbytes))
+        for begin in range(piece.begin, min(piece.end, len(out)), step):
+            end = min(begin + step, piece.end, len(out))
+            out[begin:end] = piece.data[begin - piece.begin + piece.first : end - piece.begin + piece.first]
+
+
+def _pinned(shape: tuple[int, int], dtype: np.dtype[Any]) -> Floats:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("pinned memory needs a GPU that torch sees")
+    held = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
+    return held.numpy()
+
+
+def _open(path: Path) -> Any:
+    try:
+        return h5py.File(path, "r")
+    except OSError as e:
+        raise UserError(f"{path} is not an HDF5 file, or is damaged: {e}") from None
+
+
+def _pieces_of(path: Path, data: Any) -> list[_Piece]:
+    """Return a data set as pieces in order, mapped as far as the file holds it in one piece. A virtual data set has
+    one for each of its sources."""
+    if data.shape[0] == 0:
+        return []
+    if not data.is_virtual:
+        return [_mapped(path, data, range(data.shape[0]), 0)]
+    made = data.id.get_create_plist()
+    sources = [i for i in range(made.get_virtual_count()) if made.get_virtual_vspace(i).get_select_npoints()]
+    pieces = sorted((_source(path, data, made, i) for i in sources), key=lambda p: p.begin)
+    ends = [0, *(p.end for p in pieces)]
+    if [p.begin for p in pieces] != ends[:-1] or ends[-1] != data.shape[0]:
+        raise UserError(f"{path}: not every row has one file that holds it; run the stage that wrote it again")
+    return pieces
+
+
+def _source(path: Path, data: Any, made: Any, number: int) -> _Piece:
+    """Return the piece of a virtual data set that one source holds. HDF5 itself gives zeros for what is not there."""
+    name, inside = made.get_virtual_filename(number), made.get_virtual_dsetname(number)
+    file = path if name == "." else path.parent / name
+    again = f"keep the files that lie beside {path.name} as they were, or run the stage that wrote them again"
+    if not file.is_file():
+        raise UserError(f"{path} has vectors in {file}, which is not there; {again}")
+    inner = data.file if file == path else _open(file)
+    if inside not in inner:
+        raise UserError(f"{path} has vectors in {file}, which has no data set {inside!r}; {again}")
+    held = inner[inside]
+    rows = _whole_rows(made.get_virtual_vspace(number), data.shape)
+    of = _whole_rows(made.get_virtual_srcspace(number), held.shape)
+    if held.shape[1:] != data.shape[1:] or held.dtype != data.dtype:
+        raise UserError(f"{path} and {file} have vectors of different width or type; {again}")
+    if rows is None or of is None or len(rows) != len(of) or of.stop > held.shape[0]:
+        raise UserError(f"{path}: {file} has other rows, or they are not mapped whole and in order; {again}")
+    return _mapped(file, held, rows, of.start)
+
+
+def _whole_rows(space: Any, shape: tuple[int, int]) -> range | None:
+    """Return the rows of a selection if it is of whole rows, one after the other; else None."""
+    if space.get_select_type() == h5py.h5s.SEL_ALL:
+        return range(shape[0])
+    low, high = space.get_select_bounds()
+    rows = range(int(low[0]), int(high[0]) + 1)
+    return rows if space.get_select_npoints() == len(rows) * shape[1] else None
+
+
+def _mapped(path: Path, data: Any, rows: range, first: int) -> _Piece:
+    offset = data.id.get_offset()
+    if offset is None or data.size == 0:
+        return _Piece(rows.start, rows.stop, first, data)
+    with open(path, "rb") as f:
+        whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    array = np.frombuffer(whole, data.dtype, data.size, offset).reshape(data.shape)
+    return _Piece(rows.start, rows.stop, first, array, whole, offset)

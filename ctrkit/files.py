@@ -2,20 +2,48 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ctrkit.errors import UserError
+from ctrkit.errors import Resumable, UserError
 from ctrkit.progress import say
 
 ASIDE = ".old"
 """Ends the name of a folder that is about to be replaced."""
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file would become larger than is allowed (`ulimit -f` tells the limit)",
+}
+"""Errors of the system that room would mend."""
 THREADS = min(8, os.cpu_count() or 1)
 T = TypeVar("T")
+
+
+def no_room(error: BaseException) -> str:
+    """Return why there was no room to write, in words; "" if an error is another one.
+
+    polars and Ray tell it in their own words, so the text is looked at too.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (told := re.search(r"(?:os error|Errno) (\d+)", str(error))):
+        number = int(told[1])
+    return NO_ROOM.get(number or 0, "")
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """Return the user's error for one of the system's."""
+    if why := no_room(error):
+        return Resumable(
+            f"cannot write {path}: {why}. Make room there and run the same command again: it goes on from what was done"
+        )
+    return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def sidecar_path(output: Path) -> Path:
@@ -102,9 +130,11 @@ def atomic(path: Path) -> Iterator[Path]:
         tmp = _temporary(path)
         remove(tmp)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
+        raise cannot_write(path, e) from e
     try:
         yield tmp
+        if tmp.is_dir() and path.is_file():
+            raise UserError(f"{path} is a file, and a folder is to be written; name another output")
         _fsync_tree(tmp)
         sidecar_path(path).unlink(missing_ok=True)
         if path.is_dir() and not path.is_symlink():
@@ -131,7 +161,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = _lock(lock)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
+        raise cannot_write(path, e) from e
     try:
         yield
     finally:
@@ -209,7 +239,7 @@ def write_text(path: Path, text: str) -> None:
         finally:
             tmp.unlink(missing_ok=True)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
+        raise cannot_write(path, e) from e
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,16 +3,16 @@
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
 
 import polars as pl
 from PIL import Image
 
-from ctrkit import files, pictures
+from ctrkit import files, picture_sources, pictures
 from ctrkit.errors import UsageError, nearest
-from ctrkit.recipe import Recipe
+from ctrkit.recipe import ExtractImages, Recipe
 
 CANDIDATES = 25
 """Impressions whose weights are looked at, for each case shown."""
@@ -118,20 +118,30 @@ def _spread(case: Case) -> float:
 
 
 class Thumbnails:
-    """Pictures as data URIs, the square that the network sees, made small."""
+    """Pictures as data URIs, the square that the network sees, made small.
 
-    def __init__(self, folder: Path | None, template: str, size: int) -> None:
-        self.folder, self.template, self.size = folder, template, size
+    Parameters
+    ----------
+    where: what `--pictures` names; opened when the first picture is asked for.
+    settings: how ids name pictures, and the side of the square.
+    """
+
+    def __init__(self, where: Path | None, settings: ExtractImages) -> None:
+        self.where, self.settings = where, settings
         self.uri = cache(self._uri)
+
+    @cached_property
+    def _source(self) -> pictures.Source:
+        assert self.where is not None
+        return picture_sources.open_source(self.where, self.settings)
 
     def _uri(self, image: str) -> str | None:
         """Return the picture, or None where it is missing or cannot be read."""
-        if self.folder is None:
+        if self.where is None:
             return None
         try:
             with pictures.quiet():
-                data = pictures.read(pictures.picture_path(self.folder, self.template, image))
-                pixels = pictures.decode(data, self.size)
+                pixels = pictures.decode(pictures.read(self._source.place(image)), self.settings.size)
         except pictures.BadPicture:
             return None
         small = Image.fromarray(pixels.transpose(1, 2, 0))

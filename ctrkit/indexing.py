@@ -1,5 +1,6 @@
 """Count what training has, build the vocabularies, and write samples and behaviours as indexes."""
 
+import datetime
 import functools
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,9 @@ def encode_impressions(job: Job, part: int) -> int:
     known = _sum_counts(job, "ad")[0] > 0
     first_id = 0
     if job.previous is not None:
-        earlier = daily.known_ads(job.recipe, job.previous, scanned["midnights"][-1][0])
-        known = ads.is_in(earlier.implode()).fill_null(False).to_numpy()
+        earlier = pl.read_ipc(job.work / daily.TRAINING_ADS)["ad"]
+        seen = ads.is_in(earlier.implode()).fill_null(False).to_numpy()
+        known = seen | known if state(job.work, "split")["trains"] else seen
         first_id = daily.next_sample_id(job.previous)
     by_day = np.array([one["days"] for one in counted])  # [partitions, days]
     before = first_id + np.concatenate([[0], np.cumsum(by_day.sum(0))])[:-1] + by_day[:part].sum(0)
@@ -215,6 +217,17 @@ def encode_impressions(job: Job, part: int) -> int:
     dates = [day for day, _ in scanned["midnights"]]
     partitions.write_days(frame, dates, lengths, job.out / "samples", part)
     return frame.height
+
+
+def hold_out(job: Job, day: datetime.date, part: int) -> None:
+    """Task: take over a part of an earlier day that is held out; what is `unseen_ad` changes as training moves on."""
+    assert job.previous is not None
+    known = pl.read_ipc(job.work / daily.TRAINING_ADS)["ad"]
+    samples = partitions.read_by_day(job.previous / "samples", [day], (), part)
+    if samples is not None:
+        unseen = ~samples["ad"].is_in(known.implode())
+        samples = samples.drop("day").with_columns(unseen.alias("unseen_ad"))
+        partitions.write_days(samples, [str(day)], [samples.height], job.out / "samples", part)
 
 
 def encode_behaviours(job: Job, part: int) -> int:

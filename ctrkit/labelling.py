@@ -8,7 +8,7 @@ import polars as pl
 
 from ctrkit import labels, spool
 from ctrkit.gathering import Lookup, by_day, gather
-from ctrkit.job import Counts, Job, state
+from ctrkit.job import Counts, Job, maps, state, texts, write_state
 from ctrkit.spool import Ints
 
 
@@ -47,7 +47,7 @@ def label_impressions(job: Job, part: int) -> dict[str, Any]:
     if joined_by_time:
         counts |= _join_clicks(job, part, columns_, f"{stem}.clicks")
     if options.sampled_negatives:
-        counts["sampled negatives"] = _sample_negatives(job, part, columns_)
+        counts |= _sample_negatives(job, part, columns_)
     days, order = by_day(job, columns_, rows.users.len())
     layout = spool.write(Path(f"{stem}.rows"), {name: c[order] for name, c in columns_.items()})
     spool.write_frame(f"{stem}.users", rows.users.to_frame("user"))
@@ -89,29 +89,76 @@ def _join_clicks(job: Job, part: int, shown: dict[str, Ints], path: str) -> Coun
     }
 
 
-def _sample_negatives(job: Job, part: int, columns_: dict[str, Ints]) -> int:
-    """Append, for each row, other ads at the same time without a click; return how many."""
+def first_days(job: Job, share: int) -> None:
+    """Task: find the first day of each ad in a share of the impressions' chunks, as its place among `midnights`."""
+    scanned = state(job.work, "scan")
+    midnights = [m for _, m in scanned["midnights"]]
+    first = np.full(state(job.work, "dictionaries")["found"]["ad"]["size"], len(midnights), np.int32)
+    for chunk in scanned["chunks"]["impressions"][share :: job.partitions]:
+        there = spool.Columns(Path(f"{chunk['stem']}.rows"), chunk["layout"], 0, chunk["rows"])
+        day = np.searchsorted(midnights, there["time"].astype(np.int64) + chunk["times"][0], side="right") - 1
+        np.minimum.at(first, maps(job.work).of("ad", chunk["stem"])[there["ad"]], day.astype(np.int32))
+    spool.write_array(job.work / "first-days" / f"{share:04}", first)
+
+
+def order_ads(job: Job) -> None:
+    """Write the codes of all ads that were shown, in order of their first day and then of their text; and how many
+    there are up to each day."""
+    found = [np.fromfile(path, np.int32) for path in sorted((job.work / "first-days").glob("*"))]
+    first = np.min(found, axis=0)[1:]  # 0 is no ad
+    order = spool.text_order(texts(job, "ad").slice(1))
+    order = order[np.argsort(first[order], kind="stable")]
+    upto = np.searchsorted(first[order], np.arange(len(state(job.work, "scan")["midnights"])), side="right")
+    spool.write_array(job.work / "shown-ads", order[: upto[-1]].astype(np.uint32) + np.uint32(1))
+    write_state(job, "shown ads", upto.tolist())
+
+
+def _sample_negatives(job: Job, part: int, columns_: dict[str, Ints]) -> Counts:
+    """Append, for each row, other ads at the same time without a click; return how many, and how many more were wanted.
+
+    They are drawn evenly, none twice, from the ads that anybody was shown up to the row's day and its user never.
+    """
     wanted = job.recipe.convert.sampled_negatives
-    ads = state(job.work, "dictionaries")["found"]["ad"]["size"] - 1
-    rng = np.random.default_rng([job.recipe.convert.seed, part])
-    user, ad = columns_["user"].astype(np.int64), columns_["ad"].astype(np.int64)
-    known = np.unique(user * (ads + 1) + ad)
-    source = np.repeat(np.arange(len(user)), wanted)
-    drawn = np.zeros(len(source), np.int64)
-    left = np.flatnonzero(np.bincount(known // (ads + 1), minlength=int(user.max(initial=0)) + 1)[user[source]] < ads)
-    usable = np.zeros(len(source), bool)
-    usable[left] = True
-    while len(left):
-        drawn[left] = rng.integers(1, ads + 1, len(left))
-        pairs = user[source[left]] * (ads + 1) + drawn[left]
-        place = np.minimum(np.searchsorted(known, pairs), len(known) - 1)
-        left = left[known[place] == pairs]
-    source, drawn = source[usable], drawn[usable]
-    for name, column in columns_.items():
-        added = column[source]
+    shown = np.fromfile(job.work / "shown-ads", np.uint32)
+    n = len(shown)
+    place = np.zeros(int(shown.max()) + 1, np.int64)
+    place[shown] = np.arange(n)
+    midnights = [m for _, m in state(job.work, "scan")["midnights"]]
+    day = np.searchsorted(midnights, columns_["time"], side="right") - 1
+    upto = np.array(state(job.work, "shown ads"))[day]
+    base = columns_["user"].astype(np.int64) * n
+    own = np.unique(base + place[columns_["ad"]])
+    begin = np.searchsorted(own, base)
+    free = upto - (np.searchsorted(own, base + upto) - begin)
+    drawn = draw_distinct(np.random.default_rng([job.recipe.convert.seed, part]), free, wanted)
+    source, column = np.nonzero(drawn >= 0)
+    rank = drawn[source, column]
+    # A user's own ads leave out places: the free place of a rank lies behind those with at most so many free before.
+    first = np.searchsorted(own, own - own % n)
+    before = own - (np.arange(len(own)) - first)
+    left_out = np.searchsorted(before, base[source] + rank, side="right") - begin[source]
+    ads = shown[rank + left_out]
+    for name, values in columns_.items():
+        added = values[source]
         if name == "ad":
-            added = drawn.astype(column.dtype)
+            added = ads.astype(values.dtype)
         elif name == "click":
-            added = np.zeros(len(source), column.dtype)
-        columns_[name] = np.concatenate([column, added])
-    return len(source)
+            added = np.zeros(len(source), values.dtype)
+        columns_[name] = np.concatenate([values, added])
+    return {"sampled negatives": len(source), "negatives that no ad was left for": drawn.size - len(source)}
+
+
+def draw_distinct(rng: np.random.Generator, sizes: Ints, wanted: int) -> Ints:
+    """Draw for each size `wanted` distinct numbers below it, [sizes, wanted], or as many as there are and −1.
+
+    By Floyd's method: every set of numbers is as likely as any other.
+    """
+    drawn = np.full((len(sizes), wanted), -1, np.int64)
+    there = np.minimum(sizes, wanted)
+    for i in range(wanted):
+        rows = np.flatnonzero(there > i)
+        highest = sizes[rows] - there[rows] + i
+        number = rng.integers(0, highest, endpoint=True)
+        taken = (drawn[rows, :i] == number[:, None]).any(axis=1)
+        drawn[rows, i] = np.where(taken, highest, number)
+    return drawn

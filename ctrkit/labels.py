@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from ctrkit import spool
@@ -14,13 +15,21 @@ DUPLICATE, CLICKED = 1, 2
 
 
 def match_ids(
-    part: int, partitions: int, impressions: Sequence[Chunk], clicks: Sequence[Chunk], out: Path
+    part: int,
+    partitions: int,
+    impressions: Sequence[Chunk],
+    clicks: Sequence[Chunk],
+    out: Path,
+    some_days: bool = False,
 ) -> dict[str, Any]:
     """Find, among the ids of one partition, duplicates and clicks.
 
     Writes OUT: `chunk`, `at` (row of the chunk's file) and `mark` of the impressions to change, in order of their
-    user's partition; and OUT.clicks: `chunk`, `at`, `reason` of the clicks that change nothing. Returns where each
+    user's partition; and OUT.clicks: `chunk`, `at`, `kind` of the clicks that change nothing. Returns where each
     partition begins, and counts.
+
+    some_days: the impressions are of some days only, the clicks of any. Those without an impression here whose time is
+    of other days, or not in the log, are left out and counted alone.
     """
     shown = _ids(part, impressions, with_part=True)
     first = shown["id"].is_first_distinct()
@@ -29,8 +38,14 @@ def match_ids(
     counts = {"duplicates": repeats.height}
     if clicks:
         clicked = _ids(part, clicks, with_part=False)
-        new = clicked["id"].is_first_distinct()
+        if clicked["id"].dtype != shown["id"].dtype:
+            shown, clicked = (ids.with_columns(pl.col("id").cast(pl.String)) for ids in (shown, clicked))
         firsts = shown.filter(first)
+        if some_days:
+            elsewhere = _other_day(clicked, clicks) & ~clicked["id"].is_in(firsts["id"].implode())
+            counts["clicks of other days"] = int(elsewhere.sum())
+            clicked = clicked.filter(~elsewhere)
+        new = clicked["id"].is_first_distinct()
         hit = firsts.join(clicked.filter(new).select("id"), on="id", how="semi", maintain_order="left")
         marks.append(hit.with_columns(pl.lit(CLICKED, dtype=pl.UInt8).alias("mark")))
         lost = clicked.filter(new).join(firsts.select("id"), on="id", how="anti", maintain_order="left")
@@ -48,12 +63,9 @@ def match_ids(
 
 
 def _ids(part: int, chunks: Sequence[Chunk], *, with_part: bool) -> pl.DataFrame:
-    """Return `id`, `chunk`, `at` and, if asked, `part` of the ids of a partition, in the order of the log."""
-    frames = [
-        pl.DataFrame(schema={"id": pl.String, "chunk": pl.UInt32, "at": pl.UInt32})
-        if not with_part
-        else pl.DataFrame(schema={"id": pl.String, "chunk": pl.UInt32, "at": pl.UInt32, "part": pl.UInt16})
-    ]
+    """Return `id` (Int64 where all are whole numbers, else String), `chunk`, `at` and, if asked, `part` of the ids of a
+    partition, in the order of the log."""
+    frames = []
     for i, chunk in enumerate(chunks):
         a, b = chunk["ids"][part], chunk["ids"][part + 1]
         if b > a:
@@ -62,7 +74,25 @@ def _ids(part: int, chunks: Sequence[Chunk], *, with_part: bool) -> pl.DataFrame
             ids = pl.read_ipc(f"{chunk['stem']}.ids")["id"].slice(a, b - a)
             own = pl.DataFrame({"id": ids, "chunk": pl.repeat(i, b - a, dtype=pl.UInt32, eager=True), **columns})
             frames.append(own)
+    if not frames:
+        schema = {"id": pl.String, "chunk": pl.UInt32, "at": pl.UInt32}
+        return pl.DataFrame(schema=schema | ({"part": pl.UInt16} if with_part else {}))
+    if len({frame["id"].dtype for frame in frames}) > 1:
+        frames = [frame.with_columns(pl.col("id").cast(pl.String)) for frame in frames]
     return pl.concat(frames)
+
+
+def _other_day(ids: pl.DataFrame, chunks: Sequence[Chunk]) -> pl.Series:
+    """Return which rows (Boolean) are of other days; where the log has no times, all may be."""
+    other = np.ones(ids.height, bool)
+    at = ids["at"].to_numpy()
+    for (number,), rows in ids.with_row_index("row").group_by("chunk"):
+        chunk = chunks[int(str(number))]
+        if "other_day" in chunk["layout"]:
+            there = spool.Columns(Path(f"{chunk['stem']}.rows"), chunk["layout"], 0, chunk["rows"])
+            row = rows["row"].to_numpy()
+            other[row] = there["other_day"][at[row]] > 0
+    return pl.Series("other", other)
 
 
 def repeated(user: Ints, ad: Ints, time: Ints) -> Ints:

@@ -103,13 +103,15 @@ def open_pictures(train: Train, features: Path | None, convert: Path | None) -> 
         return None
     if features is None or convert is None:
         raise UserError("this model looks at pictures: give --features (made by `ctrkit extract-images`) and --convert")
-    return PictureVectors(features, convert, shuffle=train.shuffle_pictures)
+    return PictureVectors(features, convert, shuffle=train.shuffle_pictures, has_picture=train.has_picture)
 
 
 def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
     """Write `settings.json` and `model.pt` into a folder."""
+    train = model.plan.train
+    later = set() if train.has_picture else {"has_picture"}  # left out where off, as before there was the switch
     settings = {
-        "train": model.plan.train.model_dump(mode="json"),
+        "train": train.model_dump(mode="json", exclude=later),
         "schema": model.plan.schema.to_json(),
         **extra,
     }
@@ -162,10 +164,11 @@ def _settings(settings: Any, path: Path) -> tuple[Train, Schema]:
 def _check_pictures(pictures: PictureVectors, settings: dict[str, Any], folder: Path) -> None:
     """Refuse picture vectors that were made in another way than those that the model was trained on."""
     path = pictures.store.path
-    if pictures.width != settings["picture_width"]:
+    then_width = settings["picture_width"] - pictures.has_picture
+    if pictures.store.width != then_width:
         raise UserError(
-            f"{folder} was trained on picture vectors of width {settings['picture_width']}, but {path} has width "
-            f"{pictures.width}: use the features it was trained with"
+            f"{folder} was trained on picture vectors of width {then_width}, but {path} has width "
+            f"{pictures.store.width}: use the features it was trained with"
         )
     for key in ("backbone", "layer", "weights", "preprocessing"):
         then, now = settings["pictures"].get(key), pictures.store.attributes.get(key)

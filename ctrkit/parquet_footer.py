@@ -31,6 +31,13 @@ def row_groups(path: Path) -> list[int]:
         raise UserError(f"{path} is not a whole Parquet file: its footer is damaged") from None
 
 
+def thrift_struct(data: bytes) -> tuple[dict[int, Any], int]:
+    """Read the struct with which `data` begins: {field number: value}, and its length. Raises IndexError if `data` is
+    too short."""
+    reader = _Reader(data)
+    return reader.struct(), reader.at
+
+
 class _Reader:
     """Reads Thrift compact values: a struct becomes {field number: value}, a list or set a list."""
 

@@ -1,5 +1,6 @@
 """The rows of the raw tables as parsed columns: ids as text, times in epoch milliseconds, bad rows set aside."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import polars as pl
@@ -17,7 +18,8 @@ Reason = tuple[pl.Expr, str, str]
 
 
 def check_labels(options: Convert, tables: dict[str, RawTable]) -> None:
-    """Check that the recipe says which impressions were clicked, in one way."""
+    """Check that the recipe says which impressions were clicked, in one way, and that the logs that say so have the
+    columns that every row needs."""
     if "impressions" not in tables:
         raise UsageError("the recipe has no [convert.impressions], the log to make samples from")
     if bool(options.label) + ("clicks" in tables) + bool(options.sampled_negatives) != 1:
@@ -31,6 +33,10 @@ def check_labels(options: Convert, tables: dict[str, RawTable]) -> None:
             "[convert.clicks], or (where every row is a click) `sampled_negatives`"
             + (f", and has {' and '.join(given)}" if given else "")
         )
+    with_id = all("id" in tables[log].names for log in ("impressions", "clicks") if log in tables)
+    for log in ("impressions", "clicks"):
+        if log in tables:
+            tables[log].require(*core(tables[log], with_id=with_id))
 
 
 def core(table: RawTable, *, with_id: bool) -> list[str]:
@@ -51,7 +57,7 @@ def parse(
     ----------
     frame: as `RawTable.read` gives it.
     needed: columns without which a row is bad (see `core`).
-    extra: further columns.
+    extra: further columns; a `time` among them may be null or, where its type is no moment's, left out.
 
     Returns the good rows, ROW, `time` Int64, `click` Int8 (if the table has a label), `dwell` Int64 milliseconds (if it
     has that column) and the others String (where empty text is as good as
@@ -77,6 +83,9 @@ def parse(
             if not schema[column].is_integer():
                 broken = pl.col(column).str.contains("\n", literal=True)
                 reasons.append((broken, f"a line break in {column}", column))
+    if "time" in extra and "time" not in needed:
+        with contextlib.suppress(UserError):
+            out.append(as_time(schema["time"], "time", table.time_unit).alias("time"))
     if "dwell" in extra:
         milliseconds = pl.col("dwell").cast(pl.Float64, strict=False) * 1000
         # Whole milliseconds, so that sums do not depend on the order of addition.

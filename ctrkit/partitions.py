@@ -55,16 +55,24 @@ def read_by_day(
     frames = []
     for day in wanted:
         for path in sorted((folder / f"day={day}").glob(name)):
-            read = pl.read_ipc if path.suffix == ARROW else pl.read_parquet
-            some = read(path, columns=list(selected) or None)
+            some = read(path, selected)
             frames.append(some.with_columns(pl.lit(day, dtype=pl.Date).alias("day")))
     return pl.concat(frames, how="vertical_relaxed", rechunk=False) if frames else None
+
+
+def read(path: Path, selected: Sequence[str] = ()) -> pl.DataFrame:
+    """Read a file of a folder that a stage wrote; one that is not whole is the user's error."""
+    try:
+        return (pl.read_ipc if path.suffix == ARROW else pl.read_parquet)(path, columns=list(selected) or None)
+    except (OSError, pl.exceptions.ComputeError) as e:
+        told = str(e).partition("\n")[0]
+        raise UserError(f"{path} is damaged ({told}); run the stage again that wrote it") from None
 
 
 def read_users(convert_folder: Path, part: int) -> pl.Series:
     """Return the users of a partition by their code in `behaviours`."""
     path = convert_folder / "users" / f"part-{part:04}.parquet"
-    return pl.read_parquet(path)["user"] if path.is_file() else pl.Series("user", [], dtype=pl.String)
+    return read(path)["user"] if path.is_file() else pl.Series("user", [], dtype=pl.String)
 
 
 def read_split(convert_folder: Path) -> dict[str, list[datetime.date]]:

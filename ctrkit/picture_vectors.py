@@ -25,16 +25,19 @@ class PictureVectors:
     """Reads picture vectors by vocabulary index.
 
     Raw CNN vectors share a large common part that drowns the differences; so the mean over training pictures is
-    taken off, and one scale makes the root mean square of the remaining norms `NORM`. A picture without a row is zero.
+    taken off, and one scale makes the root mean square of the remaining norms `NORM`. A picture without a row is zero,
+    as the average picture is; `has_picture` tells them apart.
 
     Parameters
     ----------
     features: `features.h5`.
     convert: the folder that `ctrkit convert` wrote, for its vocabulary `image`.
     shuffle: give each picture another picture's vector, a control.
+    has_picture: add a last coordinate, 1 for a picture that has a vector and 0 otherwise.
     """
 
-    def __init__(self, features: Path, convert: Path, *, shuffle: bool = False) -> None:
+    def __init__(self, features: Path, convert: Path, *, shuffle: bool = False, has_picture: bool = False) -> None:
+        self.has_picture = has_picture
         self.store = FeatureStore(features, shuffle_seed=CONTROL_SEED if shuffle else None)
         vocab = pl.read_parquet(convert / "vocab" / "image.parquet")
         row_V = np.full(int(vocab["index"].max() or 1) + 1, -1, np.int64)  # type: ignore[arg-type]
@@ -54,7 +57,8 @@ class PictureVectors:
 
     @property
     def width(self) -> int:
-        return self.store.width
+        """Numbers a picture, W: the file's, and the flag where there is one."""
+        return self.store.width + self.has_picture
 
     @property
     def missing(self) -> int:
@@ -66,8 +70,8 @@ class PictureVectors:
         rows = self._training[self._training >= 0]
         if len(rows) == 0:
             raise UserError("no training sample refers to a picture that has a vector")
-        total = np.zeros(self.width)
-        square = np.zeros(self.width)
+        total = np.zeros(self.store.width)
+        square = np.zeros(self.store.width)
         for part in np.array_split(rows, max(1, len(rows) // 8192)):
             x = self._read(part).numpy().astype(np.float64)
             total += x.sum(0)
@@ -75,7 +79,8 @@ class PictureVectors:
         mean = total / len(rows)
         variance = np.maximum(square / len(rows) - mean * mean, 0.0).mean()
         self.mean_W = torch.from_numpy(mean.astype(np.float32))
-        self.scale = torch.tensor(NORM / np.sqrt(variance * self.width) if variance > 0 else 1.0, dtype=torch.float32)
+        scale = NORM / np.sqrt(variance * self.store.width) if variance > 0 else 1.0
+        self.scale = torch.tensor(scale, dtype=torch.float32)
 
     def _read(self, rows: npt.NDArray[np.int64]) -> Tensor:
         if self._matrix is not None:
@@ -89,4 +94,6 @@ class PictureVectors:
         x_NW = self._read(np.maximum(distinct, 0)).sub_(self.mean_W).mul_(self.scale)
         if len(distinct) and distinct[0] < 0:
             x_NW[0] = 0.0
+        if self.has_picture:
+            x_NW = torch.cat([x_NW, torch.from_numpy(distinct >= 0).float().unsqueeze(1)], 1)
         return x_NW, torch.from_numpy(position.reshape(-1).astype(np.int64))

@@ -1,30 +1,84 @@
-"""Pictures: where they lie, which are the same, and how one becomes the square that a network sees."""
+"""Pictures: which are the same, and how one becomes the square that a network sees. Where they lie: picture_sources."""
 
+import functools
 import hashlib
 import json
 import os
+import re
+import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, JpegImagePlugin, UnidentifiedImageError
 
-from ctrkit.errors import UsageError, UserError
 from ctrkit.progress import Meter
 
+Int = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 THREADS = min(8, os.cpu_count() or 1)
 """Threads that read and decode."""
+MAX_BYTES = 1 << 28
+"""A larger file is no picture."""
+MAX_PIXELS = 1 << 26
+"""A picture with more is not decoded at full scale (256 MiB)."""
+LARGE_PIXELS = 1 << 24
+"""Pictures with more are decoded one at a time in a process."""
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names. Its other formats are rare, or run other programs (EPS)."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what sets the picture upright."""
+ORIENTATION = 0x0112
+DIGEST = 16
+"""Bytes of a content's digest."""
+AT_ONCE = 64
+"""Pictures that a thread reads before it reports."""
+_large = threading.Lock()
 
 
 class BadPicture(Exception):
     """A picture that cannot be used; the message is the reason."""
+
+
+class Place(Protocol):
+    """Where a picture's bytes lie. Small and picklable; reading it is safe in any thread and process."""
+
+    def read(self) -> bytes:
+        """Return the picture's file. Raises BadPicture."""
+
+
+class Source(Protocol):
+    """Where pictures come from. See `ctrkit.picture_sources.open_source`."""
+
+    def find(self) -> list[str]:
+        """Return the ids of all pictures, sorted."""
+
+    def has(self, image: str) -> bool:
+        """Say whether the picture is there. It may be broken all the same."""
+
+    def place(self, image: str) -> Place:
+        """Return where a picture lies. Raises BadPicture if that is known to be nowhere."""
+
+    def where(self, image: str) -> str:
+        """Return the place as a text for people."""
+
+    def order(self, images: Sequence[str]) -> Int:
+        """Return [images] int64: an order in which reading them is cheap."""
 
 
 def preprocessing(size: int) -> str:
@@ -35,6 +89,7 @@ def preprocessing(size: int) -> str:
             "resize": f"shorter side to {_resize(size)}, bilinear, antialiased",
             "crop": f"centre {size}x{size}",
             "except": f"a picture of {size}x{size} is neither resized nor cropped",
+            "huge": f"a JPEG of more than {MAX_PIXELS} pixels is first reduced to 1/2, 1/4 or 1/8",
             "scale": "to 0..1, minus mean, over std",
             "mean": [0.485, 0.456, 0.406],
             "std": [0.229, 0.224, 0.225],
@@ -48,51 +103,28 @@ def _resize(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def picture_path(folder: Path, template: str, image: str) -> Path:
-    """Return where picture `image` lies. Raises BadPicture for a name that leads out of the folder."""
-    inner = PurePosixPath(template.replace("{image}", image))
-    if inner.is_absolute() or ".." in inner.parts or "\0" in image or not image:
-        raise BadPicture("the name is not a path below the pictures folder")
-    return folder / inner
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def find(folder: Path, template: str) -> list[str]:
-    """Return the ids of all pictures below `folder` whose paths follow the template, sorted."""
-    prefix, suffix = split_template(template)
-    known = Image.registered_extensions()
-    found = []
-    for base, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            inner = Path(base, name).relative_to(folder).as_posix()
-            fits = inner.startswith(prefix) and inner.endswith(suffix)
-            fits = fits and len(inner) > len(prefix) + len(suffix)
-            if fits and not name.startswith(".") and os.path.splitext(name)[1].lower() in known:
-                found.append(inner[len(prefix) : len(inner) - len(suffix)])
-    for image in found:
-        try:
-            image.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{folder}: the name of picture {image!a} is not UTF-8; rename it") from None
-    return sorted(found)
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Return the endings of pictures' names: ".jpg", ".png", …"""
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats())
 
 
-def split_template(template: str) -> tuple[str, str]:
-    """Return what stands before and after `{image}` in a template of paths."""
-    prefix, mark, suffix = template.partition("{image}")
-    if not mark:
-        raise UsageError(f"extract-images.template = {template!r} does not contain {{image}}, the id")
-    return prefix, suffix
+def check_size(size: int) -> None:
+    """Raise BadPicture for a file that is too large to be a picture."""
+    if size > MAX_BYTES:
+        raise BadPicture(f"too large: more than {MAX_BYTES >> 20} MiB")
 
 
-def read(path: Path) -> bytes:
+def read(place: Place) -> bytes:
     """Return a picture's file. Raises BadPicture if it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise BadPicture("missing") from None
-    except OSError as e:
-        raise BadPicture(f"cannot be read: {e.strerror}") from None
+    data = place.read()
     if not data:
         raise BadPicture("empty file")
     return data
@@ -102,35 +134,87 @@ def decode(data: bytes, size: int) -> Pixels:
     """Return a picture as [3, size, size] uint8, red, green, blue.
 
     As torchvision's own preprocessing: the shorter side is resized (bilinear, antialiased) to size·256/224,
-    then the centre is cropped; a picture that is size × size already is left as it is. Raises BadPicture.
+    then the centre is cropped; a picture that is size × size already is left as it is. A JPEG of more than
+    `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its scale. Raises BadPicture.
     """
     try:
-        with Image.open(BytesIO(data)) as opened:
-            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or 2**62):
-                raise BadPicture("too many pixels")
-            opened.load()
-            picture = _rgb(ImageOps.exif_transpose(opened))
+        with _open(data) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                _reduce(opened, data, size)
+            with _large if opened.width * opened.height > LARGE_PIXELS else nullcontext():
+                return _square(opened, size)
     except BadPicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadPicture("too many pixels") from None
+        raise BadPicture(f"too many pixels: more than {MAX_PIXELS:,}") from None
     except UnidentifiedImageError:
         raise BadPicture("not a picture in any known format") from None
     except Exception as e:  # Pillow's decoders raise nearly anything on broken files
-        raise BadPicture(f"broken: {type(e).__name__}: {e}") from None
+        told = re.sub(r" \(\d+ bytes not processed\)", "", str(e))
+        raise BadPicture(f"broken: {type(e).__name__}: {told}") from None
+
+
+def _open(data: bytes) -> Image.Image:
+    if data.startswith(b"\xff\xd8\xff"):  # Image.open would refuse a huge one before it can be reduced
+        return JpegImagePlugin.JpegImageFile(BytesIO(data))
+    return Image.open(BytesIO(data), formats=formats())
+
+
+def _reduce(opened: Image.Image, data: bytes, size: int) -> None:
+    """Make a huge JPEG be decoded at the smallest scale that leaves enough for the resize. Raises BadPicture."""
+    if not isinstance(opened, JpegImagePlugin.JpegImageFile):
+        raise BadPicture(f"too many pixels: more than {MAX_PIXELS:,}")
+    if not _in_one_scan(data):
+        raise BadPicture(f"too many pixels: more than {MAX_PIXELS:,} in a JPEG of several scans (progressive)")
+    opened.draft(None, (_resize(size), _resize(size)))
+    if opened.width * opened.height > MAX_PIXELS:
+        raise BadPicture(f"too many pixels: more than {MAX_PIXELS:,} even at 1/8 of the scale")
+
+
+def _in_one_scan(data: bytes) -> bool:
+    """Say whether a JPEG is decoded row by row. One that comes in several scans is held whole, at any scale."""
+    at, components = 2, 0
+    while at + 10 <= len(data):
+        marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in (b"\xff\xc0", b"\xff\xc1"):
+            components = data[at + 9]
+        elif marker == b"\xff\xda":
+            return data[at + 4] == components
+        elif marker[0] != 0xFF or marker == b"\xff\xc2":
+            return False
+        at += 1 if marker == b"\xff\xff" else 2 + length
+    return False
+
+
+def _square(opened: Image.Image, size: int) -> Pixels:
+    opened.load()
+    picture = _upright(opened)
+    if opened.mode == "CMYK" and opened.format == "JPEG" and "adobe" not in opened.info:
+        picture = ImageChops.invert(picture)  # only Adobe's are inverted, but Pillow takes every one for Adobe's
+    picture = _rgb(picture)
     if picture.size != (size, size):
         picture = _resize_and_crop(picture, size)
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(picture.getexif().get(ORIENTATION, 1))
+    except Exception:  # as many kinds as there are ways to break EXIF, which then says nothing
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise BadPicture("floating-point pixels")
     if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-        grey = np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8
+        grey = np.asarray(picture).clip(0, 65535) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _resize_and_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -153,42 +237,63 @@ def quiet() -> Iterator[None]:
         yield
 
 
+class Places:
+    """Of each distinct content, the place to read: looked up when it is asked for."""
+
+    def __init__(self, source: Source, images: Sequence[str], first: Int) -> None:
+        self._source, self._images, self._first = source, images, first
+
+    def __len__(self) -> int:
+        """Return the number of distinct contents."""
+        return len(self._first)
+
+    def __getitem__(self, content: int) -> Place:
+        """Return a content's place."""
+        return self._source.place(self._images[self._first[content]])
+
+
 @dataclass(frozen=True)
 class Contents:
     """Which pictures are there, and which are the same."""
 
-    paths: list[Path]
-    """Of each distinct content, the file to read, in the order of first appearance."""
-    digests: list[str]
-    """Of each distinct content."""
-    content: npt.NDArray[np.int64]
-    """[pictures]: the picture's place in `paths`, or −1 if it cannot be read."""
+    places: Places
+    """Of each distinct content, where to read it; in the order of first appearance."""
+    digests: npt.NDArray[np.uint8]
+    """[contents, 16]: of each distinct content."""
+    content: Int
+    """[pictures]: the picture's place in `places`, or −1 if it cannot be read."""
     reasons: dict[int, str]
     """Picture → why it cannot be read."""
 
 
-def distinct(folder: Path, template: str, images: Sequence[str]) -> Contents:
+def distinct(source: Source, images: Sequence[str]) -> Contents:
     """Read every picture once and tell which have the same bytes."""
-    split_template(template)
-
-    def digest(image: str) -> str | BadPicture:
-        try:
-            return hashlib.blake2b(read(picture_path(folder, template, image)), digest_size=16).hexdigest()
-        except BadPicture as bad:
-            return bad
-
-    paths: list[Path] = []
-    places: dict[str, int] = {}
-    content = np.full(len(images), -1, dtype=np.int64)
+    digests = np.zeros((len(images), DIGEST), dtype=np.uint8)
     reasons: dict[int, str] = {}
+
+    def digest(numbers: Int) -> int:
+        for number in numbers.tolist():
+            try:
+                data = read(source.place(images[number]))
+                digests[number] = np.frombuffer(hashlib.blake2b(data, digest_size=DIGEST).digest(), dtype=np.uint8)
+            except BadPicture as bad:
+                reasons[number] = str(bad)
+        return len(numbers)
+
+    order = source.order(images)
+    waiting: deque[Future[int]] = deque()
     with ThreadPoolExecutor(THREADS) as pool, Meter("compare pictures", len(images), "pictures") as meter:
-        for number, found in enumerate(pool.map(digest, images)):
-            if isinstance(found, BadPicture):
-                reasons[number] = str(found)
-            else:
-                if found not in places:
-                    places[found] = len(paths)
-                    paths.append(picture_path(folder, template, images[number]))
-                content[number] = places[found]
-            meter.add()
-    return Contents(paths, list(places), content, reasons)
+        for begin in range(0, len(order), AT_ONCE):
+            waiting.append(pool.submit(digest, order[begin : begin + AT_ONCE]))
+            if len(waiting) > 2 * THREADS:
+                meter.add(waiting.popleft().result())
+        while waiting:
+            meter.add(waiting.popleft().result())
+
+    good = np.setdiff1d(np.arange(len(images)), np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
+    _, first, same = np.unique(digests[good].view(f"S{DIGEST}"), return_index=True, return_inverse=True)
+    appearance = np.argsort(first)
+    content = np.full(len(images), -1, dtype=np.int64)
+    content[good] = np.argsort(appearance)[same.ravel()]
+    first = good[first[appearance]]
+    return Contents(Places(source, images, first), digests[first], content, dict(sorted(reasons.items())))

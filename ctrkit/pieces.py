@@ -5,10 +5,11 @@ piece and comes as several frames. Whatever the size of the pieces, the rows are
 """
 
 import contextlib
-import csv
 import gzip
 import io
+import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import zstandard
 
 from ctrkit import parquet_footer
+from ctrkit.csv_rows import SCAN_BYTES, Bytes, CsvRows
 from ctrkit.errors import UserError
 from ctrkit.sources import is_data, is_glob
 
@@ -30,15 +31,16 @@ PIECE_ROWS = 500_000
 REMOTE_LINES = 200_000
 """Of a text file behind a URL that are read at a time."""
 LONGEST_CELL = 1 << 20
-"""Bytes after which a quoted cell that has not ended is taken for a quote without its partner."""
-SCAN_BYTES = 1 << 16
-"""Looked at in one go: what fits the processor's cache."""
-Bytes = npt.NDArray[np.uint8]
+"""Bytes after which a quoted cell with line breaks that has not ended is taken for a quote without its partner."""
 ROW, EXTRA, BAD = "__row", "__extra", "__bad"
 """Columns of our own: row in the file (from 1), a cell beyond the header's columns, why a line cannot be read."""
 UNIT = "\x1f"
 """Stands for a separator of several characters; joins texts that may hold anything else."""
 BOM = b"\xef\xbb\xbf"
+_HALVES = re.compile(
+    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
+"""In group 1 what is not half a character: a backslash, a whole one."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class File:
     def quoted(self) -> bool:
         """Whether a cell in double quotes may hold separators and line breaks."""
         return self.format in ("csv", "tsv") and len(self.separator) == 1
+
+    @property
+    def rows(self) -> CsvRows:
+        """What finds the ends of rows, where there are quotes."""
+        return CsvRows(self.separator, LONGEST_CELL)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def cut(file: File) -> list[Piece]:
             return [Piece()] if file.compression else _cut_parquet(file)
         if not Path(file.path).stat().st_size:  # which cannot be mapped
             return [Piece(0, 0)]
-        return _cut_text(np.memmap(file.path, np.uint8, "r"), file.quoted)
+        return _cut_text(np.asarray(np.memmap(file.path, np.uint8, "r")), file)
     except OSError as e:
         raise UserError(f"{file.path} cannot be read: {e.strerror}") from None
 
@@ -117,40 +124,27 @@ def _cut_parquet(file: File) -> list[Piece]:
     return [*pieces, Piece(begin, end)]
 
 
-def _cut_text(data: Bytes, quoted: bool) -> list[Piece]:
+def _cut_text(data: Bytes, file: File) -> list[Piece]:
     pieces, begin = [], 0
     while len(data) - begin > PIECE_BYTES:
         stop = begin + PIECE_BYTES
-        inside = quoted and _quotes(data[begin:stop]) % 2 == 1
-        size, length = LONGEST_CELL, 0
-        while not length and stop + size - LONGEST_CELL < len(data):  # more than once for rows of over a megabyte
-            length = _row_end(data[stop : stop + size].tobytes(), inside)
-            size += LONGEST_CELL
-        if not length:
-            break
-        pieces.append(Piece(begin, stop + length))
-        begin = stop + length
+        if file.quoted:
+            bom = len(BOM) if not begin and data[: len(BOM)].tobytes() == BOM else 0
+            end = file.rows.end_after(data, begin + bom, min(max(stop, begin + bom + 1), len(data)))
+        else:
+            end = _line_end(data, stop)
+        pieces.append(Piece(begin, end))
+        begin = end
     return [*pieces, Piece(begin, len(data))] if len(data) > begin or not pieces else pieces
 
 
-def _quotes(data: Bytes) -> int:
-    """Count the double quotes, some bytes at a time that stay in the processor's cache."""
-    return sum(int(np.count_nonzero(data[i : i + SCAN_BYTES] == ord('"'))) for i in range(0, len(data), SCAN_BYTES))
-
-
-def _row_end(data: bytes, inside: bool) -> int:
-    """Return the length of `data` up to and with the first line break outside quotes; 0 if there is none.
-
-    Where quotes hide every line break of a megabyte, one of them has no partner, and line breaks count again.
-    """
-    if not inside and b'"' not in data[: data.find(b"\n") + 1]:
-        return data.find(b"\n") + 1
-    values = np.frombuffer(data, np.uint8)
-    breaks = np.flatnonzero(values == ord("\n"))
-    quotes = np.flatnonzero(values == ord('"'))
-    outside = (np.searchsorted(quotes, breaks) + inside) % 2 == 0
-    ends = breaks[outside] if outside.any() else breaks[:1] if len(data) >= LONGEST_CELL else breaks[:0]
-    return int(ends[0]) + 1 if len(ends) else 0
+def _line_end(data: Bytes, at: int) -> int:
+    """Return where the line with byte `at` ends."""
+    for begin in range(at, len(data), SCAN_BYTES):
+        length = data[begin : begin + SCAN_BYTES].tobytes().find(b"\n") + 1
+        if length:
+            return begin + length
+    return len(data)
 
 
 def frames(
@@ -279,7 +273,7 @@ def _text(file: File, piece: Piece) -> Iterator[tuple[bytes, bool]]:
         while True:
             data = f.read(PIECE_BYTES)
             buffer = rest + data
-            end = len(buffer) if not data else _last_row_end(buffer, file.quoted)
+            end = len(buffer) if not data else last_row_end(file, buffer, first)
             if end:
                 yield _as_utf8(file, buffer[:end], first), first
                 first = False
@@ -288,16 +282,15 @@ def _text(file: File, piece: Piece) -> Iterator[tuple[bytes, bool]]:
                 return
 
 
-def _last_row_end(data: bytes, quoted: bool) -> int:
-    if not quoted or b'"' not in data:
+def last_row_end(file: File, data: bytes, first: bool = True) -> int:
+    """Return where the last row of a text that may go on ends; 0 if none does.
+
+    first: whether the file begins with it.
+    """
+    if not file.quoted or b'"' not in data:
         return data.rfind(b"\n") + 1
-    values = np.frombuffer(data, np.uint8)
-    breaks = np.flatnonzero(values == ord("\n"))
-    outside = np.searchsorted(np.flatnonzero(values == ord('"')), breaks) % 2 == 0
-    ends = breaks[outside]
-    if len(ends) and len(data) - ends[-1] <= LONGEST_CELL:
-        return int(ends[-1]) + 1
-    return int(breaks[-1]) + 1 if len(breaks) and len(data) > LONGEST_CELL else 0
+    bom = len(BOM) if first and data.startswith(BOM) else 0
+    return file.rows.last_end(np.frombuffer(data, np.uint8)[bom:]) + bom
 
 
 def _as_utf8(file: File, data: bytes, first: bool) -> bytes:
@@ -323,25 +316,72 @@ def csv_frame(
     first: whether the text begins with the file's header, if it has one.
     """
     skip = 1 if first and file.header else 0
-    separator = file.separator if len(file.separator) == 1 else UNIT
     wanted = [*dict.fromkeys(columns), EXTRA]
     header_end = data.find(b"\n") + 1 or len(data)
     if len(data) <= (header_end if skip else 0):
         return pl.DataFrame(schema=dict.fromkeys(wanted, pl.String))
+    quoted = file.quoted and b'"' in data
+    if quoted and not file.rows.tidy(np.frombuffer(data, np.uint8)):
+        return _odd_rows(file, data, skip, header, wanted)
+    try:
+        return _regular_rows(file, data, skip, header, wanted, numbers)
+    except pl.exceptions.ComputeError:
+        if not quoted:
+            raise
+        return _odd_rows(file, data, skip, header, wanted)
+
+
+def _regular_rows(
+    file: File, data: bytes, skip: int, header: Sequence[str], wanted: Sequence[str], numbers: Numbers = NONE
+) -> pl.DataFrame:
     if numbers and not (numbers.whole and _odd_numbers(data, file)):
         with contextlib.suppress(pl.exceptions.ComputeError):
             return _scan_csv(data, file, header, skip, numbers=numbers).select(wanted).collect()
     try:
-        try:
-            return _scan_csv(data, file, header, skip).select(wanted).collect()
-        except pl.exceptions.ComputeError as e:
-            if "utf-8" not in str(e):
-                raise
-            frame = _scan_csv(data, file, header, skip, lossy=True).select(wanted).collect()
-            broken = pl.any_horizontal(pl.col(wanted).str.contains("\ufffd", literal=True))
-            return frame.with_columns(pl.when(broken).then(pl.lit("not text in UTF-8")).alias(BAD))
-    except pl.exceptions.ComputeError:
-        return _csv_lines(data, separator, header, skip, wanted)
+        return _scan_csv(data, file, header, skip).select(wanted).collect()
+    except pl.exceptions.ComputeError as e:
+        if "utf-8" not in str(e):
+            raise
+        frame = _scan_csv(data, file, header, skip, lossy=True).select(wanted).collect()
+        broken = pl.any_horizontal(pl.col(wanted).str.contains("\ufffd", literal=True))
+        return frame.with_columns(pl.when(broken).then(pl.lit("not text in UTF-8")).alias(BAD))
+
+
+def _odd_rows(file: File, data: bytes, skip: int, header: Sequence[str], wanted: Sequence[str]) -> pl.DataFrame:
+    """Read text some of whose rows have quotes in odd places: each of those is read by itself.
+
+    In the text for polars, which reads all others at once, a row with one cell too many stands for such a row.
+    """
+    word = next(w for n in itertools.count() if (w := f"\x1e{n}").encode() not in data)
+    stand_in = (file.separator * len(header) + word + "\n").encode()
+    regular: list[bytes] = []
+    odd: list[tuple[list[str], str | None]] = []
+    text = np.frombuffer(data, np.uint8)
+    for row in file.rows.rows(text, file.rows.first(text).end if skip else 0, len(data)):
+        some = data[row.begin : row.end]
+        regular.append(some if row.kind == "regular" else stand_in)
+        if row.kind != "regular":
+            odd.append(_odd_cells(file, some, row.kind))
+    at = {name: i for i, name in enumerate([*header, EXTRA])}
+    own = {c: [cells[at[c]] or None if at[c] < len(cells) else None for cells, _ in odd] for c in wanted}
+    own[BAD] = [why for _, why in odd]
+    frame = _regular_rows(file, b"".join(regular), 0, header, wanted)
+    if BAD not in frame.columns:
+        frame = frame.with_columns(pl.lit(None, dtype=pl.String).alias(BAD))
+    places = (frame[EXTRA] == word).arg_true()
+    return frame.with_columns(frame[c].scatter(places, pl.Series(own[c], dtype=pl.String)) for c in own)
+
+
+def _odd_cells(file: File, row: bytes, kind: str) -> tuple[list[str], str | None]:
+    """Return the cells of a row with quotes in odd places, as other readers of CSV read it, and why it is bad."""
+    cells = file.rows.cells(row) if kind == "odd" else None
+    try:
+        row.decode()
+    except UnicodeError:
+        return cells or [], "not text in UTF-8"
+    if cells is None:
+        return [], "a quote without its partner" if kind == "bad" else "not a line of CSV"
+    return cells, None
 
 
 def _odd_numbers(data: bytes, file: File) -> bool:
@@ -393,28 +433,9 @@ def _scan_csv(
     )
 
 
-def _csv_lines(data: bytes, separator: str, header: Sequence[str], skip: int, columns: Sequence[str]) -> pl.DataFrame:
-    """Read text whose quotes do not match, a line a row: what is good is kept, the rest marked."""
-    at = {name: i for i, name in enumerate([*header, EXTRA])}
-    out: dict[str, list[str | None]] = {c: [] for c in (*columns, BAD)}
-    lines = data.decode(errors="replace").split("\n")
-    for line in lines[skip : -1 if lines[-1] == "" else None]:
-        line = line.removesuffix("\r")
-        why = "a quote without its partner" if line.count('"') % 2 else None
-        why = "not text in UTF-8" if "\ufffd" in line else why
-        try:
-            cells = next(csv.reader([line], delimiter=separator), [])
-        except csv.Error:
-            cells, why = [], "not a line of CSV"
-        for column in columns:
-            i = at[column]
-            out[column].append(cells[i] or None if i < len(cells) else None)
-        out[BAD].append(why)
-    return pl.DataFrame(out, schema=dict.fromkeys(out, pl.String))
-
-
 def json_frame(data: bytes) -> pl.DataFrame:
     """Return the objects of JSON lines, all their keys as columns."""
+    data = _whole_characters(data)
     try:
         return pl.read_ndjson(data, infer_schema_length=None)
     except (pl.exceptions.PolarsError, UnicodeError):
@@ -423,6 +444,7 @@ def json_frame(data: bytes) -> pl.DataFrame:
 
 def _json_frame(data: bytes, columns: Sequence[str]) -> pl.DataFrame:
     bad: list[str | None] | None = None
+    data = _whole_characters(data)
     try:
         frame = pl.read_ndjson(data, infer_schema_length=None) if data.strip() else pl.DataFrame()
         if frame.height != data.count(b"\n") + (not data.endswith(b"\n")):
@@ -433,6 +455,13 @@ def _json_frame(data: bytes, columns: Sequence[str]) -> pl.DataFrame:
     if not found.width:  # rows without any of the columns are rows all the same
         found = pl.select(pl.repeat(None, frame.height, dtype=pl.String).alias(EXTRA))
     return found.with_columns(pl.Series(BAD, bad, dtype=pl.String)) if bad is not None else found
+
+
+def _whole_characters(data: bytes) -> bytes:
+    """Put U+FFFD for halves of characters in JSON (a \\ud83d alone), which other languages write and no UTF-8 has."""
+    if b"\\ud" not in data and b"\\uD" not in data:
+        return data
+    return _HALVES.sub(lambda found: found[1] or b"\\ufffd", data)
 
 
 def _json_lines(data: bytes) -> tuple[pl.DataFrame, list[str | None]]:

@@ -26,7 +26,9 @@ OUTPUTS = {
     "simulate": "raw",
     "convert": "convert",
     "select-clicks": "behaviours",
+    "tune-backbone": "backbone",
     "extract-images": "features.h5",
+    "import-features": "features.h5",
     "group": "groups",
     "train": "model",
     "predict": "predictions.parquet",
@@ -107,12 +109,9 @@ class Graph:
             needs += [model, predict]
         options += ["--convert", str(data["convert"].output), "--groups", str(data["group"].output)]
         if "extract-images" in data:
-            options += [
-                "--features",
-                str(data["extract-images"].output),
-                "--pictures",
-                str(self._pictures(base)),
-            ]
+            options += ["--features", str(data["extract-images"].output)]
+            if not base.import_features.files or base.simulate or self._pictures(base).exists():
+                options += ["--pictures", str(self._pictures(base))]
             needs.append(data["extract-images"])
         self._add("report", None, base, options, needs)
 
@@ -151,11 +150,24 @@ class Graph:
             ("--convert", str(convert.output)),
             [convert],
         )
-        if any(f.kind == "image" for f in recipe.features.values()):
-            options = ["--pictures", str(self._pictures(recipe)), "--convert", str(convert.output)]
-            if self.setting.weights:
-                options += ["--weights", self.setting.weights]
-            steps["extract-images"] = self._add("extract-images", variant, recipe, options, [*simulated, convert])
+        if any(f.kind == "image" for f in recipe.features.values()) and recipe.import_features.files:
+            options = ["--convert", str(convert.output)]
+            for option, names in (("--vectors", recipe.import_features.files), ("--ids", recipe.import_features.ids)):
+                for name in [names] if isinstance(names, str) else names:
+                    options += [option, str(raw / name)]
+            # It stands where extract-images would.
+            steps["extract-images"] = self._add("import-features", variant, recipe, options, [*simulated, convert])
+        elif any(f.kind == "image" for f in recipe.features.values()):
+            pictures = ["--pictures", str(self._pictures(recipe))]
+            weights = ["--weights", self.setting.weights] if self.setting.weights else []
+            needs = [*simulated, convert]
+            if recipe.extract_images.weights == "tuned":
+                options = [*pictures, "--raw", str(raw), *weights]
+                tuned = steps["tune-backbone"] = self._add("tune-backbone", variant, recipe, options, simulated)
+                weights = ["--weights", str(tuned.output)]
+                needs.append(tuned)
+            options = [*pictures, "--convert", str(convert.output), *weights]
+            steps["extract-images"] = self._add("extract-images", variant, recipe, options, needs)
         steps["group"] = self._add(
             "group",
             variant,

@@ -17,7 +17,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import click
 
 from ctrkit import digests, files
-from ctrkit.errors import Resumable, UserError
+from ctrkit.errors import Resumable, UsageError, UserError
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
@@ -34,14 +34,44 @@ TABLES: dict[str, tuple[str, ...]] = {
     "simulate": ("simulate",),
     "convert": ("convert", "split", "features", "daily"),
     "select-clicks": ("features", "select-clicks"),
+    "tune-backbone": (
+        "tune-backbone",
+        "convert.goods",
+        "convert.ads",
+        "extract-images.template",
+        "extract-images.index",
+        "extract-images.id_column",
+        "extract-images.path_column",
+        "extract-images.bytes_column",
+    ),
     "extract-images": ("extract-images",),
+    "import-features": ("import-features",),
     "group": ("group", "split", "features"),
     "train": ("train", "features"),
     "predict": ("predict",),
     "eval": ("eval",),
     "report": ("report", "name", "about", "simulate", "extract-images", "predict"),
 }
+MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
+"""Input → the stage that makes such a folder. Where it has a sidecar, it must be as that stage left it."""
+MARKS = {"simulate": "truth.parquet", "convert": "split.json", "group": "schema.json", "train": "model.pt"}
+"""Stage → a file by which its output is known where there is no sidecar."""
+MEANING = (
+    "column",
+    "kind",
+    "vocab",
+    "multi_hot",
+    "separator",
+    "min_count",
+    "top",
+    "hash_buckets",
+    "edges",
+    "quantiles",
+)
+"""Keys of a feature that decide what its indexes stand for."""
 Inputs = Mapping[str, Path | None]
+Contents = dict[str, list[Any]]
+"""File of a folder, or folder in it that has files → how many files, their digest."""
 
 
 def cache() -> digests.Digests:
@@ -88,27 +118,104 @@ def provenance(
 
 def is_fresh(output: Path, key: str, known: digests.Digests) -> bool:
     """Say whether `output` is what its sidecar describes, and was made with `key`."""
+    sidecar = read_sidecar(output)
+    return bool(sidecar and sidecar.get("key") == key and sidecar.get("content") == known.of(output))
+
+
+def read_sidecar(output: Path) -> dict[str, Any]:
+    """Return the sidecar of an output; empty if ctrkit wrote none."""
     try:
         sidecar = json.loads(files.sidecar_path(output).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return bool(sidecar.get("key") == key and sidecar.get("content") == known.of(output))
+        return {}
+    return sidecar if isinstance(sidecar, dict) and "stage" in sidecar and "content" in sidecar else {}
+
+
+def _check_inputs(inputs: Inputs, made_from: Mapping[str, str], known: digests.Digests) -> None:
+    """Refuse a folder that another stage wrote, or that is no longer as its stage left it. One without a sidecar is
+    somebody else's, who answers for it."""
+    for name, stage in MADE_BY.items():
+        path = inputs.get(name)
+        if path is None or made_from[name] == digests.MISSING:
+            continue
+        sidecar = read_sidecar(path)
+        marked = [other for other, mark in MARKS.items() if (path / mark).is_file()]
+        wrote = sidecar["stage"] if sidecar else next(iter(marked), stage)
+        if wrote != stage:
+            raise UserError(f"{path} is what ctrkit {wrote} wrote; give the folder that ctrkit {stage} wrote")
+        if sidecar and sidecar["content"] != made_from[name]:
+            raise UserError(
+                f"{path} is not what ctrkit {stage} wrote: {_difference(path, sidecar, known)}; "
+                f"run ctrkit {stage} again"
+            )
+
+
+def _difference(path: Path, sidecar: Mapping[str, Any], known: digests.Digests) -> str:
+    """Say what of a folder is not as its sidecar says."""
+    then: Contents = sidecar.get("contents", {})
+    now = _contents(known.inside(path)) if then and path.is_dir() else {}
+    differ = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if not differ or not now:
+        return "its content has changed since"
+    name, others = differ[0], len(differ) - 1
+    if name not in now:
+        told = "is missing"
+    elif name not in then:
+        told = "was not there"
+    elif then[name][0] != now[name][0]:
+        told = f"has {now[name][0]:,} instead of {then[name][0]:,} files"
+    else:
+        told = "has changed"
+    return f"{name} {told}" + (f", and so for {others:,} more" if others else "")
+
+
+def _contents(inside: Mapping[Path, str]) -> Contents:
+    """Return the contents of a folder, whose files have these digests."""
+    groups: dict[str, dict[Path, str]] = {}
+    for path, digest in inside.items():
+        groups.setdefault(str(path.parent if path.parent.name else path), {})[path] = digest
+    return {name: [len(some), digests.folder(some)] for name, some in groups.items()}
+
+
+def check_features(recipe: Recipe, names: Iterable[str], folder: Path) -> None:
+    """Refuse a folder whose sidecar says that these features of the recipe are not in it, or mean something else."""
+    sidecar = read_sidecar(folder)
+    made = sidecar.get("config", {}).get("features")
+    if made is None:
+        return
+    own = recipe.tables("features")["features"]
+    again = f"run ctrkit {sidecar['stage']} again"
+    for name in names:
+        if name not in made:
+            raise UserError(f"{folder} has no feature {name!r}; it is of another recipe: {again}")
+        for key in MEANING:
+            was, now = made[name].get(key), own[name][key]
+            if key in made[name] and was != now:
+                raise UserError(
+                    f"{folder} was made with features.{name}.{key} = {was!r}, and the recipe says {now!r}: {again}"
+                )
 
 
 @dataclass
 class Work:
     """An output in the making."""
 
+    target: Path
+    """What is to be made."""
     path: Path
     """Where to write it; it is moved to its name when the block ends well."""
     parts: Path
     """A folder for finished parts of the work. What is there was left by a killed run of the same work; it goes when
     the block ends well."""
+    inputs: Mapping[str, str]
+    """The digest of each input."""
     counts: dict[str, Any] = field(default_factory=dict)
     """Row counts and the like, for the sidecar."""
 
     def begin(self) -> Path:
         """Return a folder among the parts to build the output folder in, perhaps begun by a killed run."""
+        if self.target.is_file():
+            raise UsageError(f"{self.target} is a file, and a folder is to be written; name another output")
         out = self.parts / "out"
         if not out.is_dir():
             files.remove(self.parts)
@@ -157,6 +264,8 @@ def output(
     the stage ends here, well.
     """
     known = cache()
+    if target.name in ("", ".."):
+        raise UsageError(f"the output {str(target)!r} has no name of its own, and a sidecar goes beside it; name it")
     if _checking:
         fresh = not files.is_locked(target) and is_fresh(
             target, provenance(stage, recipe, inputs, known, options).key, known
@@ -166,6 +275,7 @@ def output(
     _guard(inputs, target)
     with files.locked(target):
         made_from = provenance(stage, recipe, inputs, known, options)
+        _check_inputs(inputs, made_from.inputs, known)
         for old in files.leftovers(target, parts=False):
             files.remove(old)
         if os.environ.get("CTRKIT_UNLESS_FRESH") and is_fresh(target, made_from.key, known):
@@ -176,16 +286,26 @@ def output(
         parts = _parts_folder(target, made_from.key)
         try:
             with files.atomic(target) as tmp:
-                work = Work(tmp, parts)
+                work = Work(target, tmp, parts, made_from.inputs)
                 yield work
         except UserError as e:
             if not isinstance(e, Resumable):  # what has to be mended changes the work
                 files.remove(parts)
             raise
+        except KeyboardInterrupt:
+            if parts.is_dir():
+                say(f"{stage}: stopped; run the same command again, and it goes on from what was done")
+            raise
+        except Exception as e:
+            if files.no_room(e):
+                raise files.cannot_write(target, e) from None
+            raise
+        inside = known.inside(target) if target.is_dir() else {}
         sidecar = {
             "stage": stage,
             "key": made_from.key,
-            "content": known.of(target),
+            "content": digests.folder(inside) if target.is_dir() else known.of(target),
+            **({"contents": _contents(inside)} if target.is_dir() else {}),
             "config": made_from.config,
             "inputs": made_from.inputs,
             "code": made_from.code,

@@ -5,6 +5,7 @@ it, and returns a frozen `Recipe`. An unknown key is an error that names the nea
 """
 
 import datetime
+import functools
 import re
 import tomllib
 import zoneinfo
@@ -19,6 +20,8 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -26,8 +29,30 @@ from ctrkit.errors import UsageError, nearest
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _needs(form: str) -> WrapValidator:
+    """Say in one sentence what a value that may have several forms has to be."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            given = str(value) if isinstance(value, datetime.date) else repr(value)
+            raise ValueError(f"has to be {form} (given: {given})") from None
+
+    return WrapValidator(check)
+
+
 # Days by number from the end (1 = the last day present), a share of the time range, or dates.
-Days = Annotated[int, Field(ge=0)] | Fraction | tuple[datetime.date, ...]
+Days = Annotated[
+    Annotated[int, Field(ge=0)] | Fraction | tuple[datetime.date, ...],
+    _needs("a number of days, a share between 0 and 1, or a list of dates, such as [2024-03-20]"),
+]
+Names = Annotated[str | tuple[str, ...], _needs("a name or a list of names")]
+Column = Annotated[str | Annotated[int, Field(ge=1)], _needs("a column's name, or its position from 1")]
+MOST_DAYS = 100_000
+"""Of a window; `"all"` is more."""
 
 
 def _zone(name: str) -> str:
@@ -52,10 +77,16 @@ def _encoding(name: str) -> str:
 Encoding = Annotated[str, AfterValidator(_encoding)]
 
 
-class Table(BaseModel):
-    """A recipe table: frozen, and an unknown key is an error."""
+def _id_template(text: str) -> str:
+    if text.count("{id}") != 1:
+        raise ValueError(f'template has to have {{id}} once, such as "{{id}}.jpg" (given: {text!r})')
+    return text
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+class Table(BaseModel):
+    """A recipe table: frozen, numbers finite, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class Simulate(Table):
@@ -91,11 +122,11 @@ class Simulate(Table):
 class Source(Table):
     """One input table: which files, what its columns are called, which of its rows count."""
 
-    files: str | tuple[str, ...]
+    files: Names
     """Names, globs or folders, relative to the raw folder, or URLs such as s3://…: CSV, TSV, JSONL or Parquet, each
     also .gz or .zst. A folder stands for all data files below it; `day=2024-03-01` in a path is a column `day`.
     `{today}` is the day of `--today`, such as 2024-03-01, and any text where that is not given."""
-    columns: dict[str, str | Annotated[int, Field(ge=1)]] = {}
+    columns: dict[str, Column] = {}
     """Our name → the file's column name, or its position from 1 where there is no header. Columns not named keep
     their own names (without a header: column_1, column_2, …)."""
     format: Literal["", "csv", "tsv", "jsonl", "parquet"] = ""
@@ -130,7 +161,7 @@ class Convert(Table):
     """SQL expression over an impression's columns that is true for a click. Else clicks are joined."""
     clicks: Source | None = None
     """Joined by `id` where both logs have it, else by `user`, `ad` and `time`."""
-    attribution_window: Annotated[float, Field(ge=0)] = 3600.0
+    attribution_window: Annotated[float, Field(ge=0, le=1e9)] = 3600.0
     """Seconds after an impression in which a click of the same user and ad is its click."""
     drop_repeats: bool | None = None
     """Whether impressions of the same user, ad and time are duplicates. Default: where clicks are joined by them."""
@@ -223,16 +254,16 @@ class Feature(Table):
 class Daily(Table):
     """`[daily]`: `make TODAY=…`, which converts one day at a time."""
 
-    window_days: Annotated[int, Field(ge=2)] = 15
+    window_days: Annotated[int, Field(ge=2, le=MOST_DAYS)] = 15
     """Days of samples kept, today's included."""
-    behaviour_days: Annotated[int, Field(ge=1)] = 30
+    behaviour_days: Annotated[int, Field(ge=1, le=MOST_DAYS)] = 30
     """Days of behaviours kept, today's included."""
 
 
 class SelectClicks(Table):
     """`[select-clicks]`: the typical clicks before each day (DICM section VI)."""
 
-    window_days: Annotated[int, Field(ge=1)] | None = 14
+    window_days: Annotated[int, Field(ge=1, le=MOST_DAYS)] | None = 14
     """Days before the served day's midnight that count; leave out (or `"all"` in TOML) for all earlier days."""
     min_dwell: Annotated[float, Field(ge=0)] = 0.0
     """Seconds; shorter visits are accidents. Clicks without a dwell time pass."""
@@ -260,7 +291,8 @@ class ExtractImages(Table):
     backbone: str = "vgg16:fc6"
     """torchvision model and layer."""
     weights: str = "published"
-    """`published` (torchvision's own, downloaded), `random` (seeded) or the path of a state dict."""
+    """`published` (torchvision's own, downloaded), `random` (seeded) or the path of a state dict; in a run also
+    `tuned`, what `tune-backbone` makes first."""
     seed: int = 0
     size: Annotated[int, Field(ge=32)] = 224
     """Side of the square the network sees, in pixels."""
@@ -269,12 +301,103 @@ class ExtractImages(Table):
     device: str = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the network; 0: all cores. Set it where other stages run side by side."""
+    workers: Annotated[int, Field(ge=0, le=512)] = 0
+    """Processes that read and decode; 0: threads beside a network on the CPU, a process a core beside one on a GPU."""
     folder: str = "pictures"
-    """Where the raw folder has its pictures."""
+    """Where the raw folder has its pictures: a folder; a tar, zip or Parquet file; a folder or a glob of such."""
     template: str = "{image}"
-    """Path of a picture below the pictures folder."""
+    """Path of a picture below the pictures folder, or in the archive."""
+    index: str | None = None
+    """A table (CSV, TSV or Parquet) that names each picture's path, instead of the template. Where the table lies is
+    relative to the pictures folder, or to the folder of the archives."""
+    id_column: str = "image"
+    """The picture's id, in the index or in Parquet files of pictures; `a.b` is the field b of the struct a."""
+    path_column: str = "path"
+    """In the index: the path below the pictures folder, or in the archive."""
+    bytes_column: str = "bytes"
+    """In Parquet files of pictures: the picture's file."""
     max_bad_rate: Rate = 0.05
     """Share of referred pictures that may be missing or unreadable."""
+
+
+class ImportFeatures(Table):
+    """`[import-features]`: picture vectors that were made elsewhere, in the place of extract-images."""
+
+    files: Names = ()
+    """For `ctrkit run` and make: the files of vectors below the raw folder, in one format; names, folders or globs.
+    Where it is given, no pictures are extracted."""
+    ids: Names = ()
+    """Likewise, of NPY files: the files of ids, as many and in the same order."""
+    format: Literal["", "parquet", "npy", "hdf5", "amazon"] = ""
+    """Default: by the name's ending. `amazon`: image_features_*.b of the Amazon product data."""
+    id: str = ""
+    """The ids' column (Parquet) or data set (HDF5). Default: the only one it may be."""
+    vector: str = ""
+    """The vectors' column of lists, or data set [rows, width]. Default: the only one it may be."""
+    template: Annotated[str, AfterValidator(_id_template)] = "{id}"
+    """The id in the recipe's vocabulary of pictures, from the one beside the vector: "{id}.jpg"."""
+    made_by: str = ""
+    """The network and layer that made the vectors, in words, for the report."""
+    max_bad_rate: Rate = 0.05
+    """Share of the vocabulary's pictures that may lack a usable vector; with --all, of vectors that may be unusable."""
+
+
+class TuneBackbone(Table):
+    """`[tune-backbone]`: a network fine-tuned on pictures labelled by category (VGG16_tuning of DICM's Table II).
+
+    Where the pictures lie is what `[extract-images]` says.
+    """
+
+    model: str = "vgg16"
+    """A torchvision classification model."""
+    weights: str = "published"
+    """Where it starts: `published` (torchvision's own, downloaded), `random` (seeded) or the path of a state dict."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the split, the order, the augmentation, dropout, the new layer and random weights."""
+    table: Literal["goods", "ads"] = "goods"
+    """The table of [convert] that says the category of a picture, where no `--labels` are given."""
+    image: str = "image"
+    """Its column of picture ids, or a template such as "{goods}.jpg"."""
+    category: str = "category"
+    """Its column of categories."""
+    separator: str = ""
+    """What is between the categories of a cell that holds several; the first counts."""
+    min_count: Annotated[int, Field(ge=2)] = 20
+    """Categories with fewer distinct usable pictures are left out."""
+    valid_share: Fraction = 0.1
+    """Share of each category's pictures that validates."""
+    max_bad_rate: Rate = 0.05
+    """Share of the labelled pictures that may be missing or unreadable."""
+    size: Annotated[int, Field(ge=32)] = 224
+    """Side of the square the network sees, in pixels: as in [extract-images]."""
+    smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Training sees random crops of so much of a picture's area, at least; 1: no crops."""
+    flip: bool = True
+    """Mirror half of the pictures, at random."""
+    freeze: str = ""
+    """The last layer that is left as it is, such as "conv5"; those before it are as well. Default: none."""
+    epochs: Annotated[int, Field(ge=1)] = 10
+    batch: Annotated[int, Field(ge=2)] = 32
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    """At its highest: it rises over the first steps and falls to 0 along a cosine."""
+    head_rate: Annotated[float, Field(gt=0)] = 10.0
+    """The new last layer learns so many times faster."""
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of all steps over which the learning rate rises."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0001
+    """On weights, not on biases and norms."""
+    patience: Annotated[int, Field(ge=0)] = 3
+    """Epochs without a better validation accuracy before training stops; 0: never early. The best epoch is kept."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """A run that is killed loses at most so much; the end of an epoch is always kept."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision, with float32 weights."""
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the network; 0: all cores. The last bits of its weights depend on it."""
 
 
 class Group(Table):
@@ -303,6 +426,8 @@ class Train(Table):
     """Layer widths of the trainable part (DICM Table III)."""
     share_extractors: bool = False
     """One extractor for Adnet and Usernet instead of two."""
+    has_picture: bool = False
+    """Give the extractors one more number beside a picture's vector: 1 where there is a picture, 0 where not."""
     tower: tuple[int, ...] = (200, 80)
     """Hidden widths of the discriminator, before the two outputs."""
     attention: tuple[int, ...] = (80, 40)
@@ -374,6 +499,11 @@ class Report(Table):
     gallery_cases: Annotated[int, Field(ge=0)] = 8
     gallery_pictures: Annotated[int, Field(ge=1)] = 6
     """Pictures in each of the two rows, highest and lowest weight."""
+    sheet_queries: Annotated[int, Field(ge=0, le=100)] = 8
+    """Pictures on the contact sheet, each with those most like it; 0: no contact sheet."""
+    sheet_neighbours: Annotated[int, Field(ge=1, le=100)] = 6
+    sheet_seed: int = 0
+    """Of the draw of the pictures, by how often training shows them."""
 
 
 VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -409,7 +539,7 @@ class Recipe(Table):
     about: str = ""
     engine: Literal["local", "ray"] = "local"
     """Who runs the tasks of the data stages: processes here, or a Ray cluster. The bytes are the same."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=512)] = 0
     """Tasks at a time; 0: as many as there are cores."""
     simulate: Simulate | None = None
     convert: Convert = Convert()
@@ -418,6 +548,8 @@ class Recipe(Table):
     features: dict[str, Feature] = {}
     select_clicks: SelectClicks = Field(default=SelectClicks(), alias="select-clicks")
     extract_images: ExtractImages = Field(default=ExtractImages(), alias="extract-images")
+    tune_backbone: TuneBackbone = Field(default=TuneBackbone(), alias="tune-backbone")
+    import_features: ImportFeatures = Field(default=ImportFeatures(), alias="import-features")
     group: Group = Group()
     train: Train = Train()
     predict: Predict = Predict()
@@ -473,9 +605,10 @@ class Recipe(Table):
         return {n: f for n, f in self.features.items() if f.of == of and (f.kind == "image") == (kind == "image")}
 
     def tables(self, *names: str) -> dict[str, Any]:
-        """Return the named tables as plain JSON values, for sidecars and digests."""
+        """Return the named tables, or keys of them (`extract-images.template`), as plain JSON values, for sidecars and
+        digests."""
         plain = self.model_dump(mode="json", by_alias=True)
-        return {name: plain[name] for name in names}
+        return {name: functools.reduce(lambda table, key: table[key], name.split("."), plain) for name in names}
 
 
 def find(recipe: str | Path) -> Path:
@@ -491,6 +624,8 @@ def find(recipe: str | Path) -> Path:
         if (home / recipe / "recipe.toml").is_file():
             return home / recipe / "recipe.toml"
     known = {p.parent.name for home in homes for p in home.glob("*/recipe.toml")}
+    if (file := path.with_name(f"{path.name}.toml") if path.name else path).is_file():
+        raise UsageError(f"no recipe {str(recipe)!r}; did you mean '{file}'?")
     raise UsageError(f"no recipe {str(recipe)!r}: neither a file nor a shipped recipe{nearest(str(recipe), known)}")
 
 
@@ -590,6 +725,8 @@ def _model_at(loc: Sequence[str]) -> type[Table] | None:
         "features": Feature,
         "select-clicks": SelectClicks,
         "extract-images": ExtractImages,
+        "import-features": ImportFeatures,
+        "tune-backbone": TuneBackbone,
         "group": Group,
         "train": Train,
         "predict": Predict,

@@ -58,24 +58,40 @@ class Rejects:
         """Raise UserError if a table has more bad rows than `max_rate` of its rows."""
         for source, rows in self.rows.items():
             bad = self._bad(source)
-            if bad.height <= max_rate * rows:
-                continue
-            reasons = (
-                bad.group_by("reason", maintain_order=True)
-                .agg(pl.len().alias("n"), pl.col("file", "row", "cell").first())
-                .sort("n", "reason", descending=[True, False])
-            )
-            shown = [
-                f"{r['n']:,} × {r['reason']} (such as {r['file']} row {r['row']}"
-                + (f": {_short(r['cell'])})" if r["cell"] is not None else ")")
-                for r in reasons.head(SHOWN_REASONS).to_dicts()
-            ]
-            share = f"{100 * bad.height / rows:.3g}%"
-            raise UserError(
-                f"{bad.height:,} of {rows:,} rows of {source} ({share}) cannot be used, more than "
-                f"convert.max_reject_rate = {max_rate:g} allows: {'; '.join(shown)}. Mend the rows, name the right "
-                f"columns in [convert.{source}], or raise convert.max_reject_rate"
-            )
+            if bad.height > max_rate * rows:
+                raise UserError(
+                    f"{bad.height:,} of {rows:,} rows of {source} ({100 * bad.height / rows:.3g}%) cannot be used, "
+                    f"more than convert.max_reject_rate = {max_rate:g} allows: {_reasons(bad)}. Mend the rows, name "
+                    f"the right columns in [convert.{source}], or raise convert.max_reject_rate"
+                )
+
+    def check_left(self, source: str) -> None:
+        """Raise UserError if a table has rows and all of them are bad, whatever rate is allowed."""
+        bad, rows = self._bad(source), self.rows.get(source, 0)
+        if rows and bad.height == rows:
+            raise UserError(none_left(source, f"{rows:,}", _reasons(bad)))
+
+
+def none_left(source: str, rows: str, reasons: str, hint: str = "") -> str:
+    """Say that all rows of a table are bad: how many, why, and what to do if that is known."""
+    return (
+        f"none of the {rows} rows of {source} can be used: {reasons}; "
+        f"{hint or f'mend the rows, or name the right columns in [convert.{source}]'}"
+    )
+
+
+def _reasons(bad: pl.DataFrame) -> str:
+    """Say the commonest reasons of bad rows."""
+    reasons = (
+        bad.group_by("reason", maintain_order=True)
+        .agg(pl.len().alias("n"), pl.col("file", "row", "cell").first())
+        .sort("n", "reason", descending=[True, False])
+    )
+    return "; ".join(
+        f"{r['n']:,} × {r['reason']} (such as {r['file']} row {r['row']}"
+        + (f": {_short(r['cell'])})" if r["cell"] is not None else ")")
+        for r in reasons.head(SHOWN_REASONS).to_dicts()
+    )
 
 
 def _short(cell: str) -> str:

@@ -11,12 +11,14 @@ import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ctrkit import charts, files, gallery, metric_tables
+from ctrkit import charts, contact_sheet, files, gallery, metric_tables
 from ctrkit.errors import UserError
 from ctrkit.metric_tables import UNSEEN
 from ctrkit.recipe import Recipe
 
 SPLITS = ("train", "valid", "test")
+PART = 1 << 20
+"""Pictures of features.h5 whose rows are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class Gallery:
 def make_report(recipe: Recipe, sources: Sources) -> str:
     """Return the report as HTML. Raises UserError for a file that is not what it should be."""
     metrics = read_metrics(sources.metrics)
+    thumbnails = gallery.Thumbnails(sources.pictures, recipe.extract_images)
     return render(
         recipe,
         metrics,
@@ -67,7 +70,8 @@ def make_report(recipe: Recipe, sources: Sources) -> str:
         rejects=rejects(sources.convert) if sources.convert else [],
         picture_facts=picture_facts(sources.features) if sources.features else [],
         histories={name: read_history(model) for name, model in sources.models.items()},
-        shown=make_gallery(recipe, sources),
+        shown=make_gallery(recipe, sources, thumbnails),
+        sheet=make_sheet(recipe, sources, thumbnails),
         stages=stage_seconds(sources),
     )
 
@@ -81,6 +85,7 @@ def render(
     picture_facts: Sequence[tuple[str, str]] = (),
     histories: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     shown: Gallery | None = None,
+    sheet: contact_sheet.ContactSheet | None = None,
     stages: Sequence[tuple[str, float]] = (),
 ) -> str:
     """Render plain data to HTML. Everything that comes from the data is escaped."""
@@ -110,6 +115,8 @@ def render(
         loss_chart=curve(names, histories, "loss", "Training loss by step"),
         valid_chart=curve(names, histories, "valid_gauc", "Validation GAUC by step"),
         gallery=shown,
+        sheet=sheet,
+        same=contact_sheet.SAME,
         stages=stages,
     )
 
@@ -191,7 +198,8 @@ def picture_facts(features: Path) -> list[tuple[str, str]]:
     """Return what features.h5 says of its pictures and of the network, as names and values."""
     try:
         with h5py.File(features) as f:
-            vectors, row, attributes = f["features"].shape, f["row"][:], dict(f.attrs)
+            vectors, pictures, attributes = f["features"].shape, len(f["row"]), dict(f.attrs)
+            missing = sum(int((f["row"][n : n + PART] < 0).sum()) for n in range(0, pictures, PART))
     except (OSError, KeyError) as e:
         raise UserError(f"{features} is not a features.h5 of ctrkit extract-images: {e}") from None
 
@@ -202,7 +210,7 @@ def picture_facts(features: Path) -> list[tuple[str, str]]:
     if weights.startswith("random"):
         weights += ": an untrained network, which sees colours and textures but knows no objects"
     return [
-        ("Pictures", f"{len(row):,}, of these {int((row < 0).sum()):,} missing or unreadable"),
+        ("Pictures", f"{pictures:,}, of these {missing:,} missing or unreadable"),
         ("Distinct pictures", f"{vectors[0]:,}"),
         ("Network", f"{name('backbone')}, layer {name('layer')}, {vectors[1]:,} numbers a picture"),
         ("Weights", weights),
@@ -221,7 +229,24 @@ def stage_seconds(sources: Sources) -> list[tuple[str, float]]:
     return found
 
 
-def make_gallery(recipe: Recipe, sources: Sources) -> Gallery | None:
+def make_sheet(recipe: Recipe, sources: Sources, thumbnails: gallery.Thumbnails) -> contact_sheet.ContactSheet | None:
+    """Choose the pictures of the contact sheet; None without vectors, vocabulary and pictures."""
+    settings = recipe.report
+    if not settings.sheet_queries or sources.features is None or sources.convert is None or sources.pictures is None:
+        return None
+    if not (sources.convert / "vocab" / "image.parquet").is_file():
+        return None
+    return contact_sheet.make_sheet(
+        sources.features,
+        sources.convert,
+        thumbnails,
+        queries=settings.sheet_queries,
+        neighbours=settings.sheet_neighbours,
+        seed=settings.sheet_seed,
+    )
+
+
+def make_gallery(recipe: Recipe, sources: Sources, thumbnails: gallery.Thumbnails) -> Gallery | None:
     """Choose the cases and read their attention weights; None without a model that attends to pictures."""
     settings = recipe.report
     variant = gallery.choose_variant(recipe, sources.models) if settings.gallery_cases else None
@@ -244,5 +269,5 @@ def make_gallery(recipe: Recipe, sources: Sources) -> Gallery | None:
         variant=variant,
         cases=gallery.choose_cases(weights, settings.gallery_cases, settings.gallery_pictures),
         looked_at=len(chosen),
-        thumbnails=gallery.Thumbnails(sources.pictures, recipe.extract_images.template, recipe.extract_images.size),
+        thumbnails=thumbnails,
     )

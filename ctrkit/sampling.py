@@ -19,7 +19,7 @@ import zstandard
 
 from ctrkit import parquet_footer
 from ctrkit.errors import UserError
-from ctrkit.pieces import LONGEST_CELL, ROW, File, Piece, head, remote
+from ctrkit.pieces import LONGEST_CELL, ROW, File, Piece, head, last_row_end, remote
 from ctrkit.tables import RawTable, as_text
 
 ROWS, BYTES = 100_000, 32 << 20
@@ -178,8 +178,7 @@ def _windows(file: File, rows: int, size: int, count: int) -> tuple[list[Piece],
         with open(file.path, "rb") as f:
             if file.quoted and len(_row_ends(data)) < data.count(b"\n"):  # a line break may be inside a cell
                 data = f.read(length)
-                ends = _row_ends(data)
-                return [Piece(0, int(ends[-1]) if len(ends) else data.rfind(b"\n") + 1)], False
+                return [Piece(0, last_row_end(file, data) or data.rfind(b"\n") + 1)], False
             each = max(1, length // count)
             begins = [_row_begin(f, int(at)) for at in np.linspace(0, in_all - each, count)]
             ends_of = [_row_begin(f, min(begin + each, in_all)) for begin in begins]

@@ -31,7 +31,7 @@ class Log:
     zone: str
     begin: int = 0
     end: int | None = None
-    """Rows of other times (epoch milliseconds; `end` not included) are left out."""
+    """Rows of other times (epoch milliseconds; `end` not included) are left out, clicks known by an id marked."""
 
     @property
     def by_user(self) -> bool:
@@ -42,6 +42,8 @@ class Log:
         """Return the columns to read."""
         own = [c for keys in self.keys.values() for c in keys if c not in CLOCK]
         extra = ["dwell"] if self.table.name == "behaviours" and "dwell" in self.table.names else []
+        if not self.by_user and self.end is not None and "time" in self.table.names:
+            extra.append("time")
         return list(dict.fromkeys([*core(self.table, with_id=self.with_id), *own, *extra]))
 
 
@@ -59,7 +61,7 @@ def scan(log: Log, number: int, piece: Piece, stem: Path) -> dict[str, Any]:
         result["rows"] += rows
         result["read"] += frame.height
         bad_rows.append(bad)
-        if log.end is not None and "time" in good.columns:
+        if log.end is not None and log.by_user:
             inside = good.filter(pl.col("time").is_between(log.begin, log.end, closed="left"))
             result["other days"] += good.height - inside.height
             good = inside
@@ -96,6 +98,9 @@ def _write_chunk(log: Log, good: pl.DataFrame, stem: str) -> dict[str, Any]:
         chunk["times"] = [first, last]
     else:
         parts, order = np.zeros(good.height, np.uint16), np.arange(good.height)
+        if "time" in good.columns:  # a click of any time may answer an impression
+            inside = good["time"].is_between(log.begin, log.end, closed="left").fill_null(True)
+            columns["other_day"] = (~inside).cast(pl.UInt8).to_numpy()
     chunk["begins"] = spool.offsets(parts, log.partitions)
     if "click" in good.columns:
         columns["click"] = good["click"].to_numpy()
@@ -154,7 +159,6 @@ def _write_ids(log: Log, ids: pl.Series, parts: Ints, order: Ints, stem: str) ->
     in STEM.rows); return where each partition begins, and the layout of the latter."""
     at = np.empty(len(order), np.uint32)
     at[order] = np.arange(len(order), dtype=np.uint32)
-    ids = ids.cast(pl.String)
     own = spool.partition_of(ids, log.partitions)
     by_part = np.argsort(own, kind="stable")
     spool.write_frame(f"{stem}.ids", ids.gather(by_part).to_frame("id"))

@@ -1,10 +1,12 @@
 """Which raw files a recipe names. Imports nothing heavy, so that Make rules can be written from it."""
 
 import datetime
+import glob
 import string
 from pathlib import Path
 
-from ctrkit.recipe import Feature, Recipe, Source
+from ctrkit.errors import UserError
+from ctrkit.recipe import ExtractImages, Feature, Recipe, Source
 
 SOURCES = ("impressions", "clicks", "users", "ads", "goods", "behaviours")
 """The input tables of `[convert]`, by key."""
@@ -100,6 +102,46 @@ def raw_inputs(recipe: Recipe, raw: Path, *sources: str) -> dict[str, Path]:
         if source is not None:
             found.update((f"raw/{inner}", path) for inner, path in source_files(source, raw).items())
     return found
+
+
+def picture_inputs(pictures: Path, settings: ExtractImages) -> dict[str, Path]:
+    """Return what decides the pictures, for provenance: a folder or file, or the files that a glob matches, and the
+    index table. Raises UserError if nothing is there."""
+    found = {"pictures": pictures}
+    if (paths := picture_paths(pictures)) != [pictures]:
+        found = {f"pictures/{path.relative_to(glob_root(pictures))}": path for path in paths}
+    if settings.index is not None:
+        found["picture index"] = index_path(pictures, settings.index)
+    return found
+
+
+def picture_paths(pictures: Path) -> list[Path]:
+    """Return the folder or file that `--pictures` names, or what it matches as a glob. Raises UserError if nothing."""
+    if pictures.exists():
+        return [pictures]
+    is_pattern = is_glob(str(pictures))
+    found = [Path(name) for name in sorted(glob.glob(str(pictures), recursive=True))] if is_pattern else []
+    if not found:
+        raise UserError(
+            f"--pictures {pictures} is not there: it is not a folder, not a file"
+            + (", and matches none as a glob" if is_pattern else "")
+        )
+    return found
+
+
+def glob_root(pattern: Path) -> Path:
+    """Return the folder above the first wildcard of a pattern."""
+    root = pattern
+    while is_glob(str(root)):
+        root = root.parent
+    return root
+
+
+def index_path(pictures: Path, index: str) -> Path:
+    """Return where `extract-images.index` lies: below the pictures folder, or beside the archives."""
+    if pictures.exists():
+        return (pictures if pictures.is_dir() else pictures.parent) / index
+    return glob_root(pictures) / index
 
 
 def fields(feature: Feature) -> list[str]:

@@ -8,7 +8,7 @@ import contextlib
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,12 @@ def whole(path: Path) -> Iterator[Path]:
     """Yield where to write a file that then takes the place of `path`: a task may be done twice, even at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    yield tmp
-    tmp.replace(path)
+    try:
+        yield tmp
+        tmp.replace(path)
+    except BaseException:  # a full disk, say, whose room is needed
+        tmp.unlink(missing_ok=True)
+        raise
 
 
 def write_frame(path: Path | str, frame: pl.DataFrame) -> None:
@@ -35,8 +39,13 @@ def write_frame(path: Path | str, frame: pl.DataFrame) -> None:
 
 def write_array(path: Path | str, array: Ints) -> None:
     """Write the bytes of an array; `np.fromfile` reads them."""
-    with whole(Path(path)) as tmp:
-        array.tofile(tmp)
+    with whole(Path(path)) as tmp, open(tmp, "wb") as f:
+        _write_bytes(f, array)
+
+
+def _write_bytes(f: BinaryIO, array: Ints) -> None:
+    """Write the bytes of an array. Its own `tofile` tells nothing if the disk is full at the last ones."""
+    f.write(np.ascontiguousarray(array).data)
 
 
 def hashes(texts: pl.Series) -> pl.Series:
@@ -168,7 +177,7 @@ def write(path: Path, columns: Mapping[str, Ints]) -> Layout:
         for name, column in columns.items():
             f.write(bytes(-f.tell() % column.itemsize))
             layout[name] = (column.dtype.str, f.tell())
-            np.ascontiguousarray(column).tofile(f)
+            _write_bytes(f, column)
     return layout
 
 

@@ -6,10 +6,12 @@ stays "007". Only SQL conditions see numbers, where a column holds numbers.
 
 import concurrent.futures
 import dataclasses
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from ctrkit import parquet_footer
@@ -32,6 +34,7 @@ from ctrkit.pieces import (
     remote_columns,
     remote_files,
 )
+from ctrkit.progress import say
 from ctrkit.recipe import Recipe, Source
 from ctrkit.sources import COMPRESSIONS, FORMATS, is_url, patterns, source_files, suffix
 
@@ -43,6 +46,10 @@ CSV_BYTES = 512 << 10
 """How much of a CSV file is read to learn what its columns hold."""
 FIRST_ROW_BYTES = 64 << 10
 SAMPLE_ROWS = 2_000
+ACROSS_ROWS = {"Agg", "Over", "Explode", "Correlation", "Quantile", "Rank", "SubPlan"}
+"""Parts of polars' expressions that look at more than a row."""
+SHOWN_CHARACTERS = 60
+"""Of a column's name in messages."""
 LATEST_MS = 7_258_118_400_000
 """The year 2200. A later time has the wrong unit."""
 
@@ -66,27 +73,26 @@ class RawTable:
     """SQL expression of `convert.label`, for impressions."""
     time_unit: str = "s"
     wanted: list[str] = field(default_factory=list)
+    skipped: tuple[str, ...] = ()
+    """Names of empty files, which are not among `files`."""
 
     def require(self, *columns: str) -> None:
         """Raise UserError unless the table has these columns (our names)."""
         for column in columns:
             if column not in self.names:
                 files = ", ".join(f.name for f in self.files[:3]) + (", …" if len(self.files) > 3 else "")
-                raise UserError(
-                    f"{files} ([convert.{self.name}]) has no column "
-                    f"{column!r}{_end(nearest(column, self.names))} If it has another name, say so with "
-                    f'--set convert.{self.name}.columns.{column}="ITS NAME"{self._separator_hint()}'
-                )
-
-    def _separator_hint(self) -> str:
-        columns = self.headers[0]
-        if self.files[0].format in ("csv", "tsv") and len(columns) == 1:
-            for separator in (";", "\t", "|", ","):
-                if separator in columns[0]:
-                    return (
-                        f"; or is {separator!r} the separator? Then: --set convert.{self.name}.separator={separator!r}"
+                lacks = f"{files} ([convert.{self.name}]) has no column {column!r}"
+                if self.files[0].format == "jsonl" and len(self.headers[0]) == len(self.files[0].parts):
+                    raise UserError(
+                        f"{lacks}: none of its lines is a JSON object. JSON lines are an object a line, not an array "
+                        f"or objects of several lines; `jq -c '.[]'` makes them of an array. Of another format, say so "
+                        f"with --set convert.{self.name}.format=csv"
                     )
-        return ""
+                hint = _separator_hint(self.name, self.files[0], self.headers[0])
+                raise UserError(
+                    f"{lacks}{_end(_nearest(column, self.names))} If it has another name, say so with "
+                    f'--set convert.{self.name}.columns.{column}="ITS NAME"{hint}'
+                )
 
     def prepare(self, columns: Iterable[str]) -> None:
         """Say which columns (our names) `read` shall give; check that every file has them and what SQL needs."""
@@ -98,7 +104,7 @@ class RawTable:
             if missing and file.format != "jsonl":
                 raise UserError(
                     f"{file.path} has no column {missing[0]!r}, which other files of [convert.{self.name}] "
-                    f"have{nearest(missing[0], header)}"
+                    f"have{_nearest(missing[0], header)}"
                 )
 
     def _sql_columns(self) -> list[str]:
@@ -146,6 +152,11 @@ class RawTable:
                 frame = frame.with_columns(pl.when(~null).then(pl.col(text)))
             if where is not None:
                 kept = self._evaluate(frame, where, {c: c for c in roots}, f"convert.{self.name}.where")
+                if not (kept.dtype in (pl.Boolean, pl.Null) or kept.dtype.is_numeric()):
+                    raise UsageError(
+                        f"convert.{self.name}.where = {self.source.where!r} is {kept.dtype}, neither true nor false; "
+                        f"give a condition, such as column = 'value'"
+                    )
                 keep = kept.cast(pl.Boolean, strict=False).fill_null(False) | frame[BAD].is_not_null()
                 frame = frame.filter(keep)
             out = frame.select(ROW, EXTRA, BAD, *(pl.col(self.names[c]).alias(c) for c in self.wanted))
@@ -156,6 +167,8 @@ class RawTable:
 
     def _evaluate(self, frame: pl.DataFrame, expression: pl.Expr, names: Mapping[str, str], key: str) -> pl.Series:
         """Evaluate an SQL expression over columns by `names` (the expression's → the frame's)."""
+        if not frame.height:
+            return pl.Series(dtype=pl.Boolean)
         seen = frame.select(
             (pl.col(theirs).cast(pl.Float64, strict=False) if theirs in self.numeric else pl.col(theirs)).alias(name)
             for name, theirs in names.items()
@@ -172,13 +185,21 @@ def open_table(name: str, source: Source, raw: Path, recipe: Recipe | None = Non
 
     Raises UserError where a file is missing or unreadable or a column that the recipe names is not in it.
     """
-    files = [*_local_files(name, source, raw), *_urls(source)]
-    headers, numeric, whole = [], frozenset[str](), frozenset[str]()
-    for i, file in enumerate(files):
-        own, numbers, ints = _header(file, source, types=i == 0)
-        file = files[i] = dataclasses.replace(file, parts=tuple(p for p in file.parts if p[0] not in own))
+    files, headers, skipped = [], [], []
+    numeric: frozenset[str] | None = None
+    whole = frozenset[str]()
+    for file in [*_local_files(name, source, raw), *_urls(source)]:
+        try:
+            own, kinds = _header(file, source, types=numeric is None)
+        except _EmptyError as e:
+            skipped.append(e)
+            continue
+        file = dataclasses.replace(file, parts=tuple(p for p in file.parts if p[0] not in own))
+        files.append(file)
         headers.append([*own, *(part for part, _ in file.parts)])
-        numeric, whole = (numbers, ints) if i == 0 else (numeric, whole)
+        numeric, whole = kinds if numeric is None and kinds is not None else (numeric, whole)
+    if not files:
+        raise skipped[0]
     for file, header in zip(files, headers, strict=True):
         for ours, theirs in source.columns.items():
             if isinstance(theirs, int) and theirs > len(header):
@@ -188,7 +209,7 @@ def open_table(name: str, source: Source, raw: Path, recipe: Recipe | None = Non
             if isinstance(theirs, str) and theirs not in header and file.format != "jsonl":
                 raise UserError(
                     f"{file.path} has no column {theirs!r}, which [convert.{name}] calls {ours!r}"
-                    f"{nearest(theirs, header)}"
+                    f"{_nearest(theirs, header)}{_separator_hint(name, file, header)}"
                 )
     named = {ours: ours if isinstance(theirs, int) else theirs for ours, theirs in source.columns.items()}
     label, unit = "", source.time_unit
@@ -196,8 +217,26 @@ def open_table(name: str, source: Source, raw: Path, recipe: Recipe | None = Non
         label = recipe.convert.label if name == "impressions" else ""
         unit = unit or recipe.convert.time_unit
     return RawTable(
-        name, source, files, headers, {c: c for c in headers[0]} | named, numeric, whole, label, unit or "s"
+        name,
+        source,
+        files,
+        headers,
+        {c: c for c in headers[0]} | named,
+        numeric or frozenset(),
+        whole,
+        label,
+        unit or "s",
+        skipped=tuple(e.name for e in skipped),
     )
+
+
+def _separator_hint(table: str, file: File, header: Sequence[str]) -> str:
+    """Return the likely separator as the end of a sentence, where a file seems to have one column only."""
+    if file.format in ("csv", "tsv") and len(header) == 1:
+        for separator in (";", "\t", "|", ","):
+            if separator in header[0]:
+                return f"; or is {separator!r} the separator? Then: --set convert.{table}.separator={separator!r}"
+    return ""
 
 
 def open_tables(recipe: Recipe, raw: Path, *names: str) -> dict[str, RawTable]:
@@ -207,7 +246,16 @@ def open_tables(recipe: Recipe, raw: Path, *names: str) -> dict[str, RawTable]:
         source: Source | None = getattr(recipe.convert, name)
         if source is not None:
             tables[name] = open_table(name, source, raw, recipe)
+            if tables[name].skipped:
+                say(f"[convert.{name}]: {say_skipped(tables[name])}")
     return tables
+
+
+def say_skipped(table: RawTable) -> str:
+    """Say which files of a table are empty."""
+    names = table.skipped
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'} empty, without even a header, and left out"
 
 
 def _local_files(name: str, source: Source, raw: Path) -> list[File]:
@@ -256,33 +304,50 @@ def _file(name: str, path: str, source: Source, parts: Sequence[tuple[str, str]]
     return File(name, path, kind, compression, url, source.header, separator, source.encoding, tuple(parts))
 
 
-def _header(file: File, source: Source, *, types: bool) -> tuple[list[str], frozenset[str], frozenset[str]]:
-    """Return the columns of a file, and (of text files, if `types`) which hold numbers, and whole numbers only."""
-    none = frozenset[str]()
+class _EmptyError(UserError):
+    """A file has nothing in it."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(f"{file.path} is empty: it has not even a header")
+        self.name = file.name
+
+
+Kinds = tuple[frozenset[str], frozenset[str]]
+"""Columns of a text file that hold numbers, and those that hold whole numbers only."""
+
+
+def _header(file: File, source: Source, *, types: bool) -> tuple[list[str], Kinds | None]:
+    """Return the columns of a file, and which hold numbers; None if not to be learned from it (or not `types`)."""
+    none: Kinds = frozenset(), frozenset()
     try:
         if file.url and file.format == "parquet":
-            return remote_columns(file), none, none
+            return remote_columns(file), none
         if file.format == "parquet":
+            if not Path(file.path).stat().st_size:
+                raise _EmptyError(file)
             if not file.compression:
                 parquet_footer.row_groups(Path(file.path))
-            return list(pl.read_parquet_schema(parquet_source(file))), none, none
+            return list(pl.read_parquet_schema(parquet_source(file))), none
         names_only = not types and file.format != "jsonl"
         data, whole = head(file, FIRST_ROW_BYTES if names_only else HEAD_BYTES if file.format == "jsonl" else CSV_BYTES)
         if names_only and not whole and b"\n" not in data:
             data, _ = head(file, HEAD_BYTES)
         if not data.strip():
-            raise UserError(f"{file.path} is empty: it has not even a header")
+            raise _EmptyError(file)
         if file.format == "jsonl":
             sample = json_frame(data)
-            return sample.columns, frozenset(c for c in sample.columns if _holds_numbers(sample[c])), none
+            sample = sample.select(c for c in sample.columns if c != EXTRA)
+            return sample.columns, (frozenset(c for c in sample.columns if _holds_numbers(sample[c])), frozenset())
         names = _named(_csv_names(file, data), file, source)
         if names_only:
-            return names, none, none
+            return names, None
         sample = csv_frame(file, data, True, names, names).head(SAMPLE_ROWS)
+        if not sample.height:
+            return names, None
         numbers = frozenset(c for c in names if _holds_numbers(sample[c]))
-        return names, numbers, frozenset(c for c in numbers if _holds_whole_numbers(sample[c]))
+        return names, (numbers, frozenset(c for c in numbers if _holds_whole_numbers(sample[c])))
     except pl.exceptions.NoDataError:
-        raise UserError(f"{file.path} is empty: it has not even a header") from None
+        raise _EmptyError(file) from None
     except (pl.exceptions.PolarsError, OSError) as e:
         raise UserError(
             f"{file.path} cannot be read as {file.format.upper()}: {_first_line(e)}. Is it whole, and in UTF-8?"
@@ -298,19 +363,48 @@ def _named(names: list[str], file: File, source: Source) -> list[str]:
 
 
 def _csv_names(file: File, data: bytes) -> list[str]:
-    """Return the cells of the first row."""
+    """Return the cells of the first row, or column_1, column_2, … if that is no header."""
     end = data.find(b"\n") + 1 or len(data)
-    while file.quoted and data.count(b'"', 0, end) % 2 and end < len(data):
-        end = data.find(b"\n", end) + 1 or len(data)
+    separator = file.separator if len(file.separator) == 1 else UNIT
+    if file.quoted:
+        row = file.rows.first(np.frombuffer(data, np.uint8))
+        end = row.end
+        if row.kind == "bad" and file.header:
+            raise UserError(f"the header of {file.path} has a quote without its partner")
+        if row.kind == "bad":
+            return [f"column_{i + 1}" for i in range(data.count(separator.encode(), 0, end) + 1)]
     first = pl.read_csv(
         data[:end],
-        has_header=file.header,
-        separator=file.separator if len(file.separator) == 1 else UNIT,
+        has_header=False,
+        separator=separator,
         quote_char='"' if file.quoted else None,
         infer_schema=False,
         encoding="utf8-lossy",
     )
-    return first.columns
+    return _distinct(file, [name or "" for name in first.row(0)]) if file.header else first.columns
+
+
+def _distinct(file: File, names: list[str]) -> list[str]:
+    """Return the names of a header, those without one made distinct; raise UserError where others are the same."""
+    for i, name in enumerate(names):
+        if name and name in names[:i]:
+            raise UserError(f"{file.path} has two columns named {_short(name)}; give each a name of its own")
+        if any(ord(c) < 32 and c not in "\n\t" for c in name):
+            raise UserError(
+                f"{file.path} has a column named {_short(name)}, and no text has such characters. Is it of another "
+                f"format, or compressed? If one of them separates its cells, say so with `separator`"
+            )
+    unnamed = (f"_unnamed_{i}" for i in range(len(names)))
+    return [name or next(unnamed) for name in names]
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= SHOWN_CHARACTERS else name[:SHOWN_CHARACTERS] + "…")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known names nearest to `name`, as `errors.nearest`, long ones cut."""
+    return nearest(name, [c if len(c) <= SHOWN_CHARACTERS else c[:SHOWN_CHARACTERS] + "…" for c in known])
 
 
 def _holds_numbers(column: pl.Series) -> bool:
@@ -348,10 +442,25 @@ def _expression(sql: str, key: str, known: set[str]) -> pl.Expr | None:
             f"{key} = {sql!r} is not an SQL expression: {_first_line(e)}. A column whose name is a word of SQL, such "
             f'as user, needs double quotes: "user"'
         ) from None
+    if _across_rows(json.loads(expression.meta.serialize(format="json"))):
+        raise UsageError(
+            f"{key} = {sql!r} looks at more than one row. Logs are read in pieces, so no AVG, COUNT, ROW_NUMBER and "
+            f"the like: a condition says of each row by itself whether it holds"
+        )
     for column in expression.meta.root_names():
         if column not in known:
-            raise UsageError(f"{key} = {sql!r} names a column {column!r} that is not there{nearest(column, known)}")
+            raise UsageError(f"{key} = {sql!r} names a column {column!r} that is not there{_nearest(column, known)}")
     return expression
+
+
+def _across_rows(tree: object) -> bool:
+    """Say whether an expression, as JSON, looks at other rows than the one it is for."""
+    if isinstance(tree, dict):
+        return any(
+            part in ACROSS_ROWS or (part not in ("Literal", "Column") and _across_rows(inner))
+            for part, inner in tree.items()
+        )
+    return any(map(_across_rows, tree)) if isinstance(tree, list) else tree == "Len"
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ctrkit import spool
+from ctrkit import partitions, spool
 from ctrkit.errors import UserError
 from ctrkit.recipe import Feature
 from ctrkit.spool import Ints, hashes
@@ -163,7 +163,7 @@ def read(folder: Path, name: str) -> pl.DataFrame:
     path = folder / f"{name}.parquet"
     if not path.is_file():
         raise UserError(f"{path} is not there; run ctrkit convert with this recipe first")
-    return pl.read_parquet(path)
+    return partitions.read(path)
 
 
 def size(vocabulary: pl.DataFrame) -> int:

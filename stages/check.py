@@ -74,8 +74,9 @@ def _try(recipe: Recipe, variants: dict[str, Recipe], raw: Path, inputs: Inputs,
         pictures = Pictures()
         if trial.images:
             decoding = 0.0
-            if (raw / recipe.extract_images.folder).is_dir():
-                decoding = checking.check_pictures(recipe, raw, trial.images, found)
+            if checking.are_pictures_there(recipe, raw):
+                with found.catching():
+                    decoding = checking.check_pictures(recipe, raw, trial.images, found)
             if any(one.train.looks_at_pictures for one in variants.values()):
                 with found.catching():
                     pictures = estimates.time_network(recipe.extract_images, decoding)

@@ -45,7 +45,10 @@ def command(recipe: Recipe, raw: Path, out: Path, extend: Path | None, today: da
         with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:
             work.counts = convert(recipe, tables, work.begin(), tasks, day, extend)
         work.end()
-    counts.show(f"convert: {recipe.name}", work.counts, _identity(work.counts))
+    notes = _identity(work.counts)
+    if extend is not None:
+        notes["duplicate impressions dropped"] = "found among the rows of the day alone"
+    counts.show(f"convert: {recipe.name}", work.counts, notes)
 
 
 def _identity(found: dict[str, int]) -> dict[str, str]:

@@ -5,14 +5,16 @@ Reads a folder of pictures and convert's `vocab/image.parquet`. Writes `features
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ctrkit import provenance
-from ctrkit.errors import UsageError, UserError
+from ctrkit import files, provenance, shards, sources
+from ctrkit.errors import UsageError
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
-from ctrkit.recipe import Recipe
+from ctrkit.ranks import Ranks
+from ctrkit.recipe import ExtractImages, Recipe
 
 
 def _list_layers(ctx: click.Context, _: click.Parameter, model: str | None) -> None:
@@ -26,11 +28,11 @@ def _list_layers(ctx: click.Context, _: click.Parameter, model: str | None) -> N
 
 @click.command("extract-images")
 @recipe_options
-@path_option("--pictures", "Folder of pictures.")
+@path_option("--pictures", "Folder of pictures; tar, zip or Parquet file, or a folder or glob of such.")
 @path_option("--convert", "Output of convert: its vocab/image.parquet names the pictures.", required=False)
 @click.option("--weights", metavar="PATH|published|random", help="Override extract-images.weights.")
 @path_option("--out", "features.h5 to write.")
-@click.option("--all", "all_pictures", is_flag=True, help="Every picture of the folder, not the vocabulary's.")
+@click.option("--all", "all_pictures", is_flag=True, help="Every picture of --pictures, not the vocabulary's.")
 @click.option(
     "--list-layers",
     metavar="MODEL",
@@ -44,15 +46,19 @@ def command(
 ) -> None:
     """Turn pictures into vectors with a fixed network.
 
-    Reads a folder of pictures and convert's vocab/image.parquet, which names the pictures and says how often
+    Reads pictures and convert's vocab/image.parquet, which names them and says how often
     training uses them. Writes features.h5 (one float16 row a distinct picture, most used first) and, beside
     it, features.h5.rejects.parquet (pictures that are missing or cannot be read; more than max_bad_rate is an
-    error). A run that was killed goes on where it was.
+    error). A run that was killed goes on where it was, and does at most one batch again.
+
+    Under torchrun each process does a share, on the GPU of its LOCAL_RANK, and writes a shard into features.h5.shards;
+    features.h5 is then a view of them. All have to see the same files.
 
     \b
     ctrkit extract-images --recipe demo --pictures runs/demo/raw/pictures \\
         --convert runs/demo/convert --out runs/demo/features.h5
     ctrkit extract-images --recipe demo --pictures photos --all --weights vgg16.pth --out photos.h5
+    torchrun --nproc-per-node 8 -m ctrkit extract-images --recipe shop --pictures photos --all --out photos.h5
     ctrkit extract-images --list-layers resnet50
     """
     settings = recipe.extract_images
@@ -60,36 +66,22 @@ def command(
         settings = settings.model_copy(update={"weights": weights})
         recipe = recipe.model_copy(update={"extract_images": settings})
     if convert is None and not all_pictures:
-        raise UsageError("which pictures? Give --convert, whose vocabulary names them, or --all for the folder")
-    if not pictures.is_dir():
-        raise UserError(f"--pictures {pictures} is not a folder")
+        raise UsageError("which pictures? Give --convert, whose vocabulary names them, or --all for every one")
     vocab = convert / "vocab" / "image.parquet" if convert is not None and not all_pictures else None
     from_file = Path(settings.weights) if settings.weights not in ("published", "random") else None
-    inputs = {"pictures": pictures, "vocab": vocab, "weights": from_file}
-    with provenance.output("extract-images", recipe, inputs, out) as work:
-        import torch
+    inputs = {**sources.picture_inputs(pictures, settings), "vocab": vocab, "weights": from_file}
+    shards.disown_if_incomplete(out)
+    ranks = Ranks.of_environment()
+    with ranks.joined():
+        if ranks.rank > 0:
+            if ranks.follow():
+                _help(settings, pictures, vocab, out, ranks)
+            return
+        with ranks.leading() as leader, provenance.output("extract-images", recipe, inputs, out) as work:
+            leader.start()
+            work.counts.update(_extract(settings, pictures, vocab, out, work.path, ranks))
+    from ctrkit import extraction
 
-        from ctrkit import backbones, devices, extraction
-
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        if vocab is None:
-            vocabulary = extraction.whole_folder(pictures, settings.template)
-        else:
-            vocabulary = extraction.read_vocabulary(vocab)
-        device = devices.resolve(settings.device, "extract-images.device")
-        with devices.lock(device):
-            network = backbones.load(
-                settings.backbone,
-                weights=settings.weights,
-                seed=settings.seed,
-                size=settings.size,
-                dtype=settings.dtype,
-                device=device,
-            )
-            if settings.weights == "random":
-                say(f"extract-images: weights are RANDOM ({network.weights}): the network has learned nothing")
-            work.counts.update(extraction.extract(network, settings, pictures, vocabulary, out, work.path))
     extraction.remove_parts(out)
     n = work.counts
     say(
@@ -98,3 +90,41 @@ def command(
     )
     if n["values clipped"]:
         say(f"extract-images: {n['values clipped']:,} values were beyond float16 and are clipped to ±65504")
+
+
+def _help(settings: ExtractImages, pictures: Path, vocab: Path | None, out: Path, ranks: Ranks) -> None:
+    """Do the share of a rank that is not the first."""
+    try:
+        _extract(settings, pictures, vocab, out, None, ranks)
+    except OSError as e:
+        if files.no_room(e):
+            raise files.cannot_write(out, e) from None
+        raise
+
+
+def _extract(
+    settings: ExtractImages, pictures: Path, vocab: Path | None, out: Path, path: Path | None, ranks: Ranks
+) -> dict[str, Any]:
+    import torch
+
+    from ctrkit import backbones, devices, extraction, picture_sources
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    source = picture_sources.open_source(pictures, settings)
+    vocabulary = extraction.whole_source(source) if vocab is None else extraction.read_vocabulary(vocab)
+    device = devices.resolve(settings.device, "extract-images.device")
+    if device == "cuda" and ranks.count > 1:
+        device = devices.resolve(f"cuda:{ranks.local_rank}", f"rank {ranks.rank}: extract-images.device")
+    with devices.lock(device):
+        network = backbones.load(
+            settings.backbone,
+            weights=settings.weights,
+            seed=settings.seed,
+            size=settings.size,
+            dtype=settings.dtype,
+            device=device,
+        )
+        if settings.weights == "random" and ranks.rank == 0:
+            say(f"extract-images: weights are RANDOM ({network.weights}): the network has learned nothing")
+        return extraction.extract(network, settings, source, vocabulary, out, path, ranks)

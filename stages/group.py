@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ctrkit import counts, files, provenance
+from ctrkit import counts, provenance
 from ctrkit.engine import engine
 from ctrkit.errors import UserError
 from ctrkit.grouping import SPLITS, group
@@ -33,9 +33,10 @@ def command(recipe: Recipe, convert: Path, behaviours: Path | None, out: Path) -
     ctrkit group --recipe demo --convert runs/demo/convert --behaviours runs/demo/behaviours --out runs/demo/groups
     """
     started = time.monotonic()
-    if behaviours is not None:
-        _check_made_from(behaviours, convert)
+    _check_features(recipe, convert, behaviours)
     with provenance.output("group", recipe, {"convert": convert, "behaviours": behaviours}, out) as work:
+        if behaviours is not None:
+            _check_made_from(behaviours, convert, work.inputs["convert"])
         small = read_facts(convert)["partitions"] == 1
         with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:
             work.counts = group(recipe, convert, behaviours, work.begin(), tasks)
@@ -48,21 +49,30 @@ def command(recipe: Recipe, convert: Path, behaviours: Path | None, out: Path) -
     }
     if "bytes of some groups" in found:
         ratio = found["bytes of their samples ungrouped"] / found["bytes of some groups"]
-        notes["bytes of some groups"] = f"{ratio:.1f} times smaller than ungrouped, in random order"
+        notes["bytes of some groups"] = f"{_size(ratio)} than ungrouped, in random order"
     counts.show(f"group: {recipe.name}", found, notes)
     samples = sum(found.get(f"{part} samples", 0) for part in SPLITS)
     say(f"group: {samples:,} samples, {samples / (time.monotonic() - started):,.0f} a second")
 
 
-def _check_made_from(behaviours: Path, convert: Path) -> None:
+def _size(ratio: float) -> str:
+    """Say how many times smaller grouped samples are than ungrouped ones, or larger."""
+    return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times larger"
+
+
+def _check_features(recipe: Recipe, convert: Path, behaviours: Path | None) -> None:
+    """Refuse samples and behaviours that were made with other [features]."""
+    if behaviours is not None:
+        if not behaviours.is_dir():
+            raise UserError(f"{behaviours} is not there; make it with ctrkit select-clicks")
+        provenance.check_features(recipe, [n for n, f in recipe.features.items() if f.of == "behaviour"], behaviours)
+    provenance.check_features(recipe, [n for n, f in recipe.features.items() if f.of != "behaviour"], convert)
+
+
+def _check_made_from(behaviours: Path, convert: Path, digest: str) -> None:
     """Refuse behaviours whose sidecar says that they were encoded with another vocabulary."""
-    sidecar = files.sidecar_path(behaviours)
-    if not behaviours.is_dir():
-        raise UserError(f"{behaviours} is not there; make it with ctrkit select-clicks")
-    if sidecar.is_file():
-        made_from = files.read_json(sidecar).get("inputs", {}).get("convert")
-        if made_from not in (None, provenance.cache().of(convert)):
-            raise UserError(
-                f"{behaviours} was made from another {convert} than the one that is there now, so its indexes may "
-                f"mean something else; run ctrkit select-clicks again"
-            )
+    if provenance.read_sidecar(behaviours).get("inputs", {}).get("convert", digest) != digest:
+        raise UserError(
+            f"{behaviours} was made from another {convert} than the one that is there now, so its indexes may mean "
+            f"something else; run ctrkit select-clicks again"
+        )

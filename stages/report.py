@@ -21,10 +21,10 @@ from ctrkit.report import Sources, make_report
 @path_option("--metrics", "metrics.json, from eval.")
 @click.option("--model", "models", multiple=True, metavar="NAME=DIR", help="A variant's model directory.")
 @click.option("--predictions", multiple=True, metavar="NAME=FILE", help="A variant's predictions.parquet.")
-@path_option("--convert", "convert/, for the counts of the data and the gallery.", required=False)
+@path_option("--convert", "convert/, for the counts of the data, the gallery and the contact sheet.", required=False)
 @path_option("--groups", "groups/, for the gallery.", required=False)
-@path_option("--features", "features.h5, for the gallery.", required=False)
-@path_option("--pictures", "Folder of pictures, for the gallery.", required=False)
+@path_option("--features", "features.h5, for the gallery and the contact sheet.", required=False)
+@path_option("--pictures", "Folder of pictures, for the gallery and the contact sheet.", required=False)
 @path_option("--out", "HTML file to write.")
 def command(
     recipe: Recipe,
@@ -40,9 +40,10 @@ def command(
     """Write one HTML file of tables, curves and attention galleries.
 
     Reads metrics.json and the recipe's [report] table. What else is given is shown as well: counts of the
-    data, learning curves of the models, and, for a model with attention over pictures, whose predictions,
-    groups, features and pictures are given, which pictures of a user's history it looks at. Writes one HTML
-    file that needs nothing else.
+    data, learning curves of the models, for a model with attention over pictures, whose predictions, groups,
+    features and pictures are given, which pictures of a user's history it looks at, and, from convert, features
+    and pictures, a contact sheet: some pictures, each with those whose vectors are most like its own. Writes one
+    HTML file that needs nothing else.
 
     \b
     ctrkit report --recipe demo --metrics runs/demo/metrics.json --convert runs/demo/convert \\

@@ -28,6 +28,8 @@ def command(recipe: Recipe, convert: Path, out: Path) -> None:
     \b
     ctrkit select-clicks --recipe demo --convert runs/demo/convert --out runs/demo/behaviours
     """
+    behaviours = [n for n, f in recipe.features.items() if f.of == "behaviour"]
+    provenance.check_features(recipe, behaviours, convert)
     with provenance.output("select-clicks", recipe, {"convert": convert}, out) as work:
         small = read_facts(convert)["partitions"] == 1
         with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:

@@ -528,12 +528,13 @@ def select_clicks(world: World, converted: Converted) -> dict[tuple[str, datetim
     return picked
 
 
-def names_unknown_types(world: World, converted: Converted) -> bool:
-    """Say whether the recipe names a type that no behaviour before the last day of samples is of; it may be refused."""
+def names_no_known_type(world: World, converted: Converted) -> bool:
+    """Say whether no behaviour before the last day of samples is of a type that the recipe names; it may be refused."""
     options = world.recipe.get("select-clicks", {})
     last = max(s["day"] for s in converted.samples)
     known = {b["type text"] for b in converted.behaviours if b["day"] < last}
-    return not known >= {*options.get("types", []), *options.get("type_weights", {})}
+    wanted = set(options.get("types", []))
+    return bool(wanted) and not known & wanted
 
 
 def score(visits: Decimal | int, dwell: int, age: int, options: dict[str, Any]) -> Decimal:

@@ -2,16 +2,21 @@
 
 import os
 import urllib.request
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms._presets import ImageClassification
 
 from ctrkit import backbones
 from ctrkit.backbones import Backbone
 from ctrkit.errors import UsageError, UserError
+from ctrkit.pictures import decode
 
 SHARED = Path(os.environ.get("CTRKIT_SHARED", Path(__file__).parents[2] / "shared"))
 SQUEEZENET = SHARED / "weights" / "squeezenet1_1-imagenet.pth"
@@ -48,6 +53,79 @@ def test_vgg16_layers_are_torchvisions_own_values(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"classifier\.3\.bias, classifier\.3\.weight"):
         load("vgg16:fc7", file, size=32)
     file.unlink()  # half a gigabyte
+
+
+def photo(width: int, height: int) -> bytes:
+    """A JPEG file of smooth colours and some noise."""
+    rng = np.random.default_rng(width)
+    patches = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((width, height))
+    noisy = np.asarray(patches) + rng.normal(0, 6, (height, width, 3))
+    out = BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "jpeg", quality=90)
+    return out.getvalue()
+
+
+def both_ways(size: int) -> tuple[Tensor, Tensor]:
+    """Two JPEG files as ours see them, uint8, and after torchvision's own preprocessing, float32."""
+    files = [photo(size * 2, size * 3 // 2), photo(size, size * 2)]
+    theirs = ImageClassification(crop_size=size, resize_size=round(size * 256 / 224))
+    ours = [torch.from_numpy(decode(data, size)) for data in files]
+    return torch.stack(ours), torch.stack([theirs(Image.open(BytesIO(data))) for data in files])
+
+
+def test_every_layer_of_the_paper_is_torchvisions_own_from_the_file_on_side_by_side() -> None:
+    """VGG's conv5, fc6, fc7 and fc8, and ResNet's avgpool, on their smaller siblings."""
+    torch.manual_seed(5)
+    vgg = torchvision.models.vgg11(weights=None).eval()
+    network = load("vgg11:conv5+vgg11:fc6+vgg11:fc7+vgg11:fc8")
+    ours, theirs = both_ways(64)
+    with torch.inference_mode():
+        conv5 = vgg.avgpool(vgg.features(theirs)).flatten(1)
+        fc6, fc7 = vgg.classifier[:2](conv5), vgg.classifier[:5](conv5)
+        wanted = [conv5, fc6, fc7, vgg(theirs)]
+        found = network(ours).split([25088, 4096, 4096, 1000], dim=1)
+    for layer, (a, b) in zip(["conv5", "fc6", "fc7", "fc8"], zip(found, wanted, strict=True), strict=True):
+        assert float(b.std()) > 0
+        # Some pixels differ by one step, where a resize of what the crop keeps rounds otherwise than one of the whole.
+        assert float((a - b).norm() / b.norm()) < 5e-3, layer
+        assert float(a.min()) >= 0 or layer == "fc8"
+    torch.manual_seed(5)
+    resnet = torchvision.models.resnet18(weights=None).eval()
+    with torch.inference_mode():
+        pooled = torch.nn.Sequential(*list(resnet.children())[:-1])(theirs).flatten(1)
+        found_pooled = load("resnet18:fc+resnet18:avgpool")(ours)[:, 1000:]
+    assert float((found_pooled - pooled).norm() / pooled.norm()) < 5e-3
+
+
+def test_on_the_same_pixels_values_are_the_same() -> None:
+    for model in ("resnet18", "mobilenet_v3_small", "regnet_x_400mf"):
+        torch.manual_seed(5)
+        theirs = backbones._build(model)
+        layer = [name for name in backbones.layer_names(model) if name in dict(theirs.named_modules())][-1]
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                load(f"{model}:{layer}")(pictures()), theirs(normalised(pictures())), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("backbone", "widths"),
+    [
+        ("vgg16:conv5", [25088]),
+        ("vgg16:fc6", [4096]),
+        ("vgg16:fc7", [4096]),
+        ("vgg16:fc8", [1000]),
+        ("resnet152:avgpool", [2048]),
+        ("vgg16:fc6+resnet152:avgpool", [4096, 2048]),
+        ("vgg16:features.28", [512]),
+        ("vgg16:features.28:flat", [512 * 14 * 14]),
+    ],
+)
+def test_widths_of_the_paper(backbone: str, widths: list[int]) -> None:
+    """Of shapes alone: no weight is given memory."""
+    graphs = [(backbones._graph(backbones._skeleton(layer.model), layer), layer) for layer in backbones.parse(backbone)]
+    assert [backbones._width(graph, layer, 224, backbone) for graph, layer in graphs] == widths
+    assert all(p.is_meta for graph, _ in graphs for p in graph.parameters())
 
 
 def test_random_weights_follow_torchvisions_rules_and_the_seed() -> None:

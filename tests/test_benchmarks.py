@@ -185,3 +185,23 @@ def test_make_has_a_target_for_each(target: str, tmp_path: Path) -> None:
     name = {"group-size": "grouped_size"}.get(target, target)
     assert done.stdout.splitlines()[-1] == f".venv/bin/python benchmarks/{name}.py --impressions 7 --seed 2"
     assert (SCRIPTS / f"{name}.py").is_file()
+
+
+def test_the_benchmark_of_extraction(tmp_path: Path) -> None:
+    small = ("--pictures", 6, "--batch", 4, "--size", 32, "--picture-size", "60x40", "--data", tmp_path)
+    done = script("extract", *small, "--backbone", "squeezenet1_1:features.3", "--seconds", 0.1)
+    found = last_line(done)
+    assert (found["name"], found["unit"], found["pictures"]) == ("extract", "pictures/s", 6)
+    assert found["ratio"] == pytest.approx(found["ours"] / found["reference"], rel=0.02)
+    assert found["reference"] == found["bare"] > 0 < found["decode"]
+    assert "6 JPEG files of 60x40" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures-60x40-1"]
+    drift = last_line(script("extract", *small, "--backbone", "squeezenet1_1:features.3", "--drift"))
+    assert 0 < drift["float16"]["median"] < drift["bfloat16"]["median"] < 0.05
+
+
+def test_make_has_a_target_for_extraction(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text(f"READY :=\ninclude {SCRIPTS}/bench.mk\n")
+    words = ["make", "--dry-run", "bench-extract", "N=7", "BENCH=--batch 2"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/extract.py --pictures 7 --batch 2"

@@ -1,13 +1,17 @@
 import datetime
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from click.testing import Result
 
+from ctrkit import pieces
 from ctrkit.errors import UsageError
+from ctrkit.labelling import draw_distinct
 from ctrkit.partitions import days_there, read_by_day, read_split
 from ctrkit.recipe import load
 from tests.shop import FIRST_DAY, RECIPE, at, ctrkit, random_rows, write
@@ -198,25 +202,58 @@ def test_negatives_are_drawn_on_training_days_only(tmp_path: Path) -> None:
 
 
 def test_negatives_are_sampled_for_logs_of_positives(tmp_path: Path) -> None:
-    rows = random_rows(6)
-    out, counts = converted(tmp_path, "convert.sampled_negatives=2", recipe=without("clicks"), **rows)
+    """For each row other ads that the user never had, none twice, as many as were shown by then to anybody."""
+    rows = random_rows(6, goods=60)
+    out, counts = converted(tmp_path, "convert.sampled_negatives=5", recipe=without("clicks"), **rows)
     samples = samples_of(out)
-    assert counts["samples"] == 3 * counts["impressions read"]
-    assert counts["sampled negatives"] == 2 * counts["impressions read"]
     shown, sampled = samples.filter(click=1), samples.filter(click=0)
     assert shown.height == counts["impressions read"]
-    has = set(shown.select("user", "ad").rows())
-    assert not has & set(sampled.select("user", "ad").rows())
-    assert set(sampled["ad"]) <= set(shown["ad"])
+    assert not set(shown.select("user", "ad").rows()) & set(sampled.select("user", "ad").rows())
+    first = dict(shown.group_by("ad").agg(pl.col("day").min()).rows())
+    assert all(first[ad] <= day for ad, day in sampled.select("ad", "day").rows())
     moments = Counter(shown.select("user", "time").rows())
-    assert Counter(sampled.select("user", "time").rows()) == {k: 2 * n for k, n in moments.items()}
+    assert Counter(sampled.select("user", "time").rows()) == {k: 5 * n for k, n in moments.items()}
+    assert set(moments.values()) == {1}
+    assert not sampled.select("user", "time", "ad").is_duplicated().any()
+    assert counts["sampled negatives"] == sampled.height == 5 * shown.height
+    assert counts["negatives that no ad was left for"] == 0
+    assert sampled.join(shown, on=["ad", "day"], how="anti").height > 100  # of earlier days too
 
 
-def test_a_user_who_has_every_ad_gets_no_negatives(tmp_path: Path) -> None:
-    rows = [f"i{n},{at(n)},u1,a{n % 2},0" for n in range(3)] + [f"j,{at(0)},u2,a0,0"]
-    _, counts = converted(tmp_path, "convert.sampled_negatives=3", recipe=without("clicks"), impressions=rows)
-    assert counts["sampled negatives"] == 3
-    assert samples_of(tmp_path / "convert").filter(user="u2")["ad"].to_list().count("a1") == 3
+def test_ads_of_later_days_are_no_negatives(tmp_path: Path) -> None:
+    """What could not be drawn is counted, also for a user who has every ad."""
+    rows = [f"i{n},{at(n)},u1,a{n},0" for n in range(4)] + [f"j{n},{at(n, 9)},u2,a{3 * n},0" for n in range(2)]
+    rows += [f"k{n},{at(n, 3)},u3,a{n},0" for n in range(4)]
+    out, counts = converted(tmp_path, "convert.sampled_negatives=2", recipe=without("clicks"), impressions=rows)
+    negatives = samples_of(out).filter(click=0).select("user", "day", "ad").sort("user", "day", "ad")
+    # a0 is shown on day 0, a1 and a3 (to u2) on day 1, a2 on day 2; u1 and u3 have all, u2 has a0 and a3.
+    assert negatives.rows() == [("u2", DAYS[1], "a1")]
+    assert counts["sampled negatives"] == 1
+    assert counts["negatives that no ad was left for"] == 2 * 10 - 1
+    assert counts["test samples of unseen ads"] == 0  # a3, first shown on day 1
+    unseen = samples_of(out).filter("unseen_ad").select("day", "ad").rows()
+    assert unseen == [(DAYS[2], "a2"), (DAYS[2], "a2")]
+
+
+def test_which_negatives_are_sampled_depends_on_the_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(8, goods=60)
+    samples = []
+    for name, size in (("a", 32 << 20), ("b", 900)):
+        monkeypatch.setattr(pieces, "PIECE_BYTES", size)
+        sets = ("convert.sampled_negatives=2", "convert.partitions=3")
+        samples.append(samples_of(converted(tmp_path / name, *sets, recipe=without("clicks"), **rows)[0]))
+    assert samples[0].equals(samples[1])
+
+
+def test_numbers_are_drawn_evenly_and_none_twice() -> None:
+    """Every set of three of five numbers is as likely as any other; of two numbers both are drawn."""
+    drawn = draw_distinct(np.random.default_rng(1), np.repeat([5, 2, 0], [20_000, 50, 50]), 3)
+    sets = Counter(tuple(sorted(row)) for row in drawn[:20_000].tolist())
+    assert len(sets) == 10
+    assert all(0 <= low < high < 5 for one in sets for low, high in itertools.pairwise(one))
+    assert sum((n - 2000) ** 2 / 2000 for n in sets.values()) < 9 + 5 * 18**0.5
+    assert {tuple(sorted(row)) for row in drawn[20_000:20_050].tolist()} == {(-1, 0, 1)}
+    assert (drawn[20_050:] == -1).all()
 
 
 def test_both_ways_of_labelling_or_none_are_errors(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tasks in this process and in others: results in order, finished work kept, failures told."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -128,6 +129,14 @@ def test_workers_share_the_cores_and_leave_the_environment(tmp_path: Path, monke
         assert "OMP_NUM_THREADS" not in os.environ
         found = runner.run("phase", threads, [(), (), ()])
     assert found == [[str(max(1, (os.cpu_count() or 1) // 2))] * 2] * 3
+
+
+def test_there_are_never_more_processes_than_tasks(tmp_path: Path) -> None:
+    with LocalEngine(tmp_path, 40) as runner:
+        assert runner.run("nothing", threads, []) == []
+        assert multiprocessing.active_children() == []
+        runner.run("some", threads, [(), ()])
+        assert 0 < len(multiprocessing.active_children()) <= 2
 
 
 PROGRAM = """

@@ -1,5 +1,6 @@
 """Atomic writes and locks."""
 
+import errno
 import multiprocessing
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ctrkit import files
-from ctrkit.errors import UserError
+from ctrkit.errors import Resumable, UserError
 
 
 def dead_pid() -> int:
@@ -104,6 +105,35 @@ def test_what_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
         files.write_text(where, "")
     with pytest.raises(UserError, match="cannot write"), files.locked(where):
         pass
+
+
+def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("keep")
+    with pytest.raises(UserError, match="out is a file, and a folder is to be written"), files.atomic(out) as tmp:
+        tmp.mkdir()
+    assert out.read_text() == "keep"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the quota of the disk is used up"),
+        (RuntimeError("underlying IO error: File too large (os error 27)"), "a file would become larger"),  # polars
+        (RuntimeError("OSError: [Errno 28] No space left"), "the disk is full"),  # Ray
+        (OSError(errno.EIO, "Input/output error"), ""),
+        (FileNotFoundError(errno.ENOENT, "No such file: 'Errno 28'"), ""),
+        (ValueError("28"), ""),
+    ],
+)
+def test_what_room_would_mend(error: Exception, told: str) -> None:
+    assert files.no_room(error).startswith(told)
+    assert bool(files.no_room(error)) == bool(told)
+    told_user = files.cannot_write(Path("x"), error)
+    assert isinstance(told_user, Resumable) == bool(told)
+    assert told_user.message.startswith("cannot write x: ")
 
 
 def test_json_has_one_form(tmp_path: Path) -> None:

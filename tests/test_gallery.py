@@ -10,7 +10,7 @@ from PIL import Image
 
 from ctrkit import gallery
 from ctrkit.errors import UsageError
-from ctrkit.recipe import Recipe
+from ctrkit.recipe import ExtractImages, Recipe
 
 
 def weights(*cases):
@@ -106,7 +106,7 @@ def test_the_variant_is_the_recipes_choice_or_the_first_that_attends(tmp_path):
 def test_thumbnails_are_small_jpegs_and_missing_ones_none(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "a.png")
     (tmp_path / "broken.png").write_text("no picture")
-    thumbnails = gallery.Thumbnails(tmp_path, "{image}.png", 224)
+    thumbnails = gallery.Thumbnails(tmp_path, ExtractImages(template="{image}.png", size=224))
     head, _, data = thumbnails.uri("a").partition(",")
     assert head == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
@@ -116,4 +116,4 @@ def test_thumbnails_are_small_jpegs_and_missing_ones_none(tmp_path):
         assert max(green, blue) < 15
     for image in ("none", "broken", "", "../secret", "/etc/x"):
         assert thumbnails.uri(image) is None
-    assert gallery.Thumbnails(None, "{image}", 64).uri("a") is None
+    assert gallery.Thumbnails(None, ExtractImages(size=64)).uri("a") is None

@@ -204,10 +204,10 @@ def test_samples_or_behaviours_of_another_recipe(shop: Path, tmp_path: Path) -> 
     text = (shop / "recipe.toml").read_text()
     file.write_text(text.replace("[select-clicks]", 'extra = { of = "scene", vocab = "hour" }\n[select-clicks]'))
     result = group(shop, tmp_path / "groups", recipe=file)
-    assert (result.exit_code, "the samples have no feature 'extra'" in result.output) == (1, True)
+    assert (result.exit_code, "convert has no feature 'extra'" in result.output) == (1, True)
     file.write_text(text.replace("[select-clicks]", 'extra = { of = "behaviour", vocab = "goods" }\n[select-clicks]'))
     result = group(shop, tmp_path / "groups", recipe=file)
-    assert (result.exit_code, "the behaviours have no feature 'extra'" in result.output) == (1, True)
+    assert (result.exit_code, "behaviours has no feature 'extra'" in result.output) == (1, True)
     words = ["--recipe", shop / "recipe.toml", "--convert", shop / "convert", "--out", tmp_path / "groups"]
     result = ctrkit("group", *words)
     assert (result.exit_code, "give the folder that ctrkit select-clicks wrote" in result.output) == (1, True)

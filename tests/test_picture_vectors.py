@@ -28,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(folder: Path, *, shuffle: bool = False) -> PictureVectors:
-    return PictureVectors(folder / "features.h5", folder / "convert", shuffle=shuffle)
+def opened(folder: Path, *, shuffle: bool = False, has_picture: bool = False) -> PictureVectors:
+    return PictureVectors(folder / "features.h5", folder / "convert", shuffle=shuffle, has_picture=has_picture)
 
 
 def rows_of(vectors: PictureVectors, index: list[int]) -> np.ndarray:
@@ -59,6 +59,37 @@ def test_missing_is_zero_after_centring(folder: Path) -> None:
     # Missing, unknown, unreadable (p3), not in the file (p7), beyond the vocabulary.
     assert not rows_of(vectors, [0, 1, 5, 9, 10, 4_000_000]).any()
     assert rows_of(vectors, [0, 2, 0])[1].any()
+
+
+@pytest.mark.parametrize("limit", [0, picture_vectors.MEMORY_LIMIT])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_has_picture_is_one_more_number(
+    limit: int, shuffle: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 for a picture that has a vector, be it the mean itself; 0 for any other; the vectors as without it."""
+    monkeypatch.setattr(picture_vectors, "MEMORY_LIMIT", limit)
+    plain, flagged = opened(folder, shuffle=shuffle), opened(folder, shuffle=shuffle, has_picture=True)
+    for vectors in (plain, flagged):
+        vectors.fit()
+    assert (plain.width, flagged.width, flagged.store.width) == (4, 5, 4)
+    assert torch.equal(plain.mean_W, flagged.mean_W)
+    assert torch.equal(plain.scale, flagged.scale)
+    # Missing, unknown, unreadable (p3), not in the file (p7), beyond the vocabulary; and in between p0 … p6.
+    index = [0, 2, 1, 3, 5, 4, 9, 6, 10, 7, 4_000_000, 8]
+    found = rows_of(flagged, index)
+    assert found[:, 4].tolist() == [0, 1] * 6
+    np.testing.assert_array_equal(found[:, :4], rows_of(plain, index))
+    assert rows_of(flagged, [0, 5]).tolist() == [[0] * 5] * 2
+    assert rows_of(flagged, [2, 7])[:, 4].all()  # no row of zeros among those asked for
+    assert flagged.gather(np.array([], np.int64))[0].shape == (0, 5)
+
+
+def test_a_picture_at_the_mean_is_told_from_none(tmp_path: Path) -> None:
+    write_features(tmp_path / "features.h5", ["a"], [0], np.full((1, 3), 7.0))
+    write_image_vocabulary(tmp_path / "convert", ["a", "b"], [1, 1])
+    vectors = opened(tmp_path, has_picture=True)
+    vectors.fit()
+    assert rows_of(vectors, [2, 3]).tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
 
 
 def test_each_picture_once(folder: Path) -> None:

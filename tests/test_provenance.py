@@ -1,8 +1,9 @@
 """Keys, freshness and sidecars."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ import pytest
 
 from ctrkit import provenance
 from ctrkit.digests import Digests
-from ctrkit.errors import Resumable, UserError
+from ctrkit.errors import Resumable, UsageError, UserError
 from ctrkit.recipe import Recipe
 
 CHECKOUT = Path(__file__).parent.parent
@@ -48,6 +49,7 @@ def test_the_sidecar_says_what_it_was_made_from(tmp_path: Path, source: Path) ->
     assert set(sidecar["config"]) == set(provenance.TABLES["group"])
     assert sidecar["inputs"] == {"source": Digests().of(source)}
     assert sidecar["content"] == Digests().of(tmp_path / "out")
+    assert "contents" not in sidecar  # of folders only
     assert sidecar["counts"] == {"rows": 1}
     assert sidecar["key"] == key(source)
     assert {"python", "ctrkit", "torch"} <= set(sidecar["versions"])
@@ -142,10 +144,12 @@ def build(target: Path, source: Path, *names: str, error: Exception | None = Non
     return before
 
 
-@pytest.mark.parametrize("error", [Resumable("a worker died"), ZeroDivisionError("a fault"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [Resumable("a worker died"), OSError(28, "no space"), ZeroDivisionError("a fault"), KeyboardInterrupt()]
+)
 def test_what_can_go_on_is_kept_and_goes_on(tmp_path: Path, source: Path, error: Exception) -> None:
     out = tmp_path / "out"
-    with pytest.raises(type(error)):
+    with pytest.raises(Resumable if isinstance(error, OSError) else type(error)):
         build(out, source, "a", ".a.123", error=error)
     assert not out.exists()
     [parts] = tmp_path.glob(".out.parts-*")
@@ -153,6 +157,17 @@ def test_what_can_go_on_is_kept_and_goes_on(tmp_path: Path, source: Path, error:
     assert build(out, source, "b") == [".a.123", "a"]
     assert sorted(p.name for p in out.iterdir()) == ["a", "b"]  # what was half written is gone
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.json", "source"]
+
+
+def test_who_stops_a_stage_is_told_that_it_can_go_on(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", source, "a", error=KeyboardInterrupt())
+    assert "group: stopped; run the same command again, and it goes on" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt), provenance.output("eval", None, {"source": source}, tmp_path / "x"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""  # it has no parts
 
 
 def test_parts_of_work_that_cannot_go_on_are_removed(tmp_path: Path, source: Path) -> None:
@@ -166,6 +181,102 @@ def test_parts_of_work_that_cannot_go_on_are_removed(tmp_path: Path, source: Pat
     assert build(out, source, "b") == []
     assert sorted(p.name for p in out.iterdir()) == ["b"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.json", "source"]
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", ""])
+def test_an_output_needs_a_name(source: Path, name: str) -> None:
+    for asking in (contextlib.nullcontext(), provenance.checking()):
+        with asking, pytest.raises(UsageError, match="has no name of its own"):
+            make(Path(name), source)
+
+
+def test_a_folder_does_not_replace_a_file(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "out").write_text("keep")
+    with pytest.raises(UsageError, match="out is a file, and a folder is to be written"):
+        build(tmp_path / "out", source, "a")
+    assert (tmp_path / "out").read_text() == "keep"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+
+
+def converted(folder: Path, recipe: Recipe = RECIPE) -> Path:
+    """Write a small folder as convert's; return it."""
+    with provenance.output("convert", recipe, {}, folder) as work:
+        for name in ("split.json", "samples/day=1/part-0", "samples/day=1/part-1", "samples/day=2/part-0"):
+            (work.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (work.path / name).write_text(name)
+    return folder
+
+
+def use(convert: Path) -> None:
+    """Make a file from a folder of convert's."""
+    with provenance.output("select-clicks", RECIPE, {"convert": convert}, convert.with_name("used")) as work:
+        work.path.write_text("used")
+
+
+def change(path: Path) -> None:
+    path.write_text("other")
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "told"),
+    [
+        (Path.unlink, "samples/day=1/part-1", "samples/day=1 has 1 instead of 2 files;"),
+        (Path.unlink, "samples/day=2/part-0", "samples/day=2 is missing;"),
+        (change, "samples/day=2/part-0", "samples/day=2 has changed;"),
+        (change, "more.json", "more.json was not there;"),
+        (change, "split.json", "split.json has changed;"),
+        (shutil.rmtree, "samples", "samples/day=1 is missing, and so for 1 more;"),
+    ],
+)
+def test_an_input_that_is_not_as_its_stage_left_it(
+    tmp_path: Path, damage: Callable[[Path], None], name: str, told: str
+) -> None:
+    convert = converted(tmp_path / "convert")
+    use(convert)
+    damage(convert / name)
+    with pytest.raises(UserError) as error:
+        use(convert)
+    assert f"{convert} is not what ctrkit convert wrote: {told} run ctrkit convert again" in error.value.message
+    (tmp_path / "convert.json").unlink()  # then it is the user's
+    use(convert)
+
+
+def test_sidecars_without_a_list_of_contents(tmp_path: Path) -> None:
+    convert = converted(tmp_path / "convert")
+    sidecar = json.loads((tmp_path / "convert.json").read_text())
+    del sidecar["contents"]
+    (tmp_path / "convert.json").write_text(json.dumps(sidecar))
+    use(convert)
+    change(convert / "split.json")
+    with pytest.raises(UserError, match="wrote: its content has changed since; run ctrkit convert again"):
+        use(convert)
+
+
+def test_an_input_that_another_stage_wrote(tmp_path: Path) -> None:
+    convert = converted(tmp_path / "convert")
+    for _ in range(2):  # with its sidecar and without
+        with (
+            pytest.raises(UserError, match="is what ctrkit convert wrote; give the folder that ctrkit select-clicks"),
+            provenance.output("group", RECIPE, {"behaviours": convert}, tmp_path / "out"),
+        ):
+            raise AssertionError
+        (tmp_path / "convert.json").unlink(missing_ok=True)
+
+
+def test_features_must_mean_the_same(tmp_path: Path) -> None:
+    def recipe(**features: object) -> Recipe:
+        return Recipe.model_validate({"name": "r", "features": features})
+
+    one = {"of": "ad", "column": "shop"}
+    convert = converted(tmp_path / "convert", recipe(shop=one, hour={"of": "scene"}))
+    provenance.check_features(recipe(shop={**one, "width": 3, "switch": "ad_id"}), ["shop"], convert)
+    other = recipe(shop={**one, "min_count": 3})
+    with pytest.raises(UserError, match=r"was made with features.shop.min_count = 1, and the recipe says 3: run ctrk"):
+        provenance.check_features(other, ["shop"], convert)
+    with pytest.raises(UserError, match="has no feature 'brand'; it is of another recipe: run ctrkit convert again"):
+        provenance.check_features(recipe(brand=one), ["brand"], convert)
+    (tmp_path / "convert.json").unlink()
+    provenance.check_features(other, ["shop"], convert)
 
 
 def test_options_of_the_command_count(source: Path) -> None:

@@ -129,7 +129,7 @@ def cluster() -> Iterator[Cluster]:
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shop and what the stages make of it in this process. Not to be changed."""
     folder = tmp_path_factory.mktemp("local")
-    rows = shop.random_rows(3, users=2000)
+    rows = shop.random_rows(3, users=3000)
     raw, _ = shop.write(folder, RECIPE, **rows)
     (raw / "impressions.csv").unlink()
     for i in range(6):
@@ -203,7 +203,9 @@ def kill_half_way(
     [
         (
             "convert",
-            {"label impressions": PARTITIONS, "encode impressions": PARTITIONS, "encode behaviours": PARTITIONS},
+            dict.fromkeys(
+                ("match", "label impressions", "count", "encode impressions", "encode behaviours"), PARTITIONS
+            ),
             ["raw", "recipe.toml"],
         ),
         (

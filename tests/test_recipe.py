@@ -71,6 +71,12 @@ def test_names(tmp_path: Path) -> None:
     assert load(write(tmp_path, 'name = "other"\n' + TEXT)).name == "other"
 
 
+def test_a_file_called_without_its_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path).parent)
+    with pytest.raises(UsageError, match=r"no recipe 'mine'; did you mean 'mine\.toml'\?"):
+        find("mine")
+
+
 def test_variants_and_sets_in_their_order(tmp_path: Path) -> None:
     path = write(tmp_path)
     assert load(path).train.epochs == 3
@@ -156,6 +162,28 @@ def test_values_of_sets(tmp_path: Path, text: str, path: str, value: object) -> 
         ),
         ("[convert.impressions]\nfiles = 'a'\nencoding = 'utf-16'\n", "encoding 'utf-16' is unknown or not"),
         ("[convert.impressions]\nfiles = 'a'\nencoding = 'kli'\n", "encoding 'kli' is unknown or not"),
+        ("[select-clicks]\nhalf_life_days = inf\n", "select-clicks.half_life_days: input should be a finite number"),
+        ("[select-clicks]\nmin_dwell = inf\n", "select-clicks.min_dwell: input should be a finite number (given: inf)"),
+        ("[select-clicks]\nwindow_days = inf\n", "select-clicks.window_days: input should be a finite number"),
+        ("[select-clicks]\nwindow_days = 1000000000000000000000\n", "select-clicks.window_days: input should be less"),
+        ("[select-clicks.type_weights]\nbuy = nan\n", "select-clicks.type_weights.buy: input should be a finite"),
+        ("[convert]\nattribution_window = inf\n", "convert.attribution_window: input should be a finite number"),
+        ("[convert]\nattribution_window = 1e300\n", "convert.attribution_window: input should be less than"),
+        ("[features]\na = { of = 'ad', kind = 'number', edges = [1, inf] }\n", "features.a.edges.1: input should be a"),
+        ("[train]\nlearning_rate = inf\n", "train.learning_rate: input should be a finite number (given: inf)"),
+        ("workers = 100000\n", "workers: input should be less than or equal to 512 (given: 100000)"),
+        (
+            "[split]\ntest = '2024-03-20'\n",
+            "split.test: has to be a number of days, a share between 0 and 1, or a list of dates, such as [2024-03-20] "
+            "(given: '2024-03-20').",
+        ),
+        ("[split]\ntest = 2024-03-20\n", "such as [2024-03-20] (given: 2024-03-20)."),
+        ("[split]\nvalid = nan\n", "split.valid: has to be a number of days"),
+        ("[convert.ads]\nfiles = 3\n", "convert.ads.files: has to be a name or a list of names (given: 3)."),
+        (
+            "[convert.ads]\nfiles = 'a'\ncolumns = { ad = 0 }\n",
+            "convert.ads.columns.ad: has to be a column's name, or its position from 1 (given: 0).",
+        ),
         ("[convert]\nnegative_rate = 0\n", "convert.negative_rate: input should be greater than 0 (given: 0)"),
     ],
 )

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from ctrkit import report
+from ctrkit.contact_sheet import ContactSheet, Neighbour, Query
 from ctrkit.errors import UserError
 from ctrkit.evaluation import evaluate
 from ctrkit.gallery import Behaviour, Case, Thumbnails
-from ctrkit.recipe import Eval, Recipe
+from ctrkit.recipe import Eval, ExtractImages, Recipe
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -78,7 +79,7 @@ def case(sample_id=1, images=("a", "b", "gone")):
 def pictures(folder):
     for name, colour in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (40, 40), colour).save(folder / f"{name}.png")
-    return Thumbnails(folder, "{image}.png", 64)
+    return Thumbnails(folder, ExtractImages(template="{image}.png", size=64))
 
 
 def full(recipe, metrics, folder):
@@ -97,6 +98,13 @@ def full(recipe, metrics, folder):
         ),
         stages=[("train " + HOSTILE, 12.34)],
     )
+
+
+def sheet(folder, searched=9, rows=9):
+    thumbnails = pictures(folder)
+    near = (Neighbour(image="b", similarity=0.71249), Neighbour(image=HOSTILE, similarity=-0.25))
+    queries = [Query(image="a", count=1234, neighbours=near), Query(image="b", count=1, neighbours=())]
+    return ContactSheet(queries=queries, searched=searched, rows=rows, thumbnails=thumbnails)
 
 
 @pytest.fixture
@@ -168,6 +176,21 @@ def test_pictures_are_inlined_and_missing_ones_have_a_place(recipe, metrics, tmp
     assert len([s for s in page.of("span") if s.get("class") == "missing"]) == 2
     for word in ("0.500", "0.333", "0.250", "score 0.250", "clicked", "of 12 impressions"):
         assert word in page.text
+
+
+def test_the_contact_sheet(metrics, tmp_path):
+    text = report.render(Recipe(name="r"), metrics, sheet=sheet(tmp_path, 20_000, 3_000_000))
+    page = Page(text)
+    assert len(page.of("img")) == 3  # a, b beside it, b
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.of("img"))
+    for word in ("0.712", "-0.250", "seen 1,234 times in training", "seen 1 time in training", HOSTILE):
+        assert word in page.text
+    assert "<script" not in text
+    assert "Searched: 20,000 of 3,000,000 distinct pictures, those that training shows most; the mean is" in page.text
+    page = Page(report.render(Recipe(name="r"), metrics, sheet=sheet(tmp_path)))
+    assert "Searched: all 9 distinct pictures. Of pictures alike to more than 0.9999 one is shown" in page.text
+    for none in (None, ContactSheet(queries=[], searched=0, rows=9, thumbnails=pictures(tmp_path))):
+        assert "alike to the network" not in report.render(Recipe(name="r"), metrics, sheet=none)
 
 
 def test_the_same_twice(recipe, metrics, tmp_path):

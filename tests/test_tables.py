@@ -209,6 +209,60 @@ def test_an_empty_file(tmp_path: Path) -> None:
         table(tmp_path, "a.csv")
 
 
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl", "parquet"])
+def test_empty_files_among_others_are_left_out(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "log").mkdir()
+    write_in(ending, tmp_path / "log" / f"b.{ending}")
+    for name in ("a", "c"):
+        (tmp_path / "log" / f"{name}.{ending}").write_bytes(b"")
+    (tmp_path / "log" / "d.csv.gz").write_bytes(gzip.compress(b"\n"))
+    found = table(tmp_path, "log", columns={"user": "uid"})
+    assert found.skipped == (f"log/a.{ending}", f"log/c.{ending}", "log/d.csv.gz")
+    assert read(found, ["user"])[0]["user"].to_list() == ["007", "8", None]
+    (tmp_path / "log" / f"b.{ending}").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"a\.{ending} is empty: it has not even a header"):
+        table(tmp_path, "log", columns={"user": "uid"})
+
+
+def test_what_columns_hold_is_learned_from_the_first_file_with_rows(tmp_path: Path) -> None:
+    write_csv(tmp_path, "user,n\n", "a.csv")
+    write_csv(tmp_path, "user,n\nu,5\n", "b.csv")
+    frame, left_out = read(table(tmp_path, "*.csv", "n > 2", where="n < 9"), ["user"])
+    assert (frame[LABEL].to_list(), left_out) == ([True], 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("user,click,ad,click", r"a\.csv has two columns named 'click'; give each a name of its own"),
+        ("user,a\x01d", r"a\.csv has a column named 'a\\x01d', and no text has such characters"),
+        ('user,5" screen', r"the header of .*a\.csv has a quote without its partner"),
+    ],
+)
+def test_headers_that_cannot_be_right(tmp_path: Path, header: str, message: str) -> None:
+    write_csv(tmp_path, f"{header}\nu,1\n")
+    with pytest.raises(UserError, match=message):
+        table(tmp_path, "a.csv")
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    write_csv(tmp_path, "user,,,ad\nu,1,2,a\n")
+    assert read(table(tmp_path, "a.csv"), ["user", "ad"])[0].select("user", "ad").rows() == [("u", "a")]
+
+
+def test_long_names_are_cut_in_messages(tmp_path: Path) -> None:
+    write_csv(tmp_path, f"{'x' * 5000},ad\n1,2\n")
+    with pytest.raises(UserError, match=r"no column 'user'; known: ad, x{60}…\."):
+        table(tmp_path, "a.csv").require("user")
+
+
+@pytest.mark.parametrize("content", ['[{"user": "u"}]', '[\n{\n"user": "u"\n}\n]\n', "user,ad\nu,a\n"])
+def test_what_is_no_json_lines_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"no column 'user': none of its lines is a JSON object.*format=csv"):
+        table(tmp_path, "a.jsonl").require("user")
+
+
 def test_an_unknown_format(tmp_path: Path) -> None:
     write_csv(tmp_path, "user\nu\n", "a.dat")
     with pytest.raises(UserError, match=r"cannot tell the format of .*a\.dat"):
@@ -222,6 +276,15 @@ def test_an_unknown_format(tmp_path: Path) -> None:
         ("time >", "is not an SQL expression"),
         ("user = 'u'", 'needs double quotes: "user"'),
         ('"user" > 5', "cannot be computed: cannot compare string"),
+        ("time > AVG(time)", "looks at more than one row"),
+        ("COUNT(*) > 1", "looks at more than one row"),
+        ("ROW_NUMBER() OVER () < 5", "looks at more than one row"),
+        ("time > SUM(time) OVER (PARTITION BY time)", "looks at more than one row"),
+        ("LAG(time) OVER (ORDER BY time) = 1", "looks at more than one row"),
+        ("time > MEDIAN(time) OR time IN (1, 2)", "looks at more than one row"),
+        ("time > QUANTILE_CONT(time, 0.5)", "looks at more than one row"),
+        ("time IN (SELECT 1)", "looks at more than one row"),
+        ('"user"', "is String, neither true nor false"),
     ],
 )
 def test_wrong_sql_is_a_usage_error(tmp_path: Path, where: str, message: str) -> None:
@@ -229,6 +292,24 @@ def test_wrong_sql_is_a_usage_error(tmp_path: Path, where: str, message: str) ->
     with pytest.raises(UsageError, match=message) as caught:
         read(table(tmp_path, "a.csv", where=where), ["user"])
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "\"user\" IN ('u', 'Agg', 'Len') AND \"user\" <> 'Agg'",
+        "CASE WHEN time > 0 THEN 1 ELSE 0 END",
+        "SUBSTR(\"user\", 1, 1) = 'u'",
+        'COALESCE(time, 1) BETWEEN 1 AND 2 OR LENGTH("user") > 1 OR time IS NULL',
+        "GREATEST(time, 2) = 2 AND ABS(time) = 1 AND \"user\" LIKE 'u%'",
+        "1 = 1",
+        "time",
+    ],
+)
+def test_sql_that_looks_at_one_row(tmp_path: Path, where: str) -> None:
+    write_csv(tmp_path, "user,time\nu,1\n")
+    frame, left_out = read(table(tmp_path, "a.csv", where=where), ["user"])
+    assert (frame["user"].to_list(), left_out) == (["u"], 0)
 
 
 def test_rejects_above_the_rate_say_the_commonest_reasons(tmp_path: Path) -> None:
@@ -245,6 +326,12 @@ def test_rejects_above_the_rate_say_the_commonest_reasons(tmp_path: Path) -> Non
         rejects.check(0.29)
     assert "3 of 10 rows of impressions (30%)" in caught.value.message
     assert "2 × bad time (such as a.csv row 5: 'x'); 1 × no ad (such as a.csv row 2)" in caught.value.message
+    rejects.check_left("impressions")
+    none = Rejects()
+    none.add(source, bad, 3)
+    none.check(1.0)
+    with pytest.raises(UserError, match=r"none of the 3 rows of impressions .*: 2 × bad time .*; mend the rows"):
+        none.check_left("impressions")
     rejects.write(tmp_path / "rejects.parquet")
     assert pl.read_parquet(tmp_path / "rejects.parquet").rows() == [
         ("impressions", "a.csv", 2, "reject", "no ad"),

@@ -22,6 +22,7 @@ class Plan:
     """The ad's picture feature; "" if the model does not look at it."""
     user_image: str
     picture_width: int
+    """Numbers that an extractor gets of a picture, `has_picture` included."""
 
     @property
     def ids(self) -> list[str]:

@@ -22,7 +22,7 @@ PICTURE_WIDTH = 5
 SMALL = {"extractor": (6, 5, 3), "tower": (7, 5), "attention": (6, 4), "unknown_rate": 0.0}
 
 
-def pictures(folder: Path) -> tuple[PictureVectors, Array]:
+def pictures(folder: Path, *, has_picture: bool = False) -> tuple[PictureVectors, Array]:
     """Return picture vectors that need no centring and, by index, the same as [image indexes, width]."""
     n = SIZES["image"] - 2
     vectors = np.random.default_rng(5).normal(size=(n, PICTURE_WIDTH)).astype(np.float16)
@@ -33,7 +33,10 @@ def pictures(folder: Path) -> tuple[PictureVectors, Array]:
     by_index = np.zeros((SIZES["image"], PICTURE_WIDTH))
     by_index[2:] = vectors
     by_index[2 + 3] = 0.0
-    return PictureVectors(folder / "features.h5", folder / "convert"), by_index
+    if has_picture:
+        there = [[float(i >= 2 and i != 2 + 3)] for i in range(SIZES["image"])]
+        by_index = np.concatenate([by_index, there], axis=1)
+    return PictureVectors(folder / "features.h5", folder / "convert", has_picture=has_picture), by_index
 
 
 def make(train: Mapping[str, Any], vectors: PictureVectors, seed: int = 1) -> TrainedModel:

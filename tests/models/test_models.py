@@ -1,6 +1,7 @@
 """Every model against the papers' formulas, written as loops in float64: log-odds, gradients, grouping."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,30 @@ def test_log_odds_and_gradients_are_the_papers(config: dict[str, Any], vectors: 
             ends.append(log_loss(Reference(train, moved, vectors[1], training).log_odds(groups), groups))
         slope = sum(float((found.gradients[name] * d).sum()) for name, d in direction.items())
         assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("train", [{}, {"pooling": "sum"}, {"pooling": "max"}, {"share_extractors": True}], ids=str)
+@pytest.mark.parametrize("switches", [(True, True), (True, False), (False, True)], ids=str)
+def test_has_picture_is_an_input_of_the_extractors(
+    train: dict[str, Any], switches: tuple[bool, bool], tmp_path: Path
+) -> None:
+    """Of both: [vector; 1] for a picture, [0; 0] for a missing one, and its weights are trained."""
+    vectors, by_index = pictures(tmp_path, has_picture=True)
+    config = {"model": "dicm", **train, "ad_image": switches[0], "user_images": switches[1], "has_picture": True}
+    model = make(config, vectors)
+    groups = some_groups()
+    images = [s["ad_image"] for g in groups for s in g.samples] + [b["image"] for g in groups for b in g.behaviours]
+    assert {True, False} == {bool(by_index[i, -1]) for i in images}
+    before = weights(model)
+    for training in (False, True):
+        found = run(model, groups, training)
+        expected = Reference(Train(**{**SMALL, **config}), before, by_index, training).log_odds(groups)
+        np.testing.assert_allclose(found.logit_S, expected, rtol=1e-10, atol=1e-12)
+    firsts = [n for n in found.gradients if n in ("adnet.0.weight", "usernet.0.weight")]
+    assert firsts
+    for name in firsts:
+        assert found.gradients[name].shape[1] == by_index.shape[1]
+        assert np.abs(found.gradients[name][:, -1]).max() > 1e-12
 
 
 @each_form

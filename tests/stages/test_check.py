@@ -179,7 +179,6 @@ USELESS: list[tuple[str, tuple[str, ...], Callable[[Rows], Rows]]] = [
         ("select-clicks.types=['clik']",),
         dict,
     ),
-    ("type_weights names 'buy', which no behaviour is", ("select-clicks.type_weights.buy=2",), dict),
     ("every behaviour is shorter than select-clicks.min_dwell = 100 seconds", ("select-clicks.min_dwell=100",), dict),
 ]
 
@@ -262,6 +261,8 @@ WARNINGS: list[tuple[str, tuple[str, ...], Callable[[Rows], Rows]]] = [
         (),
         lambda rows: changed(rows, "impressions", lambda some: [*some, "x,7250000000,u1,a1,0"]),
     ),
+    ("type_weights names 'buy', which no behaviour is", ("select-clicks.type_weights.buy=2",), dict),
+    ("types names 'buy', which no behaviour is", ("select-clicks.types=['click', 'buy']",), dict),
     ("leaves no test day", ("split.test=0",), dict),
     ("of the training impressions, as asked", ("convert.negative_rate=0.5",), dict),
 ]
@@ -429,6 +430,92 @@ def test_odd_files(tmp_path: Path, content: bytes, text: str) -> None:
     result = check(tmp_path)
     assert result.exit_code == 1
     assert [e for e in told(result, "error") if text in e], result.output
+
+
+def both(tmp_path: Path, *sets: str) -> tuple[Result, Result]:
+    """Return what check and convert say."""
+    return check(tmp_path, *sets), run(tmp_path, "convert", dict(s.split("=", 1) for s in sets))
+
+
+def test_all_rows_bad_whatever_the_rate(tmp_path: Path) -> None:
+    rows = good_rows()
+    write(tmp_path, WITHOUT_PICTURES, **{**rows, "impressions": [f"i{n},x,u1,a1,0" for n in range(20)]})
+    for result in both(tmp_path, "convert.max_reject_rate=1.0"):
+        assert result.exit_code == 1
+        assert "none of the 20 rows of impressions can be used: 20 × time is not epoch seconds" in result.output
+        assert "0.999" not in result.output
+
+
+@pytest.mark.parametrize("name", ["clicks", "behaviours", "users", "ads", "goods"])
+def test_a_table_of_a_header_only(tmp_path: Path, name: str) -> None:
+    write(tmp_path, WITHOUT_PICTURES, **{**good_rows(), name: []})
+    looked, made = both(tmp_path)
+    assert (looked.exit_code, made.exit_code) == (0, 0), looked.output
+    assert [w for w in told(looked, "warning") if f"{name}.csv ([convert.{name}]) has no rows: " in w]
+    assert "check: what the stages need" in looked.output
+
+
+def test_impressions_of_a_header_only_with_a_label_that_wants_numbers(tmp_path: Path) -> None:
+    recipe = WITHOUT_PICTURES.replace("[convert]\n", '[convert]\nlabel = "position = 1"\n', 1)
+    recipe = recipe.replace('[convert.clicks]\nfiles = "clicks.csv"\ncolumns = { id = "impression" }\n', "")
+    write(tmp_path, recipe, **{**good_rows(), "impressions": []})
+    for result in both(tmp_path):
+        assert result.exit_code == 1
+        assert "impressions.csv ([convert.impressions]) has no rows" in result.output
+
+
+def test_the_wrong_separator_is_told_before_the_features(tmp_path: Path) -> None:
+    raw, _ = write(tmp_path, WITHOUT_PICTURES, **good_rows())
+    path = raw / "impressions.csv"
+    path.write_text(path.read_text().replace(",", ";"))
+    for result in both(tmp_path):
+        first = next(line for line in result.output.split("\n") if line.lower().startswith("error"))
+        assert "--set convert.impressions.separator=';'" in first
+
+
+def test_empty_files_and_columns_of_folders(tmp_path: Path) -> None:
+    raw, _ = write(tmp_path, WITHOUT_PICTURES, **good_rows())
+    folder = raw / "log" / "position=7"
+    folder.mkdir(parents=True)
+    (raw / "impressions.csv").rename(folder / "b.csv")
+    (folder / "a.csv").write_bytes(b"")
+    looked, made = both(tmp_path, "convert.impressions.files=log")
+    assert (looked.exit_code, made.exit_code) == (0, 0), looked.output
+    empty = "[convert.impressions]: log/position=7/a.csv is empty, without even a header, and left out"
+    assert told(looked, "warning")[:2] == [
+        empty,
+        "log/position=7/b.csv ([convert.impressions]) has a column 'position' of its own, as its folder has: the "
+        "file's counts",
+    ]
+    assert empty in made.output
+
+
+@pytest.mark.parametrize("zone", [None, "Asia/Shanghai"])
+def test_times_without_a_zone_are_told(tmp_path: Path, zone: str | None) -> None:
+    raw, _ = write(tmp_path, WITHOUT_PICTURES, **good_rows())
+    times = pl.from_epoch("time").dt.replace_time_zone(zone)
+    pl.read_csv(raw / "impressions.csv").with_columns(times).write_parquet(raw / "impressions.parquet")
+    result = check(tmp_path, "convert.impressions.files=impressions.parquet")
+    assert result.exit_code == 0, result.output
+    told_so = [w for w in told(result, "warning") if "the times of impressions have no zone and are read as UTC" in w]
+    assert len(told_so) == (zone is None)
+
+
+def test_a_stray_quote_forges_no_row(tmp_path: Path) -> None:
+    rows = good_rows()
+    forged = f'i-1,{at(1)},u1,a1,"two\ni-2,{at(1)},uFORGED,a99,1\nlines"'
+    stray = f'i-3,{at(1)},u1,a1,5" screen'
+    for n, lines in enumerate(([forged, stray], [stray, forged])):
+        write(tmp_path / str(n), WITHOUT_PICTURES, **{**rows, "impressions": [*rows["impressions"], *lines]})
+        looked, made = both(tmp_path / str(n))
+        assert (looked.exit_code, made.exit_code) == (0, 0), looked.output
+        assert "1 of 602 rows of impressions (0.2%) cannot be used and will be dropped: 1 × a quote" in looked.output
+        out = tmp_path / str(n) / "convert"
+        bad = pl.read_parquet(out / "rejects.parquet").filter(source="impressions", kind="reject")
+        assert bad.select("row", "reason").rows() == [(602 - n, "a quote without its partner")]
+        samples = pl.read_parquet(out / "samples" / "day=*" / "part-*.parquet")
+        assert samples.height == 601
+        assert "uFORGED" not in samples["user"]
 
 
 def test_variants_and_overrides(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """`ctrkit extract-images` through the command line, on tiny pictures and small networks."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -207,43 +206,170 @@ def test_list_layers_needs_nothing_else() -> None:
     assert names[-1] == "fc8"
 
 
-KILLED = """
-import os, signal, sys
-from ctrkit import extraction
+MANY = 122
+"""Pictures of `many`: 31 batches of 4, the last of 2."""
+
+AT = """
+import os, signal, sys, threading
+import torch
+from ctrkit import backbones, batch_log, extraction, provenance
 from ctrkit.cli import main
 
-extraction.PART_PICTURES = 8
-add = extraction._Part.add
+provenance.code_digest("extract-images")  # what the children would each do again
+backbones.layer_names("squeezenet1_1")
 
-def add_or_die(part, batch, network):
-    if part.end == 28:  # three parts are closed, the fourth is half done
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(part, batch, network)
+arguments = sys.argv[1:]
 
-extraction._Part.add = add_or_die
-main(sys.argv[1:])
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_call(owner, name, number, before=die):
+    real, calls = getattr(owner, name), []
+    def patched(*given, **named):
+        calls.append(0)
+        if len(calls) == number:
+            before(*given)
+        return real(*given, **named)
+    setattr(owner, name, patched)
+
+def torn(number):
+    def half(log, record):
+        os.write(log._writer, record[:len(record) // 2])
+        die()
+    at_call(batch_log.BatchLog, "_write", number, half)
+
+forward = backbones.Backbone.forward
+def counted(network, x):
+    with open("forwards", "ab", buffering=0) as f:
+        f.write(b".")
+    return forward(network, x)
+backbones.Backbone.forward = counted
+
+def run(*patches):
+    pid = os.fork()
+    if pid == 0:
+        for patch, *given in patches:
+            patch(*given)
+        main(arguments)
+    return os.waitpid(pid, 0)[1]
 """
 
 
-def test_killed_in_the_middle_then_run_again(shop: Path) -> None:
-    counts = []
-    for n in range(120):
+@pytest.fixture
+def many(shop: Path) -> Path:
+    """The shop with `MANY` pictures, the 78th of them broken."""
+    for n in range(MANY):
         noise(1000 + n).save(shop / "pictures" / f"p{n}.png")
-        counts.append((f"p{n}.png", n % 10))
     (shop / "pictures" / "p77.png").write_bytes(b"not a picture")
-    write_vocabulary(shop, counts)
-    assert extract(shop, out="undisturbed.h5").exit_code == 0
+    write_vocabulary(shop, [(f"p{n}.png", n % 10) for n in range(MANY)])
+    return shop
+
+
+def arguments(shop: Path, *more: object) -> list[str]:
     given = ["--recipe", shop / "recipe.toml", "--pictures", shop / "pictures", "--convert", shop / "convert"]
-    command = [sys.executable, "-c", KILLED, "extract-images", *given]
-    command += ["--weights", shop / "weights.pth", "--out", shop / "features.h5"]
-    killed = subprocess.run([str(part) for part in command], stderr=subprocess.DEVNULL)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (shop / "features.h5").exists()
-    assert len(list(shop.glob(".features.h5.parts-*/part-*.npz"))) == 3
-    again = extract(shop)
-    assert again.exit_code == 0
-    assert "24 of 120 pictures were done before" in again.stderr
-    for found, wanted in zip(read(shop / "features.h5"), read(shop / "undisturbed.h5"), strict=True):
+    given += ["--weights", shop / "weights.pth", "--out", shop / "features.h5", *more]
+    return ["extract-images", *map(str, given)]
+
+
+def in_process(shop: Path, script: str, *more: object) -> subprocess.CompletedProcess[str]:
+    """Run a script that starts with `AT`, whose `run` calls the command in a child."""
+    command = [sys.executable, "-c", AT + script, *arguments(shop, *more)]
+    done = subprocess.run(command, cwd=shop, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def same_values(shop: Path, one: str = "features.h5", other: str = "undisturbed.h5") -> None:
+    for found, wanted in zip(read(shop / one), read(shop / other), strict=True):
         np.testing.assert_equal(found, wanted)
-    assert sorted(leftovers(shop)) == ["features.h5", "features.h5.json", "features.h5.rejects.parquet"]
-    assert pl.read_parquet(shop / "features.h5.rejects.parquet")["image"].to_list() == ["p77.png"]
+
+
+KILLS = """
+moments = [
+    [(torn, 1)],
+    [(at_call, backbones.Backbone, "forward", 6)],
+    [(torn, 7)],
+    [(at_call, batch_log.BatchLog, "append", 5)],
+    *[[(lambda s: threading.Timer(s, die).start(), s)] for s in (0.1, 0.25)],
+    [(at_call, batch_log.BatchLog, "read", 9)],
+    [(at_call, extraction, "_write_map", 1)],
+    [(at_call, extraction, "remove_parts", 1)],
+]
+killed = [os.WIFSIGNALED(run(*moment)) for moment in moments]
+print(sum(killed), all(killed[:4]), all(killed[-3:]))
+print(run())
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_and_does_at_most_one_batch_again(many: Path) -> None:
+    assert extract(many, out="undisturbed.h5").exit_code == 0
+    done = in_process(many, KILLS)
+    kills, *others = done.stdout.split()
+    assert others == ["True", "True", "0"]
+    same_values(many)
+    assert 31 <= (many / "forwards").stat().st_size <= 31 + int(kills)
+    assert (
+        f"20 of {MANY} pictures were done before" in done.stderr
+    )  # a torn batch, none, five, and then died in the next
+    assert sorted(leftovers(many)) == FILES
+    assert pl.read_parquet(many / "features.h5.rejects.parquet")["image"].to_list() == ["p77.png"]
+
+
+FILES = ["features.h5", "features.h5.json", "features.h5.rejects.parquet"]
+
+FULL = """
+import resource
+small = (resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, -1))
+print(run(small), run(small), run())
+"""
+
+
+def test_a_full_disk_is_told_and_the_work_goes_on_when_there_is_room(many: Path) -> None:
+    assert extract(many, out="undisturbed.h5").exit_code == 0
+    done = in_process(many, FULL)
+    full = f"Error: cannot write {many / 'features.h5'}: a file would become larger than is allowed (`ulimit -f` tells"
+    told = [line[: len(full)] for line in done.stderr.splitlines() if "were done" in line or "Error" in line]
+    before = [int(line.split()[1]) for line in told if "were done" in line]
+    # The log does not hold all batches; then it does, and the file itself is too large; then there is room.
+    assert told == [full, told[1], full, told[3]]
+    assert 40 < before[0] < before[1] == MANY
+    assert "Make room there and run the same command again" in done.stderr
+    assert done.stdout.split() == ["256", "256", "0"]
+    assert (many / "forwards").stat().st_size == 31 + 1
+    same_values(many)
+    assert sorted(leftovers(many)) == FILES
+
+
+GROWTH = """
+import resource
+peaks = []
+for pictures in ("few", "pictures"):
+    arguments[arguments.index("--pictures") + 1] = pictures
+    pid = os.fork()
+    if pid == 0:
+        main(arguments)
+    _, status, usage = os.wait4(pid, 0)
+    peaks.append(usage.ru_maxrss)
+    assert status == 0
+print(peaks[0], peaks[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_pictures(shop: Path) -> None:
+    one = (shop / "pictures" / "a.png").read_bytes()
+    for n in range(2000):  # what follows the end of a PNG is not looked at, and makes its content another
+        (shop / "pictures" / f"p{n}.png").write_bytes(one + b"%d" % n)
+    (shop / "few").mkdir()
+    for n in range(100):
+        (shop / "few" / f"p{n}.png").write_bytes(one + b"%d" % n)
+    wide = ("--all", "--set", "extract-images.backbone=squeezenet1_1:features.0:flat")
+    peaks = in_process(shop, GROWTH, *wide).stdout.split()
+    assert read(shop / "features.h5")[0].nbytes > 55 << 20
+    assert int(peaks[1]) - int(peaks[0]) < 12 << 10, peaks
+
+
+def test_processes_that_decode_give_the_same(many: Path) -> None:
+    assert extract(many, out="undisturbed.h5").exit_code == 0
+    result = extract(many, "--set", "extract-images.workers=2")
+    assert result.exit_code == 0, result.output
+    same_values(many)

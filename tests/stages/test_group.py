@@ -1,9 +1,11 @@
 import datetime
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
-from ctrkit.stages.group import command
+import pytest
+from ctrkit.stages.group import _size, command
 
 from ctrkit.cli import COMMANDS
 from tests.shop import RECIPE, at, ctrkit, random_rows, run, run_all, write
@@ -66,10 +68,94 @@ def test_no_behaviours_given_or_there(tmp_path: Path) -> None:
 def test_behaviours_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     write(tmp_path, **random_rows(2))
     run_all(tmp_path)
-    assert run(tmp_path, "convert", {"features.goods.min_count": 25, "features.ad_goods.min_count": 25}).exit_code == 0
+    users = tmp_path / "raw" / "users.csv"
+    users.write_text(users.read_text() + "u99,x\n")
+    impressions = tmp_path / "raw" / "impressions.csv"
+    impressions.write_text(impressions.read_text() + f"i999,{at(0)},u99,a1,0\n")
+    assert run(tmp_path, "convert").exit_code == 0
     result = run(tmp_path, "group")
     assert result.exit_code == 1
-    assert "run ctrkit select-clicks again" in result.output
+    assert "so its indexes may mean something else; run ctrkit select-clicks again" in result.output
+
+
+def refused(folder: Path, sets: dict[str, object] | None = None) -> str:
+    """Return what group says; it must stop with an error and write nothing."""
+    shutil.rmtree(folder / "groups", ignore_errors=True)
+    result = run(folder, "group", sets)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert not (folder / "groups").exists()
+    return result.output
+
+
+def test_folders_that_are_not_whole(tmp_path: Path) -> None:
+    """What lacks a file is not what was written, and would give fewer samples or histories."""
+    write(tmp_path, **random_rows(2))
+    run_all(tmp_path, {"convert.partitions": 2, "workers": 1})
+    for folder, stage, day in (
+        ("convert", "convert", "samples/day=2024-03-02"),
+        ("behaviours", "select-clicks", "day=2024-03-05"),
+    ):
+        part = tmp_path / folder / day / "part-0001.parquet"
+        content = part.read_bytes()
+        part.unlink()
+        said = f"{folder} is not what ctrkit {stage} wrote: {day} has 1 instead of 2 files; run ctrkit {stage} again"
+        assert said in refused(tmp_path, {"workers": 1})
+        part.write_bytes(content[:-9])
+        assert f"{folder} is not what ctrkit {stage} wrote: {day} has changed" in refused(tmp_path, {"workers": 1})
+        part.write_bytes(content)
+    assert run(tmp_path, "group", {"workers": 1}).exit_code == 0
+    for name in ("convert.json", "behaviours.json"):  # as if others had made them
+        (tmp_path / name).unlink()
+    for name in ("behaviours/day=2024-03-05/part-0000.parquet", "convert/vocab/hour.parquet"):
+        part = tmp_path / name
+        content = part.read_bytes()
+        part.write_bytes(content[:-9])
+        assert f"{part} is damaged" in refused(tmp_path, {"workers": 1})
+        part.write_bytes(content)
+    assert run(tmp_path, "group", {"workers": 1}).exit_code == 0
+    for of, whose in (("scene", "samples"), ("behaviour", "behaviours")):
+        recipe = RECIPE.replace("[select-clicks]", f'extra = {{ of = "{of}", vocab = "hour" }}\n[select-clicks]')
+        (tmp_path / "recipe.toml").write_text(recipe)
+        assert f"the {whose} have no feature 'extra'; they are of another recipe" in refused(tmp_path, {"workers": 1})
+
+
+def test_folders_of_another_stage_or_recipe(tmp_path: Path) -> None:
+    write(tmp_path, **random_rows(2))
+    run_all(tmp_path)
+    words = ["--recipe", tmp_path / "recipe.toml", "--convert", tmp_path / "convert", "--out", tmp_path / "other"]
+    result = ctrkit("group", *words, "--behaviours", tmp_path / "convert")
+    assert result.exit_code == 1
+    assert "convert is what ctrkit convert wrote; give the folder that ctrkit select-clicks wrote" in result.output
+    told = "was made with features.category.column = 'category', and the recipe says 'goods': run ctrkit select-clicks"
+    assert told in refused(tmp_path, {"features.category.column": "goods"})
+    told = "was made with features.position.min_count = 1, and the recipe says 2: run ctrkit convert again"
+    assert told in refused(tmp_path, {"features.position.min_count": 2})
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(2.52, "2.5 times smaller"), (0.8, "1.2 times larger")])
+def test_what_grouping_costs_is_not_called_smaller(ratio: float, told: str) -> None:
+    assert _size(ratio) == told
+
+
+@pytest.mark.parametrize("out", ["recipe.toml", "."])
+def test_an_output_that_cannot_be_is_told_before_the_work(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, recipe = write(tmp_path, **random_rows(2))
+    monkeypatch.chdir(tmp_path)
+    run_all(tmp_path)
+    text = recipe.read_text()
+    for stage, inputs in (
+        ("convert", ["--raw", raw]),
+        ("select-clicks", ["--convert", "convert"]),
+        ("group", ["--convert", "convert", "--behaviours", "behaviours"]),
+    ):
+        result = ctrkit(stage, "--recipe", "recipe.toml", *inputs, "--out", out)
+        assert result.exit_code == 2, result.output
+        assert ("has no name of its own" if out == "." else "recipe.toml is a file") in result.output
+        assert "tasks" not in result.output
+    assert recipe.read_text() == text
 
 
 def test_the_movielens_recipe(tmp_path: Path) -> None:

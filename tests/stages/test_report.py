@@ -1,6 +1,8 @@
 """`ctrkit report` through the command line."""
 
 import json
+import re
+import shutil
 
 import polars as pl
 import pytest
@@ -49,6 +51,48 @@ def test_writes_one_file_and_its_sidecar(made):
     assert set(sidecar["inputs"]) == {"metrics", "model lr", "predictions lr"}
     assert run("report", *arguments).exit_code == 0
     assert out.read_text() == text
+
+
+def test_the_contact_sheet(made, tiny_run):
+    """Eight pictures, each with six others, inlined and called by their ids; none that cannot be read."""
+    vocabulary = pl.read_parquet(tiny_run.convert / "vocab" / "image.parquet")
+    pictures = made / "pictures"
+    shutil.copytree(tiny_run.folder / "raw" / "pictures", pictures)
+    gone = vocabulary["value"][:3].to_list()
+    for image in gone:
+        (pictures / image).unlink()
+    common = ["report", "--recipe", tiny_run.recipe, "--metrics", made / "metrics.json", "--convert", tiny_run.convert]
+    common += ["--features", tiny_run.features, "--pictures", pictures]
+
+    def sections(out, *sets):
+        words = [word for text in sets for word in ("--set", text)]
+        result = run(*common, *words, "--out", made / out)
+        assert result.exit_code == 0, result.output
+        text = (made / out).read_text()
+        found = re.findall(r'<section class="case">(.*?)</section>', text, re.S)
+        return [re.findall(r'<img src="data:image/jpeg[^>]*alt="picture ([^"]*)"', part) for part in found], text
+
+    shown, text = sections("a.html")
+    assert "Pictures alike to the network" in text
+    assert f"Searched: all {vocabulary.height} distinct pictures" in text
+    assert [len(images) for images in shown] == [7] * 8
+    used = vocabulary.filter(pl.col("count") > 0)["value"].to_list()
+    for images in shown:
+        assert len(set(images)) == 7
+        assert images[0] in used
+        assert set(images) <= set(vocabulary["value"]) - set(gone)
+    assert len({images[0] for images in shown}) == 8
+    assert sections("b.html") == (shown, text)
+    other, _ = sections("c.html", "report.sheet_seed=7", "report.sheet_queries=3", "report.sheet_neighbours=2")
+    assert [len(images) for images in other] == [3] * 3
+    assert [images[0] for images in other] != [images[0] for images in shown[:3]]
+    none, text = sections("d.html", "report.sheet_queries=0")
+    assert none == []
+    assert "alike to the network" not in text
+    result = run(*common, "--set", "report.sheet_neighbours=0", "--out", made / "e.html")
+    assert result.exit_code == 2
+    assert "report.sheet_neighbours" in result.output
+    assert not (made / "e.html").exists()
 
 
 def test_mistakes_leave_nothing_behind(made):

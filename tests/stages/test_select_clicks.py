@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -76,6 +77,11 @@ def test_dwell_and_types(tmp_path: Path) -> None:
     result = run(tmp_path / "b", "select-clicks", {"select-clicks.types": '["cilck"]'})
     assert result.exit_code == 2
     assert "did you mean 'click'" in result.output
+    assert "so no behaviour would be left" in result.output
+    result = run(tmp_path / "b", "select-clicks", {"select-clicks.types": '["fav", "cart", "click"]'})
+    assert result.exit_code == 0  # a rare type may not come up in a day's window
+    assert "note: select-clicks.types names 'fav', which no behaviour is" in result.output
+    assert histories_there(tmp_path / "b")[7] == ["g2", "g3"]
 
 
 def test_types_weigh_what_the_recipe_says(tmp_path: Path) -> None:
@@ -92,8 +98,8 @@ def test_types_weigh_what_the_recipe_says(tmp_path: Path) -> None:
         assert run(tmp_path, "select-clicks", {**one, "select-clicks.type_weights": weights}).exit_code == 0
         assert histories_there(tmp_path)[7] == [left]
     result = run(tmp_path, "select-clicks", {"select-clicks.type_weights": "{ crat = 3 }"})
-    assert result.exit_code == 2
-    assert "select-clicks.type_weights names 'crat', which no behaviour is; did you mean 'cart'" in result.output
+    assert result.exit_code == 0
+    assert "note: select-clicks.type_weights names 'crat', which no behaviour is; did you mean 'cart'" in result.output
 
 
 def test_types_need_a_column_of_types(tmp_path: Path) -> None:
@@ -179,3 +185,51 @@ def test_convert_must_come_first(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "run ctrkit convert" in result.output
     assert not (tmp_path / "behaviours").exists()
+
+
+def refused(folder: Path, sets: dict[str, object] | None = None) -> str:
+    """Return what select-clicks says; it must stop with an error and write nothing."""
+    result = run(folder, "select-clicks", sets)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert not (folder / "behaviours").exists()
+    return result.output
+
+
+def test_a_conversion_that_is_not_whole(tmp_path: Path) -> None:
+    write(tmp_path, **random_rows(4))
+    assert run(tmp_path, "convert").exit_code == 0
+    part = tmp_path / "convert" / "behaviours" / "day=2024-03-03" / "part-0000.arrow"
+    content = part.read_bytes()
+    part.unlink()
+    said = "is not what ctrkit convert wrote: behaviours/day=2024-03-03 is missing; run ctrkit convert again"
+    assert said in refused(tmp_path)
+    sidecar = tmp_path / "convert.json"
+    sidecar.rename(tmp_path / "aside")
+    for size in (0, len(content) // 2, len(content) - 3):
+        part.write_bytes(content[:size])
+        assert f"{part} is damaged" in refused(tmp_path)
+    part.write_bytes(content)
+    for name in ("users/part-0000.parquet", "types.parquet", "samples/day=2024-03-02/part-0000.parquet"):
+        path = tmp_path / "convert" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-5])
+        assert f"{path} is damaged" in refused(tmp_path)
+        path.write_bytes(whole)
+    (tmp_path / "aside").rename(sidecar)
+    assert run(tmp_path, "select-clicks").exit_code == 0
+
+
+def test_a_conversion_of_another_recipe(tmp_path: Path) -> None:
+    """With its sidecar and without."""
+    kept = [line for line in RECIPE.splitlines() if 'of = "behaviour"' not in line]
+    _, recipe = write(tmp_path, "\n".join(kept), **random_rows(2))
+    assert run(tmp_path, "convert").exit_code == 0
+    recipe.write_text(RECIPE)
+    assert "convert has no feature 'goods'; it is of another recipe: run ctrkit convert again" in refused(tmp_path)
+    (tmp_path / "convert.json").unlink()
+    assert "convert has no behaviours; it is of another recipe: run ctrkit convert again" in refused(tmp_path)
+    shutil.rmtree(tmp_path / "convert")
+    assert run(tmp_path, "convert").exit_code == 0
+    told = "was made with features.category.min_count = 1, and the recipe says 2: run ctrkit convert again"
+    assert told in refused(tmp_path, {"features.category.min_count": 2})
