@@ -52,7 +52,7 @@ class CsvRows:
     def tidy(self, data: Bytes) -> bool:
         """Say whether each quote of whole rows begins or ends a quoted cell or is one of two inside; then all rows are
         regular."""
-        size = max(1, min(SCAN_BYTES, self.longest // 4))
+        size = max(1, min(4 * SCAN_BYTES, self.longest // 4))
         inside = covered = 0  # whether quotes so far leave a cell open, and how many bytes it has at least
         for at in range(0, len(data), size):
             quotes = np.flatnonzero(data[at : at + size] == QUOTE)

@@ -11,6 +11,7 @@ from pathlib import Path
 import xxhash
 
 from ctrkit import files
+from ctrkit.errors import UserError
 
 MISSING = "missing"
 """Stands for the digest of what is not there."""
@@ -54,8 +55,11 @@ class Digests:
         if self._cache is not None:
             age = time.time() - stat.st_ctime_ns / 1e9
             time.sleep(min(max(SETTLED_SECONDS - age, 0.0), SETTLED_SECONDS))
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()
+        try:
+            with open(path, "rb") as f:
+                digest = hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()
+        except OSError as e:
+            raise UserError(f"{path} cannot be read: {e.strerror}") from None
         self._known[name] = [*stamp, digest]
         self._dirty = True
         return digest

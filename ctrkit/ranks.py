@@ -8,8 +8,10 @@ import contextlib
 import datetime
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,9 @@ from ctrkit.errors import Resumable, UsageError
 
 PATIENCE = datetime.timedelta(days=30)
 """How long ranks wait for each other while all of them live. One that is gone is noticed at once."""
+GLOO_THREAD, TASKS = "pt_gloo_runloop", Path("/proc/self/task")
+THREAD_SECONDS = 3.0
+"""How long to wait for gloo's threads to end."""
 AGAIN = "What was done is kept: run the same command again and it goes on from there"
 
 
@@ -70,6 +75,7 @@ class Ranks:
             finally:
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
+                _wait_for_threads()
 
     def gather(self, value: Any) -> list[Any]:
         """Return what each rank gave, in their order. All ranks have to call it."""
@@ -129,6 +135,20 @@ def _told_to_stop(ranks: Ranks) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _wait_for_threads() -> None:
+    """Wait until gloo's threads are gone: one that gives up a tensor while Python ends aborts the process."""
+    until = time.monotonic() + THREAD_SECONDS
+    while time.monotonic() < until and any(_thread_name(thread) == GLOO_THREAD for thread in TASKS.iterdir()):
+        time.sleep(0.01)
+
+
+def _thread_name(thread: Path) -> str:
+    try:
+        return (thread / "comm").read_text().strip()
+    except OSError:  # it has just ended
+        return ""
 
 
 def _first_line(error: Exception) -> str:

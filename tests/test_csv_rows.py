@@ -71,7 +71,20 @@ def test_a_cell_of_several_lines_that_is_too_long_is_a_stray_quote() -> None:
     assert kinds(line, CsvRows(",", 30)) == [(line, "regular")]
 
 
-def test_the_end_behind_a_byte_is_found_from_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_row_of_tidy_text_is_anything_but_regular() -> None:
+    """Wherever the blocks in which it is looked at end, between two quotes too."""
+    rng = np.random.default_rng(6)
+    tidy = 0
+    for _ in range(1500):
+        text = "".join(rng.choice(['""', '"', "\n", ",", "a", ',"', '"\n'], rng.integers(1, 12)))
+        rows = CsvRows(",", int(rng.integers(1, 30)))
+        if rows.tidy(bytes_of(text)):
+            assert {kind for _, kind in kinds(text, rows)} <= {"regular"}, text
+            tidy += 1
+    assert tidy > 100
+
+
+def test_the_end_behind_a_byte_is_found_from_near_it() -> None:
     """What is far before need not be looked at, and changes nothing."""
     rng = np.random.default_rng(5)
     for _ in range(60):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ctrkit.digests import Digests
+from ctrkit.errors import UserError
 
 
 def test_content_decides_and_nothing_else(tmp_path: Path) -> None:
@@ -71,3 +72,11 @@ def test_a_broken_memory_is_no_memory(tmp_path: Path, broken: bytes) -> None:
     assert known.of(tmp_path / "a") == Digests().of(tmp_path / "a")
     known.save()
     assert Digests(tmp_path / "cache").of(tmp_path / "a") == Digests().of(tmp_path / "a")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that opens and cannot be read")
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    link = tmp_path / "impressions.csv"
+    link.symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=r"impressions\.csv cannot be read: Input/output error"):
+        Digests().of(link)
