@@ -192,7 +192,7 @@ def test_the_benchmark_of_extraction(tmp_path: Path) -> None:
     done = script("extract", *small, "--backbone", "squeezenet1_1:features.3", "--seconds", 0.1)
     found = last_line(done)
     assert (found["name"], found["unit"], found["pictures"]) == ("extract", "pictures/s", 6)
-    assert found["ratio"] == pytest.approx(found["ours"] / found["reference"], rel=0.02)
+    assert found["ratio"] == pytest.approx(found["ours"] / found["reference"], rel=0.02, abs=5e-4)
     assert found["reference"] == found["bare"] > 0 < found["decode"]
     assert "6 JPEG files of 60x40" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["pictures-60x40-1"]
