@@ -11,13 +11,11 @@ import mmap
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from types import TracebackType
 
 import numpy as np
@@ -25,6 +23,7 @@ import numpy as np
 from ctrkit import pictures
 from ctrkit.errors import Resumable
 from ctrkit.pictures import BadPicture, Pixels, Place
+from ctrkit.workers import die_with_parent
 
 AHEAD = 2
 """Batches that are decoded while one is used, at least."""
@@ -178,14 +177,7 @@ def _begin_worker(memory: _Memory) -> None:
     _worker_slots = memory.map()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
     pictures.quiet().__enter__()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    die_with_parent()
 
 
 def _decode_in_worker(slot: int, start: int, places: Sequence[Place], size: int) -> list[str]:

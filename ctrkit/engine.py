@@ -13,16 +13,15 @@ import multiprocessing
 import os
 import platform
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ctrkit.errors import Resumable, UserError
 from ctrkit.progress import Meter
+from ctrkit.workers import die_with_parent
 
 RAY_RETRIES = 5
 """How often Ray gives a task to another worker when one dies."""
@@ -89,7 +88,7 @@ class LocalEngine(Engine):
 
     def __enter__(self) -> "LocalEngine":
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), initializer=_die_with_parent
+            self.workers, multiprocessing.get_context("spawn"), initializer=die_with_parent
         )
         return self
 
@@ -113,18 +112,6 @@ class LocalEngine(Engine):
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _die_with_parent() -> None:
-    """End this worker when the process that started it is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _environment:
