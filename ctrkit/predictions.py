@@ -75,9 +75,22 @@ def _read(path: Path, wanted: Sequence[str]) -> pl.DataFrame:
         if _kind(path) == ".parquet":
             return pl.read_parquet(path, columns=columns, glob=False)
         # As text: a user "007" stays one, and a bad number can be shown as it stands in the file.
-        return pl.read_csv(path, columns=columns, separator=SEPARATORS[_kind(path)], infer_schema=False, glob=False)
+        separator = SEPARATORS[_kind(path)]
+        frame = pl.read_csv(path, columns=columns, separator=separator, infer_schema=False, glob=False)
+        return frame.head(frame.height - _blank_end(frame, path, separator))
     except pl.exceptions.PolarsError as e:
         raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {e}") from None
+
+
+def _blank_end(frame: pl.DataFrame, path: Path, separator: str) -> int:
+    """Return how many blank lines a text file ends with."""
+    filled = frame.select(pl.any_horizontal(pl.all().is_not_null())).to_series().arg_true()
+    first = int(filled[-1]) + 1 if len(filled) else 0
+    if first == frame.height:
+        return 0
+    every = pl.read_csv(path, separator=separator, infer_schema=False, skip_rows_after_header=first, glob=False)
+    blank = every.select(pl.all().is_null().all()).row(0) if every.height else ()
+    return frame.height - first if all(blank) else 0
 
 
 def _kind(path: Path) -> str:

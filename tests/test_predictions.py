@@ -107,6 +107,18 @@ def test_bad_values_are_named_by_row_and_column(tmp_path, kind, change, says):
     assert str(tmp_path) in e.value.message
 
 
+def test_blank_lines_are_no_rows_at_the_end_only(tmp_path):
+    path = written(tmp_path, "csv")
+    text = path.read_text()
+    path.write_text(text + "\n\n")
+    assert read(path).score.tolist() == [0.5, 0.25, 0.125, 0.75]
+    head, rest = text.split("\n", 1)
+    for rows in (f"\n{rest}", f"{rest},,,3,,\n"):
+        path.write_text(f"{head}\n{rows}")
+        with pytest.raises(UserError, match="has no user"):
+            read(path)
+
+
 def test_a_user_that_is_a_fraction_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"row 2, column 'user': 1\.5"):
         read(written(tmp_path, "parquet", TABLE.with_columns(user=pl.Series([1.0, 1.5, 2.0, 3.0]))))
