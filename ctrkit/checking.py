@@ -640,7 +640,7 @@ def check_pictures(recipe: Recipe, raw: Path, images: Sequence[str], found: Find
     with pictures.quiet():
         for image in decoded:
             try:
-                pictures.decode(pictures.read(source.place(image)), settings.size)
+                pictures.decode(pictures.read(source.place(image)), settings.size, settings.crop)
             except BadPicture as bad:
                 broken.append(f"{image}: {bad}")
     seconds = (time.perf_counter() - begun) / max(len(decoded), 1)

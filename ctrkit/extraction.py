@@ -286,7 +286,7 @@ def _extract_missing(
         meter.add(len(vectors) + len(decoded.bad))
 
     with (
-        Decoder(settings.size, batch, _workers(settings, network)) as decoder,
+        Decoder(settings.size, batch, _workers(settings, network), settings.crop) as decoder,
         _meter("extract-images", left, ranks) as meter,
     ):
         for decoded in decoder.decode(work):
@@ -455,7 +455,7 @@ def _write_attributes(h5: Any, network: Backbone, settings: ExtractImages) -> No
     h5.attrs["layer"] = "+".join(layer.name + ":flat" * layer.flat for layer in network.layers)
     h5.attrs["weights"] = network.weights
     h5.attrs["dtype"] = settings.dtype
-    h5.attrs["preprocessing"] = pictures.preprocessing(settings.size)
+    h5.attrs["preprocessing"] = pictures.preprocessing(settings.size, settings.crop)
     h5.attrs["versions"] = json.dumps(provenance.versions(), sort_keys=True)
 
 

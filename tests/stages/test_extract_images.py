@@ -14,6 +14,7 @@ import torch
 import torchvision
 from click.testing import CliRunner, Result
 from PIL import Image
+from torchvision.transforms._presets import ImageClassification
 
 from ctrkit.cli import main
 
@@ -80,12 +81,10 @@ def test_rows_by_use_one_a_content_values_torchvisions(shop: Path) -> None:
     # b and d are used 11 times together, a 9, c and f 8 (c has the lower index), e never.
     assert row == {"a.png": 1, "b.png": 0, "c.png": 2, "d.png": 0, "e.png": 4, "f.png": 3}
     network = seeded_network().features[:6]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    seen = ImageClassification(crop_size=32, resize_size=37)
     for name, place in row.items():
-        pixels = torch.from_numpy(np.array(Image.open(shop / "pictures" / name)))
-        x = ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
-        with torch.inference_mode():
-            wanted = network(x).mean((2, 3))[0].numpy()
+        with torch.inference_mode(), Image.open(shop / "pictures" / name) as picture:
+            wanted = network(seen(picture)[None]).mean((2, 3))[0].numpy()
         np.testing.assert_allclose(features[place], wanted, rtol=2e-3, atol=1e-5)
     assert (attributes["backbone"], attributes["layer"]) == ("squeezenet1_1", "features.5")
     assert json.loads(attributes["preprocessing"])["crop"] == "centre 32x32"
