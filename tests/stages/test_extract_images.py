@@ -101,6 +101,13 @@ def test_two_runs_give_the_same_bytes(shop: Path) -> None:
     assert (shop / "features.h5").read_bytes() == (shop / "again.h5").read_bytes()
 
 
+def test_tuned_weights_are_named_by_hand(shop: Path) -> None:
+    result = extract(shop, weights="tuned")
+    assert result.exit_code == 2
+    assert "`ctrkit tune-backbone … --out backbone` comes first, and then --weights backbone" in result.output
+    assert leftovers(shop) == []
+
+
 def spoil(shop: Path) -> None:
     (shop / "pictures" / "a.png").unlink()
     whole = (shop / "pictures" / "c.png").read_bytes()
