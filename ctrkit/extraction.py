@@ -472,7 +472,9 @@ def _rows(contents: Contents, order: Int, bad: _Bad) -> Int:
 def _write_map(h5: Any, below: hdf5.CarefulFile, images: Sequence[str], row: Int) -> None:
     names = h5.create_dataset("image", (len(images),), dtype=h5py.string_dtype("utf-8"))
     for begin in range(0, len(images), SLICE):
-        names[begin : begin + SLICE] = np.array(list(images[begin : begin + SLICE]), dtype=object)
+        names[begin : begin + SLICE] = np.array(
+            [image.replace("\0", "\ufffd") for image in images[begin : begin + SLICE]], dtype=object
+        )
         below.check()
     h5.create_dataset("row", data=row)
 

@@ -278,6 +278,8 @@ def distinct(source: Source, images: Sequence[str]) -> Contents:
     def digest(numbers: Int) -> int:
         for number in numbers.tolist():
             try:
+                if "\0" in images[number]:
+                    raise BadPicture("the id has a NUL character, which features.h5 cannot hold")
                 data = read(source.place(images[number]))
                 digests[number] = np.frombuffer(hashlib.blake2b(data, digest_size=DIGEST).digest(), dtype=np.uint8)
             except BadPicture as bad:

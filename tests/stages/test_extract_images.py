@@ -101,6 +101,17 @@ def test_two_runs_give_the_same_bytes(shop: Path) -> None:
     assert (shop / "features.h5").read_bytes() == (shop / "again.h5").read_bytes()
 
 
+def test_an_id_that_no_file_can_have(shop: Path) -> None:
+    write_vocabulary(shop, [("a.png", 9), ("a.png\0", 6), ("", 1), ("x" * 300, 1)])
+    result = extract(shop, "--set", "extract-images.max_bad_rate=0.75")
+    assert result.exit_code == 0, result.output
+    _, row, _ = read(shop / "features.h5")
+    assert row == {"a.png": 0, "a.png\ufffd": -1, "": -1, "x" * 300: -1}
+    reasons = pl.read_parquet(shop / "features.h5.rejects.parquet")["reason"].to_list()
+    assert "NUL character" in reasons[0]
+    assert "File name too long" in reasons[2]
+
+
 def test_tuned_weights_are_named_by_hand(shop: Path) -> None:
     result = extract(shop, weights="tuned")
     assert result.exit_code == 2

@@ -471,6 +471,13 @@ def test_memory_does_not_grow_with_the_vectors(shop: Path) -> None:
     np.testing.assert_array_equal(FeatureStore(shop / "f.h5").read(np.array([0, rows - 1])), block[[0, -1]])
 
 
+def test_an_id_that_hdf5_cannot_hold(shop: Path) -> None:
+    write_vocabulary(shop, [("a", 1), ("b\0", 1)])
+    counts = done(shop, "--vectors", write_parquet(shop / "v.parquet", ["a", "b\0"], VECTORS[:2]), max_bad_rate=0.5)
+    assert counts["without an id"] == 1
+    assert read(shop / "features.h5")[1] == {"a": 0, "b\ufffd": -1}
+
+
 KILLED = """
 import os, signal, sys
 from ctrkit import importing, vector_files
