@@ -98,10 +98,19 @@ def _skeleton(model: str) -> nn.Module:
         return _build(model).to("meta")
 
 
-def _build(model: str) -> nn.Module:
-    # googlenet and inception_v3 warn unless told whether to initialise.
-    asked = {"init_weights": True} if model in ("googlenet", "inception_v3") else {}
-    network: nn.Module = torchvision.models.get_model(model, weights=None, **asked).eval()
+def options(model: str, trained: bool) -> dict[str, bool]:
+    """Return what torchvision's constructor of a model has to be told, beside its name.
+
+    trained: the weights come from a file. Those that torchvision publishes for googlenet and inception_v3 were trained
+    on pictures scaled to −1..1, and the network turns ImageNet's scale into that one first (`transform_input`).
+    """
+    if model not in ("googlenet", "inception_v3"):
+        return {}
+    return {"init_weights": True, "transform_input": trained}  # they warn unless told whether to initialise
+
+
+def _build(model: str, trained: bool = False) -> nn.Module:
+    network: nn.Module = torchvision.models.get_model(model, weights=None, **options(model, trained)).eval()
     for module in network.modules():
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]  # the next layer must not change this one's values
@@ -182,7 +191,7 @@ def load(
             networks[model] = _random(model, skeleton, needed, seed)
             described.append(f"random, seed {seed}")
         else:
-            path = _weights_file(model, weights)
+            path = weights_file(model, weights)
             networks[model] = _loaded(model, skeleton, needed, path, backbone)
             described.append((known or Digests()).of(path))
     extractors = [
@@ -260,8 +269,11 @@ def _random(model: str, skeleton: nn.Module, needed: set[str], seed: int) -> nn.
         return _build(model)
 
 
-def _weights_file(model: str, weights: str) -> Path:
-    """Return the file with a model's weights, downloaded if they are to be the published ones."""
+def weights_file(model: str, weights: str) -> Path:
+    """Return the file with a model's weights, downloaded if they are to be the published ones. Raises UserError.
+
+    weights: `published`, a state dict, or a folder with one MODEL.pth or MODEL-*.pth for each model.
+    """
     if weights == "published":
         return _download(model)
     path = Path(weights)
@@ -308,7 +320,7 @@ def _loaded(model: str, skeleton: nn.Module, needed: set[str], path: Path, backb
     """Build a model with the tensors of a state dict, those that are needed and no others."""
     state = state_dict.read(path)
     with torch.random.fork_rng(devices=[]), _parameters_on_meta(ALL):
-        network = _build(model)  # buffers are made in earnest: some are computed, and lie in no file
+        network = _build(model, trained=True)  # buffers are made in earnest: some are computed, and lie in no file
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     needed = {name for name in needed if name in shapes and not name.endswith("num_batches_tracked")}
     missing = sorted(needed - state.keys())

@@ -200,7 +200,7 @@ def are_pictures_there(recipe: Recipe, raw: Path) -> bool:
 
 
 def _check_folder_of_pictures(recipe: Recipe, raw: Path, found: Findings) -> None:
-    if any(f.kind == "image" for f in recipe.features.values()):
+    if any(f.kind == "image" for f in recipe.features.values()) and not recipe.import_features.files:
         folder = raw / recipe.extract_images.folder
         if not are_pictures_there(recipe, raw):
             found.error(
@@ -626,6 +626,20 @@ def check_counts(counts: Mapping[str, int], inputs: Inputs, found: Findings) -> 
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
+def width_of_vectors(recipe: Recipe, raw: Path) -> int:
+    """Open the files of `[import-features]`; return how many numbers a vector has. Raises UserError."""
+    from ctrkit import vector_files
+
+    settings = recipe.import_features
+    names = [[n] if isinstance(n, str) else n for n in (settings.files, settings.ids)]
+    vectors, ids = ([raw / name for name in some] for some in names)
+    opened = [
+        vector_files.open_file(path, beside, settings.format, settings.id, settings.vector)
+        for path, beside in vector_files.with_ids(vectors, ids, settings.format)
+    ]
+    return max((file.width for file in opened), default=0)
+
+
 def check_pictures(recipe: Recipe, raw: Path, images: Sequence[str], found: Findings) -> float:
     """Look for some of the pictures that the sample names, decode a few; return the seconds that decoding one takes."""
     settings = recipe.extract_images
@@ -640,7 +654,7 @@ def check_pictures(recipe: Recipe, raw: Path, images: Sequence[str], found: Find
     with pictures.quiet():
         for image in decoded:
             try:
-                pictures.decode(pictures.read(source.place(image)), settings.size)
+                pictures.decode(pictures.read(source.place(image)), settings.size, settings.crop)
             except BadPicture as bad:
                 broken.append(f"{image}: {bad}")
     seconds = (time.perf_counter() - begun) / max(len(decoded), 1)

@@ -77,10 +77,11 @@ class Decoder:
     size: side of the square that is made of each.
     batch: pictures in a batch, at most.
     workers: processes that decode; 0: threads of this one.
+    crop: share of a picture's shorter side that the square keeps.
     """
 
-    def __init__(self, size: int, batch: int, workers: int) -> None:
-        self.size, self.batch, self.workers = size, batch, workers
+    def __init__(self, size: int, batch: int, workers: int, crop: float = pictures.CROP) -> None:
+        self.size, self.batch, self.workers, self.crop = size, batch, workers, crop
         self.threads = min(THREADS, cores())
         hands = workers or self.threads
         self._task = max(1, min(TASK, batch // hands))
@@ -135,8 +136,8 @@ class Decoder:
         starts = range(0, len(places), self._task)
         tasks = [(slot, start, places[start : start + self._task]) for start in starts]
         if self.workers:
-            return [self._pool.submit(_decode_in_worker, *task, self.size) for task in tasks]
-        return [self._pool.submit(_decode, self._slots, *task, self.size) for task in tasks]
+            return [self._pool.submit(_decode_in_worker, *task, self.size, self.crop) for task in tasks]
+        return [self._pool.submit(_decode, self._slots, *task, self.size, self.crop) for task in tasks]
 
     def _finish(self, waiting: "_Waiting") -> Decoded:
         reasons = [reason for future in waiting.futures for reason in future.result()]
@@ -156,12 +157,12 @@ class _Waiting:
     futures: list["Future[list[str]]"]
 
 
-def _decode(slots: Pixels, slot: int, start: int, places: Sequence[Place], size: int) -> list[str]:
+def _decode(slots: Pixels, slot: int, start: int, places: Sequence[Place], size: int, crop: float) -> list[str]:
     """Decode pictures into a slot, from `start` on; return for each why it cannot be used, "" if it can."""
     reasons = []
     for row, place in enumerate(places, start):
         try:
-            slots[slot, row] = pictures.decode(pictures.read(place), size)
+            slots[slot, row] = pictures.decode(pictures.read(place), size, crop)
             reasons.append("")
         except BadPicture as bad:
             reasons.append(str(bad) or "cannot be used")
@@ -180,5 +181,5 @@ def _begin_worker(memory: _Memory) -> None:
     die_with_parent()
 
 
-def _decode_in_worker(slot: int, start: int, places: Sequence[Place], size: int) -> list[str]:
-    return _decode(_worker_slots, slot, start, places, size)
+def _decode_in_worker(slot: int, start: int, places: Sequence[Place], size: int, crop: float) -> list[str]:
+    return _decode(_worker_slots, slot, start, places, size, crop)

@@ -2,10 +2,11 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
@@ -17,6 +18,10 @@ MISSING = "missing"
 """Stands for the digest of what is not there."""
 SETTLED_SECONDS = 0.05
 """A file's times move only every few milliseconds: what is read sooner after a change may change again unseen."""
+
+
+AT_ONCE = 4096
+"""Files whose digests are computed at a time."""
 
 
 class Digests:
@@ -34,16 +39,19 @@ class Digests:
     def of(self, path: Path) -> str:
         """Return the digest of a file's bytes, or of a folder's names and bytes. "missing" if there is nothing."""
         if path.is_dir():
-            return folder(self.inside(path))
+            return folder(self._inside(path))
         return self._file(path) if path.is_file() else MISSING
 
     def inside(self, path: Path) -> dict[Path, str]:
         """Return the digests of a folder's files, those in inner folders too, by their path below it."""
-        inner = sorted(_walk(path))
-        return {
-            one.relative_to(path): digest
-            for one, digest in zip(inner, files.side_by_side(self._file, inner), strict=True)
-        }
+        return dict(self._inside(path))
+
+    def _inside(self, path: Path) -> Iterator[tuple[Path, str]]:
+        """Yield the files of a folder below it, and their digests, in the order of paths."""
+        walk = _walk(path)
+        while some := list(itertools.islice(walk, AT_ONCE)):
+            for one, digest in zip(some, files.side_by_side(self._file, some), strict=True):
+                yield one.relative_to(path), digest
 
     def _file(self, path: Path) -> str:
         stat = path.stat()
@@ -60,8 +68,9 @@ class Digests:
                 digest = hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()
         except OSError as e:
             raise UserError(f"{path} cannot be read: {e.strerror}") from None
-        self._known[name] = [*stamp, digest]
-        self._dirty = True
+        if self._cache is not None:
+            self._known[name] = [*stamp, digest]
+            self._dirty = True
         return digest
 
     def save(self) -> None:
@@ -71,18 +80,25 @@ class Digests:
             self._dirty = False
 
 
-def _walk(folder: Path) -> Iterable[Path]:
-    for base, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                yield Path(base, name)
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of those in it, in the order of paths, but for hidden ones and linked folders.
+    The names of one folder at a time are in memory."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((e.name, e.is_dir(), e.is_symlink()) for e in entries if not e.name.startswith("."))
+    except OSError as e:
+        raise UserError(f"{folder} cannot be read: {e.strerror}") from None
+    for name, is_folder, is_link in found:
+        if not is_folder:
+            yield folder / name
+        elif not is_link:
+            yield from _walk(folder / name)
 
 
-def folder(inside: Mapping[Path, str]) -> str:
-    """Return the digest of a folder whose files have these digests."""
+def folder(inside: Iterable[tuple[Path, str]]) -> str:
+    """Return the digest of a folder that has files, by their paths below it, of these digests."""
     h = hashlib.blake2b(digest_size=16)
-    for path, digest in inside.items():
+    for path, digest in inside:
         h.update(os.fsencode(str(path)) + b"\0" + digest.encode() + b"\n")
     return h.hexdigest()
 

@@ -38,6 +38,8 @@ ENOUGH = 1000
 PICKED_BYTES = 3.0
 SAMPLE_SECONDS, AD_PICTURE_SECONDS, BEHAVIOUR_SECONDS, USER_PICTURE_SECONDS = 50e-6, 20e-6, 4e-6, 25e-6
 """Training, of a sample; of its ad's picture, 4,096 wide; of each of its behaviours (DIN), and of its picture."""
+IMPORT_SECONDS = 1e-8
+"""import-features, of a number of a vector."""
 SCORING_SHARE = 1 / 3
 """Of training's time: there is nothing to go back for."""
 EVALUATION_SECONDS = 20e-6
@@ -267,9 +269,11 @@ def estimate(
     looking = any(one.train.looks_at_pictures for one in variants.values())
     if trial.images and looking:
         images = len(trial.images) * grown.words
-        seconds = START_SECONDS + images * pictures.seconds
+        imported = bool(recipe.import_features.files)
+        each = pictures.width * IMPORT_SECONDS if imported else pictures.seconds
         size = images * (2 * pictures.width + 40)
-        stages.append(Stage("extract-images", f"{images:,.0f} pictures", seconds, size, size))
+        name = "import-features" if imported else "extract-images"
+        stages.append(Stage(name, f"{images:,.0f} pictures", START_SECONDS + images * each, size, size))
     stages += _models(variants, trial, grown, pictures.width)
     piece = min(PIECE_BYTES, raw) * PIECE_MEMORY
     partition = raw / parts * PARTITION_MEMORY

@@ -31,6 +31,7 @@ from ctrkit.backbones import Backbone
 from ctrkit.batch_log import BatchLog, Notes
 from ctrkit.decoding import Decoded, Decoder
 from ctrkit.errors import UserError
+from ctrkit.picture_ids import PictureIds
 from ctrkit.pictures import Contents, Pixels, Source
 from ctrkit.progress import Meter, say
 from ctrkit.ranks import Ranks
@@ -45,7 +46,7 @@ Bad = dict[int, tuple[int, str]]
 """Place in the order of use → the content there, and why it cannot be used."""
 
 LARGEST = float(np.finfo(np.float16).max)
-SLICE = 1 << 18
+SLICE = 1 << 16
 """Pictures whose ids are written at a time."""
 WORTH_SHOWING = 1 << 28
 """Values whose writing takes long enough to be watched."""
@@ -57,7 +58,7 @@ NOT_IN_KEY = {"device", "threads", "workers", "folder", "template", "max_bad_rat
 class Vocabulary:
     """The pictures to extract, in the order of their indexes."""
 
-    images: list[str]
+    images: Sequence[str]
     counts: Int
     """[pictures]: times seen in training."""
 
@@ -71,12 +72,12 @@ def read_vocabulary(path: Path) -> Vocabulary:
     except (pl.exceptions.PolarsError, OSError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path} is not a vocabulary (value, index, count): {reason}") from None
-    return Vocabulary(table["value"].to_list(), table["count"].cast(pl.Int64).to_numpy())
+    return Vocabulary(PictureIds(table["value"]), table["count"].cast(pl.Int64).to_numpy())
 
 
 def whole_source(source: Source) -> Vocabulary:
     """Return every picture there is, in the order of their names, as a vocabulary without counts."""
-    images = source.find()
+    images = PictureIds(source.find())
     return Vocabulary(images, np.zeros(len(images), dtype=np.int64))
 
 
@@ -162,7 +163,7 @@ class _Bad:
 
     def __init__(self, images: Sequence[str], contents: Contents, max_rate: float) -> None:
         self.images, self.max_rate = images, max_rate
-        self.reasons = dict(contents.reasons)
+        self.reasons = contents.reasons
         """Picture → why."""
         self.places: Bad = {}
         """Those that could be read, but not be decoded."""
@@ -286,7 +287,7 @@ def _extract_missing(
         meter.add(len(vectors) + len(decoded.bad))
 
     with (
-        Decoder(settings.size, batch, _workers(settings, network)) as decoder,
+        Decoder(settings.size, batch, _workers(settings, network), settings.crop) as decoder,
         _meter("extract-images", left, ranks) as meter,
     ):
         for decoded in decoder.decode(work):
@@ -455,7 +456,7 @@ def _write_attributes(h5: Any, network: Backbone, settings: ExtractImages) -> No
     h5.attrs["layer"] = "+".join(layer.name + ":flat" * layer.flat for layer in network.layers)
     h5.attrs["weights"] = network.weights
     h5.attrs["dtype"] = settings.dtype
-    h5.attrs["preprocessing"] = pictures.preprocessing(settings.size)
+    h5.attrs["preprocessing"] = pictures.preprocessing(settings.size, settings.crop)
     h5.attrs["versions"] = json.dumps(provenance.versions(), sort_keys=True)
 
 
@@ -471,7 +472,9 @@ def _rows(contents: Contents, order: Int, bad: _Bad) -> Int:
 def _write_map(h5: Any, below: hdf5.CarefulFile, images: Sequence[str], row: Int) -> None:
     names = h5.create_dataset("image", (len(images),), dtype=h5py.string_dtype("utf-8"))
     for begin in range(0, len(images), SLICE):
-        names[begin : begin + SLICE] = np.array(images[begin : begin + SLICE], dtype=object)
+        names[begin : begin + SLICE] = np.array(
+            [image.replace("\0", "\ufffd") for image in images[begin : begin + SLICE]], dtype=object
+        )
         below.check()
     h5.create_dataset("row", data=row)
 

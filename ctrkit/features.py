@@ -28,6 +28,8 @@ GAP = 32 << 10
 """Bytes between two rows up to which reading them too costs less than reading twice."""
 BLOCK = 512 << 10
 """Bytes of rows that are gathered and then converted while they are in the processor's cache."""
+IDS = 1 << 16
+"""Ids of pictures that are read at a time."""
 _OPENING = threading.RLock()
 """Held while a cache is filled, so that threads do not fill it twice."""
 
@@ -100,6 +102,11 @@ class FeatureStore:
         _copy_rows(self._file, held)
         return held
 
+    def hold(self) -> None:
+        """Read now what is to be held in memory, so that processes that are forked from this one share it."""
+        with _OPENING:
+            self.prefix  # noqa: B018
+
     @cached_property
     def _pieces(self) -> list[_Piece]:
         """What rows are read from: the cache first, then the file."""
@@ -142,10 +149,12 @@ class FeatureStore:
             # One cycle through all pictures in random order: none keeps its own place.
             order = np.random.default_rng(self.shuffle_seed).permutation(np.flatnonzero(row >= 0))
             row[order] = row[np.roll(order, -1)]
-        image = self._h5["image"].asstr()[:]
+        image, texts = pl.Series("image", [], pl.String), self._h5["image"].asstr()
+        for begin in range(0, len(row), IDS):  # h5py makes Python strings of them, which take ten times the memory
+            image.append(pl.Series("image", texts[begin : begin + IDS], pl.String))
         return pl.DataFrame({"image": image, "row": row}, schema={"image": pl.String, "row": pl.Int64})
 
-    def row_of(self, image_ids: list[str]) -> Int:
+    def row_of(self, image_ids: Sequence[str] | pl.Series) -> Int:
         """Return the row of each picture, [n] int64; −1 where it has none or is not in the file."""
         asked = pl.DataFrame({"image": image_ids}, schema={"image": pl.String})
         found = asked.join(self.pictures, on="image", how="left", maintain_order="left")

@@ -141,7 +141,9 @@ class Thumbnails:
             return None
         try:
             with pictures.quiet():
-                pixels = pictures.decode(pictures.read(self._source.place(image)), self.settings.size)
+                pixels = pictures.decode(
+                    pictures.read(self._source.place(image)), self.settings.size, self.settings.crop
+                )
         except pictures.BadPicture:
             return None
         small = Image.fromarray(pixels.transpose(1, 2, 0))

@@ -136,6 +136,7 @@ class _Found:
                     pl.int_range(at, at + pl.len(), dtype=pl.Int64).alias("from"),
                 )
                 at += ids.len()
+                batch = batch.with_columns(pl.when(~pl.col("image").str.contains("\0", literal=True)).then("image"))
                 nameless.append(batch.filter(pl.col("image").is_null()).drop("image"))
                 batch = batch.drop_nulls("image")
                 if wanted is not None:
@@ -261,7 +262,7 @@ def _write_all_but_vectors(
     h5py.h5d.create(h5.id, b"features", h5py.h5t.IEEE_F16LE, space, early)
     data = h5.create_dataset("image", images.len(), h5py.string_dtype("utf-8"))
     for begin in range(0, images.len(), 1 << 18):
-        some = images.slice(begin, 1 << 18)
+        some = images.slice(begin, 1 << 18).str.replace_all("\0", "\ufffd", literal=True)  # no NUL in HDF5's texts
         data[begin : begin + some.len()] = np.array(some.to_list(), dtype=object)
     h5.create_dataset("row", data=row)
     for name, value in attributes.items():

@@ -1,5 +1,6 @@
 """Picture vectors as models see them: centred and scaled, by index of the vocabulary `image`."""
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ctrkit.errors import UserError
 from ctrkit.features import FeatureStore
 
 MEMORY_LIMIT = 4 << 30
-"""Bytes of float16 features that are held in memory; larger files are read row by row from disk."""
+"""Bytes of float16 features that are held in memory: the most used; rows beyond them are read from the disk."""
 NORM = 4.0
 """Root mean square of the vectors' norms after scaling. An Adam step moves an output of the first layer by up to
 the learning rate times the vector's 1-norm, so wide vectors of unit coordinates make the first steps too long: with
@@ -38,20 +39,20 @@ class PictureVectors:
 
     def __init__(self, features: Path, convert: Path, *, shuffle: bool = False, has_picture: bool = False) -> None:
         self.has_picture = has_picture
-        self.store = FeatureStore(features, shuffle_seed=CONTROL_SEED if shuffle else None)
-        vocab = pl.read_parquet(convert / "vocab" / "image.parquet")
+        seed = CONTROL_SEED if shuffle else None
+        self.store = FeatureStore(features, shuffle_seed=seed, cache_bytes=MEMORY_LIMIT)
+        self._vocabulary = convert / "vocab" / "image.parquet"
+        vocab = pl.read_parquet(self._vocabulary)
         row_V = np.full(int(vocab["index"].max() or 1) + 1, -1, np.int64)  # type: ignore[arg-type]
-        row_V[vocab["index"].to_numpy()] = self.store.row_of(vocab["value"].to_list())
+        row_V[vocab["index"].to_numpy()] = self.store.row_of(vocab["value"])
         self.row_V = row_V
         self._training = np.unique(row_V[vocab.filter(pl.col("count") > 0)["index"].to_numpy()])
-        self.names = dict(zip(vocab["index"].to_list(), vocab["value"].to_list(), strict=True))
         if (row_V >= 0).sum() == 0:
             raise UserError(
                 f"{features} has no vector for any picture of {convert}: was it extracted for other data? "
                 "Run `ctrkit extract-images` with this --convert folder."
             )
-        in_memory = self.store.rows * self.store.width * 2 <= MEMORY_LIMIT
-        self._matrix = torch.from_numpy(self.store.load()) if in_memory else None
+        self.store.hold()
         self.mean_W = torch.zeros(self.store.width)
         self.scale = torch.ones(())
 
@@ -82,9 +83,16 @@ class PictureVectors:
         scale = NORM / np.sqrt(variance * self.store.width) if variance > 0 else 1.0
         self.scale = torch.tensor(scale, dtype=torch.float32)
 
+    @cached_property
+    def _names(self) -> pl.DataFrame:
+        return pl.read_parquet(self._vocabulary, columns=["index", "value"]).cast({"index": pl.Int64})
+
+    def names(self, index: npt.NDArray[np.integer]) -> pl.Series:
+        """Return the pictures' ids for indexes [n] of the vocabulary `image`, String; "" where it has none."""
+        asked = pl.DataFrame({"index": index}).cast({"index": pl.Int64})
+        return asked.join(self._names, on="index", how="left", maintain_order="left")["value"].fill_null("")
+
     def _read(self, rows: npt.NDArray[np.int64]) -> Tensor:
-        if self._matrix is not None:
-            return self._matrix.index_select(0, torch.from_numpy(rows)).float()
         return torch.from_numpy(self.store.read(rows))
 
     def gather(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:

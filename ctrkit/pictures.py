@@ -31,6 +31,10 @@ MAX_PIXELS = 1 << 26
 """A picture with more is not decoded at full scale (256 MiB)."""
 LARGE_PIXELS = 1 << 24
 """Pictures with more are decoded one at a time in a process."""
+WHOLE_PIXELS = 1 << 22
+"""A picture that has no more once it is resized is resized whole, as torchvision does, and then cropped (16 MiB)."""
+CROP = 224 / 256
+"""Of the resized picture's shorter side, what the crop keeps: torchvision's, in proportion at other sizes."""
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names. Its other formats are rare, or run other programs (EPS)."""
 TURNS = {
@@ -81,14 +85,13 @@ class Source(Protocol):
         """Return [images] int64: an order in which reading them is cheap."""
 
 
-def preprocessing(size: int) -> str:
+def preprocessing(size: int, crop: float = CROP) -> str:
     """Return what is done to a picture before the network sees it, as JSON, for the file's attributes."""
     return json.dumps(
         {
             "colour": "EXIF rotation applied, first frame, RGB, transparency over white",
-            "resize": f"shorter side to {_resize(size)}, bilinear, antialiased",
+            "resize": f"shorter side to {resized(size, crop)}, bilinear, antialiased",
             "crop": f"centre {size}x{size}",
-            "except": f"a picture of {size}x{size} is neither resized nor cropped",
             "huge": f"a JPEG of more than {MAX_PIXELS} pixels is first reduced to 1/2, 1/4 or 1/8",
             "scale": "to 0..1, minus mean, over std",
             "mean": [0.485, 0.456, 0.406],
@@ -98,9 +101,9 @@ def preprocessing(size: int) -> str:
     )
 
 
-def _resize(size: int) -> int:
-    """Return the length of the shorter side before the crop: torchvision's 256 for 224, in proportion."""
-    return round(size * 256 / 224)
+def resized(size: int, crop: float = CROP) -> int:
+    """Return the length of the shorter side before the crop: 256 for 224."""
+    return round(size / crop)
 
 
 @functools.cache
@@ -130,19 +133,20 @@ def read(place: Place) -> bytes:
     return data
 
 
-def decode(data: bytes, size: int) -> Pixels:
+def decode(data: bytes, size: int, crop: float = CROP) -> Pixels:
     """Return a picture as [3, size, size] uint8, red, green, blue.
 
-    As torchvision's own preprocessing: the shorter side is resized (bilinear, antialiased) to size·256/224,
-    then the centre is cropped; a picture that is size × size already is left as it is. A JPEG of more than
-    `MAX_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its scale. Raises BadPicture.
+    As torchvision's own preprocessing, to the bit: the shorter side is resized (bilinear, antialiased) to size / crop,
+    then the centre is cropped. Two exceptions bound the memory: a JPEG of more than `MAX_PIXELS` is decoded at 1/2,
+    1/4 or 1/8 of its scale, and of a picture so long that it would have more than `WHOLE_PIXELS` once resized only the
+    part that is kept is resized, which differs by one step in some pixels. Raises BadPicture.
     """
     try:
         with _open(data) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                _reduce(opened, data, size)
+                _reduce(opened, data, resized(size, crop))
             with _large if opened.width * opened.height > LARGE_PIXELS else nullcontext():
-                return _square(opened, size)
+                return _square(opened, size, resized(size, crop))
     except BadPicture:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -160,13 +164,13 @@ def _open(data: bytes) -> Image.Image:
     return Image.open(BytesIO(data), formats=formats())
 
 
-def _reduce(opened: Image.Image, data: bytes, size: int) -> None:
+def _reduce(opened: Image.Image, data: bytes, short: int) -> None:
     """Make a huge JPEG be decoded at the smallest scale that leaves enough for the resize. Raises BadPicture."""
     if not isinstance(opened, JpegImagePlugin.JpegImageFile):
         raise BadPicture(f"too many pixels: more than {MAX_PIXELS:,}")
     if not _in_one_scan(data):
         raise BadPicture(f"too many pixels: more than {MAX_PIXELS:,} in a JPEG of several scans (progressive)")
-    opened.draft(None, (_resize(size), _resize(size)))
+    opened.draft(None, (short, short))
     if opened.width * opened.height > MAX_PIXELS:
         raise BadPicture(f"too many pixels: more than {MAX_PIXELS:,} even at 1/8 of the scale")
 
@@ -186,14 +190,12 @@ def _in_one_scan(data: bytes) -> bool:
     return False
 
 
-def _square(opened: Image.Image, size: int) -> Pixels:
+def _square(opened: Image.Image, size: int, short: int) -> Pixels:
     opened.load()
     picture = _upright(opened)
     if opened.mode == "CMYK" and opened.format == "JPEG" and "adobe" not in opened.info:
         picture = ImageChops.invert(picture)  # only Adobe's are inverted, but Pillow takes every one for Adobe's
-    picture = _rgb(picture)
-    if picture.size != (size, size):
-        picture = _resize_and_crop(picture, size)
+    picture = _resize_and_crop(_rgb(picture), size, short)
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
@@ -217,12 +219,14 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _resize_and_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Resize only what the crop keeps, so that a very long picture needs no more memory than a square one."""
+def _resize_and_crop(picture: Image.Image, size: int, short: int) -> Image.Image:
+    """Resize to a shorter side of `short`, and cut out the centre."""
     width, height = picture.size
-    short, resized = min(width, height), _resize(size)
-    new_width, new_height = int(resized * width / short), int(resized * height / short)
+    new_width, new_height = (int(short * side / min(width, height)) for side in (width, height))
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    if new_width * new_height <= WHOLE_PIXELS:
+        whole = picture.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        return whole.crop((left, top, left + size, top + size))
     across, down = width / new_width, height / new_height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     return picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
@@ -274,6 +278,8 @@ def distinct(source: Source, images: Sequence[str]) -> Contents:
     def digest(numbers: Int) -> int:
         for number in numbers.tolist():
             try:
+                if "\0" in images[number]:
+                    raise BadPicture("the id has a NUL character, which features.h5 cannot hold")
                 data = read(source.place(images[number]))
                 digests[number] = np.frombuffer(hashlib.blake2b(data, digest_size=DIGEST).digest(), dtype=np.uint8)
             except BadPicture as bad:

@@ -174,7 +174,7 @@ def _contents(inside: Mapping[Path, str]) -> Contents:
     groups: dict[str, dict[Path, str]] = {}
     for path, digest in inside.items():
         groups.setdefault(str(path.parent if path.parent.name else path), {})[path] = digest
-    return {name: [len(some), digests.folder(some)] for name, some in groups.items()}
+    return {name: [len(some), digests.folder(some.items())] for name, some in groups.items()}
 
 
 def check_features(recipe: Recipe, names: Iterable[str], folder: Path) -> None:
@@ -304,7 +304,7 @@ def output(
         sidecar = {
             "stage": stage,
             "key": made_from.key,
-            "content": digests.folder(inside) if target.is_dir() else known.of(target),
+            "content": digests.folder(inside.items()) if target.is_dir() else known.of(target),
             **({"contents": _contents(inside)} if target.is_dir() else {}),
             "config": made_from.config,
             "inputs": made_from.inputs,

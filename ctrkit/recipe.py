@@ -296,6 +296,9 @@ class ExtractImages(Table):
     seed: int = 0
     size: Annotated[int, Field(ge=32)] = 224
     """Side of the square the network sees, in pixels."""
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Share of a picture's shorter side that the square keeps, around the centre: 224 of 256, as torchvision's own. 1
+    for pictures that have no margin to spare, or that are of that size already."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch: Annotated[int, Field(ge=1)] = 32
     device: str = "auto"
@@ -370,6 +373,8 @@ class TuneBackbone(Table):
     """Share of the labelled pictures that may be missing or unreadable."""
     size: Annotated[int, Field(ge=32)] = 224
     """Side of the square the network sees, in pixels: as in [extract-images]."""
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Share of a picture's shorter side that is seen: as in [extract-images]."""
     smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Training sees random crops of so much of a picture's area, at least; 1: no crops."""
     flip: bool = True

@@ -109,9 +109,9 @@ def attention_weights(
             pl.DataFrame(
                 {
                     "sample_id": ids[s],
-                    "image": [pictures.names.get(int(i), "") for i in user_column[b]],
+                    "image": pictures.names(user_column[b]),
                     "weight": weight_P[keep],
-                    "ad_image": [pictures.names.get(int(i), "") for i in ad_index],
+                    "ad_image": pictures.names(ad_index),
                     "click": batch.click_S.numpy()[s].astype(np.int8),
                     "score": score_S[s],
                 },

@@ -45,8 +45,9 @@ ASPECT = 4 / 3
 
 def build(model: str, categories: int) -> nn.Module:
     """Return a model with so many outputs, by torchvision's own rules of initialisation."""
-    # The auxiliary classifiers of these two serve training from nothing, and no layer of the backbone needs them.
-    more = {"aux_logits": False, "init_weights": True} if model in ("googlenet", "inception_v3") else {}
+    more = backbones.options(model, trained=True)
+    if more:  # the auxiliary classifiers of these serve training from nothing, and no layer of the backbone needs them
+        more["aux_logits"] = False
     network: nn.Module = torchvision.models.get_model(model, weights=None, num_classes=categories, **more)
     return network
 
@@ -91,7 +92,7 @@ def start(options: TuneBackbone) -> Start:
         raise UserError(
             f"tune-backbone.weights = {options.weights!r} is neither 'published' nor 'random' nor a file or folder"
         )
-    path = backbones._weights_file(options.model, options.weights)
+    path = backbones.weights_file(options.model, options.weights)
     given = state_dict.read(path)
     needed = [name for name in shapes if name not in head and not name.endswith("num_batches_tracked")]
     missing = [name for name in needed if name not in given]
@@ -333,11 +334,13 @@ class Tuner:
             module.eval()
         order = np.random.default_rng([options.seed, epoch]).permutation(self.split.train)
         order = order[: self.batches * options.batch].reshape(self.batches, -1)
-        larger = round(options.size * 256 / 224)
+        larger = pictures.resized(options.size, pictures.CROP)
 
         def decode(content: int) -> Pixels:
             rng = np.random.default_rng([options.seed, epoch, content])
-            return crop_and_flip(pictures.decode(pictures.read(self.places[content]), larger), options, rng)
+            return crop_and_flip(
+                pictures.decode(pictures.read(self.places[content]), larger, options.crop), options, rng
+            )
 
         name = f"tune-backbone: epoch {epoch + 1}/{options.epochs}"
         with Meter(name, order.size - begin * order.shape[1], "pictures") as meter:
@@ -419,7 +422,7 @@ class Tuner:
         loss, top1, _ = self._means()
 
         def decode(content: int) -> Pixels:
-            return pictures.decode(pictures.read(self.places[content]), options.size)
+            return pictures.decode(pictures.read(self.places[content]), options.size, options.crop)
 
         valid = self.split.valid
         batches = [valid[i : i + options.batch] for i in range(0, len(valid), options.batch)]

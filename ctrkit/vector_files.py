@@ -247,6 +247,22 @@ def find(given: Sequence[Path], wanted_format: str = "") -> list[Path]:
     return found
 
 
+def with_ids(vectors: Sequence[Path], ids: Sequence[Path], given_format: str) -> list[tuple[Path, Path | None]]:
+    """Return the files of vectors, each with its file of ids, which only NPY has. Raises UserError.
+
+    vectors, ids: files, folders and patterns; ids in the order of the NPY files.
+    """
+    files, id_files = find(vectors, given_format), find(ids)
+    are_npy = [format_of(path, given_format) == "npy" for path in files]
+    if sum(are_npy) != len(id_files):
+        raise UsageError(
+            f"{sum(are_npy)} NPY files of vectors and {len(id_files)} files of ids: each NPY file needs an --ids, in "
+            "the same order; other formats have their ids inside"
+        )
+    waiting = iter(id_files)
+    return [(path, next(waiting) if is_npy else None) for path, is_npy in zip(files, are_npy, strict=True)]
+
+
 def format_of(path: Path, given: str) -> str:
     """Return the format of a file of vectors, as it is given or by the ending of its name."""
     found = given or _by_name(path)

@@ -72,7 +72,10 @@ def _try(recipe: Recipe, variants: dict[str, Recipe], raw: Path, inputs: Inputs,
         checking.check_counts(trial.counts["convert"], inputs, found)
         checking.check_features(recipe, trial.encoded, found)
         pictures = Pictures()
-        if trial.images:
+        if trial.images and recipe.import_features.files:
+            with found.catching():
+                pictures = Pictures(0.0, checking.width_of_vectors(recipe, raw))
+        elif trial.images:
             decoding = 0.0
             if checking.are_pictures_there(recipe, raw):
                 with found.catching():

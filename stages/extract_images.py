@@ -67,6 +67,11 @@ def command(
         recipe = recipe.model_copy(update={"extract_images": settings})
     if convert is None and not all_pictures:
         raise UsageError("which pictures? Give --convert, whose vocabulary names them, or --all for every one")
+    if settings.weights == "tuned":
+        raise UsageError(
+            'extract-images.weights = "tuned" is for a run of the whole recipe, which tunes first. By hand, '
+            "`ctrkit tune-backbone … --out backbone` comes first, and then --weights backbone here"
+        )
     vocab = convert / "vocab" / "image.parquet" if convert is not None and not all_pictures else None
     from_file = Path(settings.weights) if settings.weights not in ("published", "random") else None
     inputs = {**sources.picture_inputs(pictures, settings), "vocab": vocab, "weights": from_file}

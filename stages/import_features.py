@@ -15,7 +15,7 @@ from ctrkit.importing import import_vectors, read_wanted
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
-from ctrkit.vector_files import find, format_of, open_file
+from ctrkit.vector_files import open_file, with_ids
 
 
 @click.command("import-features")
@@ -43,27 +43,19 @@ def command(
 
     \b
     ctrkit import-features --recipe amazon --vectors image_features_Clothing.b --convert runs/amazon/convert \\
-        --set "import-features.template={id}.jpg" --out runs/amazon/features.h5
+        --out runs/amazon/features.h5
     ctrkit import-features --recipe shop.toml --vectors vectors.npy --ids ids.txt --all --out vectors.h5
     """
     if convert is None and not all_vectors:
         raise UsageError("which vectors? Give --convert, whose vocabulary names the pictures, or --all for all of them")
     settings = recipe.import_features
-    files, id_files = find(vectors, settings.format), find(ids)
-    formats = [format_of(path, settings.format) for path in files]
-    npy = [path for path, kind in zip(files, formats, strict=True) if kind == "npy"]
-    if len(npy) != len(id_files):
-        raise UsageError(
-            f"{len(npy)} NPY files of vectors and {len(id_files)} files of ids: each NPY file needs an --ids, in the "
-            "same order; other formats have their ids inside"
-        )
-    beside = dict(zip(npy, id_files, strict=True))
+    pairs = with_ids(vectors, ids, settings.format)
     vocab = convert / "vocab" / "image.parquet" if convert is not None and not all_vectors else None
-    inputs = {f"vectors {number:04}": path for number, path in enumerate(files)}
-    inputs |= {f"ids {number:04}": path for number, path in enumerate(id_files)}
+    inputs = {f"vectors {number:04}": path for number, (path, _) in enumerate(pairs)}
+    inputs |= {f"ids {number:04}": path for number, path in enumerate(path for _, path in pairs if path is not None)}
     with provenance.output("import-features", recipe, {**inputs, "vocab": vocab}, out) as work:
         wanted = read_wanted(vocab) if vocab is not None else None
-        sources = [open_file(path, beside.get(path), settings.format, settings.id, settings.vector) for path in files]
+        sources = [open_file(path, beside, settings.format, settings.id, settings.vector) for path, beside in pairs]
         attributes = {
             "backbone": settings.made_by or "made elsewhere, not said by what",
             "layer": "not known",

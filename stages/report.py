@@ -14,6 +14,7 @@ from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 from ctrkit.report import Sources, make_report
+from ctrkit.sources import picture_inputs
 
 
 @click.command("report")
@@ -24,7 +25,11 @@ from ctrkit.report import Sources, make_report
 @path_option("--convert", "convert/, for the counts of the data, the gallery and the contact sheet.", required=False)
 @path_option("--groups", "groups/, for the gallery.", required=False)
 @path_option("--features", "features.h5, for the gallery and the contact sheet.", required=False)
-@path_option("--pictures", "Folder of pictures, for the gallery and the contact sheet.", required=False)
+@path_option(
+    "--pictures",
+    "Where pictures are, as for extract-images, for gallery and contact sheet.",
+    required=False,
+)
 @path_option("--out", "HTML file to write.")
 def command(
     recipe: Recipe,
@@ -60,10 +65,14 @@ def command(
         features=features,
         pictures=pictures,
     )
-    for name, path in sources.named().items():
+    inputs = sources.named()
+    if pictures is not None:
+        del inputs["pictures"]
+        inputs |= picture_inputs(pictures, recipe.extract_images)
+    for name, path in inputs.items():
         if path is not None and not path.exists():
             raise UsageError(f"{path} ({name}) is not there")
-    with provenance.output("report", recipe, sources.named(), out) as work:
+    with provenance.output("report", recipe, inputs, out) as work:
         work.path.write_text(make_report(recipe, sources), encoding="utf-8")
     say(f"report: {out}")
 

@@ -65,36 +65,71 @@ def photo(width: int, height: int) -> bytes:
     return out.getvalue()
 
 
+SHAPES = [(2, 1.5), (1, 2), (1, 1), (0.4, 0.5), (3.7, 0.9), (0.3, 2.1)]
+"""Width and height of files, in sides of the square that the network sees."""
+
+
 def both_ways(size: int) -> tuple[Tensor, Tensor]:
-    """Two JPEG files as ours see them, uint8, and after torchvision's own preprocessing, float32."""
-    files = [photo(size * 2, size * 3 // 2), photo(size, size * 2)]
+    """JPEG files as ours see them, uint8, and after torchvision's own preprocessing, float32."""
+    files = [photo(round(size * width), round(size * height)) for width, height in SHAPES]
     theirs = ImageClassification(crop_size=size, resize_size=round(size * 256 / 224))
     ours = [torch.from_numpy(decode(data, size)) for data in files]
     return torch.stack(ours), torch.stack([theirs(Image.open(BytesIO(data))) for data in files])
 
 
-def test_every_layer_of_the_paper_is_torchvisions_own_from_the_file_on_side_by_side() -> None:
-    """VGG's conv5, fc6, fc7 and fc8, and ResNet's avgpool, on their smaller siblings."""
+def assert_same_values(ours: Tensor, theirs: Tensor, rtol: float = 1e-5) -> None:
+    """Of each picture, to the rounding of float32."""
+    assert float(theirs.std()) > 0
+    assert float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max()) < rtol
+
+
+def test_vggs_layers_are_torchvisions_own_from_the_file_on_side_by_side() -> None:
     torch.manual_seed(5)
-    vgg = torchvision.models.vgg11(weights=None).eval()
-    network = load("vgg11:conv5+vgg11:fc6+vgg11:fc7+vgg11:fc8")
-    ours, theirs = both_ways(64)
+    vgg = torchvision.models.vgg16(weights=None).eval()
+    network = load("vgg16:conv5+vgg16:fc6+vgg16:fc7+vgg16:fc8", size=48)
+    ours, theirs = both_ways(48)
     with torch.inference_mode():
         conv5 = vgg.avgpool(vgg.features(theirs)).flatten(1)
         fc6, fc7 = vgg.classifier[:2](conv5), vgg.classifier[:5](conv5)
         wanted = [conv5, fc6, fc7, vgg(theirs)]
         found = network(ours).split([25088, 4096, 4096, 1000], dim=1)
     for layer, (a, b) in zip(["conv5", "fc6", "fc7", "fc8"], zip(found, wanted, strict=True), strict=True):
-        assert float(b.std()) > 0
-        # Some pixels differ by one step, where a resize of what the crop keeps rounds otherwise than one of the whole.
-        assert float((a - b).norm() / b.norm()) < 5e-3, layer
+        assert_same_values(a, b)
         assert float(a.min()) >= 0 or layer == "fc8"
+
+
+@pytest.mark.parametrize("size", [32, 64, 100, 224])
+def test_resnets_pooled_layer_is_torchvisions_own_from_the_file_on(size: int) -> None:
     torch.manual_seed(5)
     resnet = torchvision.models.resnet18(weights=None).eval()
+    ours, theirs = both_ways(size)
     with torch.inference_mode():
         pooled = torch.nn.Sequential(*list(resnet.children())[:-1])(theirs).flatten(1)
-        found_pooled = load("resnet18:fc+resnet18:avgpool")(ours)[:, 1000:]
-    assert float((found_pooled - pooled).norm() / pooled.norm()) < 5e-3
+        assert_same_values(load("resnet18:fc+resnet18:avgpool", size=size)(ours)[:, 1000:], pooled)
+
+
+@pytest.mark.parametrize(("model", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_weights_of_a_file_go_with_the_scale_that_published_ones_were_trained_for(
+    model: str, size: int, tmp_path: Path
+) -> None:
+    """torchvision sets `transform_input` with the weights that it publishes."""
+    torch.manual_seed(5)
+    theirs = torchvision.models.get_model(model, weights=None, init_weights=True, aux_logits=False)
+    x, as_theirs = both_ways(size)
+    with torch.no_grad():
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        theirs.train()(as_theirs)  # so that norms fit, and outputs differ from picture to picture
+        theirs.eval()
+    file = tmp_path / "weights.pth"
+    torch.save(theirs.state_dict(), file)
+    with torch.inference_mode():
+        plain = theirs(as_theirs)
+        assert float((plain[0] - plain[1]).norm() / plain[0].norm()) > 0.01
+        theirs.transform_input = True
+        assert float((theirs(as_theirs) - plain).norm() / plain.norm()) > 0.01
+        assert_same_values(load(f"{model}:fc", file, size=size)(x), theirs(as_theirs), rtol=2e-4)  # rounding adds up
 
 
 def test_on_the_same_pixels_values_are_the_same() -> None:

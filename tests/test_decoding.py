@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_order_without_the_bad_ones(folder: Path, workers: int) -> None:
     places = [Picture(folder, number) for number in range(50)]
-    with Decoder(SIZE, 7, workers) as decoder:
+    with Decoder(SIZE, 7, workers, crop=1.0) as decoder:
         batches = [(number * 10, places[7 * number : 7 * number + 7]) for number in range(8)]
         count = 0
         for (number, wanted), found in zip(batches, decoder.decode(batches), strict=True):

@@ -92,6 +92,12 @@ def test_a_picture_at_the_mean_is_told_from_none(tmp_path: Path) -> None:
     assert rows_of(vectors, [2, 3]).tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
 
 
+def test_names_are_of_indexes(folder: Path) -> None:
+    vectors = opened(folder)
+    assert vectors.names(np.array([2, 9, 0, 1, 2, 77], np.uint32)).to_list() == ["p0", "p7", "", "", "p0", ""]
+    assert vectors.names(np.array([], np.int64)).to_list() == []
+
+
 def test_each_picture_once(folder: Path) -> None:
     vectors = opened(folder)
     x_NW, position = vectors.gather(np.array([3, 8, 3, 2, 5, 0, 9]))
@@ -107,15 +113,17 @@ def test_a_file_too_big_for_memory(folder: Path, monkeypatch: pytest.MonkeyPatch
     inside = opened(folder)
     monkeypatch.setattr(picture_vectors, "MEMORY_LIMIT", 0)
     outside = opened(folder)
-    assert inside._matrix is not None
-    assert outside._matrix is None
-    for vectors in (inside, outside):
+    monkeypatch.setattr(picture_vectors, "MEMORY_LIMIT", 2 * 4 * 2)
+    partly = opened(folder)
+    assert [len(vectors.store.prefix) for vectors in (inside, outside, partly)] == [6, 0, 2]
+    for vectors in (inside, outside, partly):
         vectors.fit()
     assert torch.equal(inside.mean_W, outside.mean_W)
     assert torch.equal(inside.scale, outside.scale)
     index = np.random.default_rng(1).integers(0, 12, 40)
-    for one, other in zip(inside.gather(index), outside.gather(index), strict=True):
+    for one, other, third in zip(inside.gather(index), outside.gather(index), partly.gather(index), strict=True):
         assert torch.equal(one, other)
+        assert torch.equal(one, third)
     assert outside.gather(np.array([], np.int64))[0].shape == (0, 4)
 
 

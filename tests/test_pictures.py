@@ -80,21 +80,57 @@ def huge_jpeg(side: int) -> bytes:
     return header + four_blocks * ((side // 8) ** 2 // 4) + b"\xff\xd9"
 
 
-def test_picture_of_the_right_size_is_left_alone() -> None:
+def test_without_a_margin_a_picture_of_the_right_size_is_left_alone() -> None:
     picture = noise(64, 64)
-    np.testing.assert_array_equal(pictures.decode(encoded(picture), 64), np.asarray(picture).transpose(2, 0, 1))
+    pixels = np.asarray(picture).transpose(2, 0, 1)
+    np.testing.assert_array_equal(pictures.decode(encoded(picture), 64, crop=1.0), pixels)
+    wide = noise(96, 64)
+    np.testing.assert_array_equal(
+        pictures.decode(encoded(wide), 64, crop=1.0), np.asarray(wide)[:, 16:80].transpose(2, 0, 1)
+    )
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (300, 200), (201, 317), (33, 1000), (256, 256)])
+SHAPES = [
+    (64, 64),
+    (224, 224),
+    (256, 256),
+    (300, 200),
+    (201, 317),
+    (33, 1000),
+    (1000, 33),
+    (1, 1),
+    (7, 300),
+    (999, 640),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_same_as_torchvisions_preprocessing(shape: tuple[int, int], kind: str) -> None:
+def test_same_as_torchvisions_preprocessing_to_the_bit(shape: tuple[int, int], kind: str) -> None:
     data = encoded(noise(*shape), kind)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     with Image.open(BytesIO(data)) as picture:
         theirs = ImageClassification(crop_size=224)(picture).numpy() * std[:, None, None] + mean[:, None, None]
     ours = pictures.decode(data, 224)
     assert ours.shape == (3, 224, 224)
-    np.testing.assert_allclose(ours, theirs * 255, atol=1.01)
+    assert ours.dtype == np.uint8
+    np.testing.assert_array_equal(ours, np.round(theirs * 255))
+
+
+def test_other_sizes_keep_the_proportion_of_torchvisions_crop() -> None:
+    picture = noise(170, 130)
+    for size in (32, 64, 100, 299):
+        theirs = ImageClassification(crop_size=size, resize_size=round(size * 256 / 224), mean=(0, 0, 0), std=(1, 1, 1))
+        np.testing.assert_array_equal(pictures.decode(encoded(picture), size), np.round(theirs(picture).numpy() * 255))
+
+
+def test_of_a_very_long_picture_only_what_is_kept_is_resized() -> None:
+    """So that its memory is bounded; it differs by a step from what is cut out of the whole."""
+    picture = noise(2000, 10)
+    kept = pictures.decode(encoded(picture), 224).astype(np.int64)
+    whole = ImageClassification(crop_size=224, mean=(0, 0, 0), std=(1, 1, 1))(picture).numpy() * 255
+    assert pictures.WHOLE_PIXELS < 200 * 256 * 256
+    assert np.abs(kept - np.round(whole)).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
@@ -301,7 +337,7 @@ def test_twenty_thousand_pixels_square_in_bounded_memory(tmp_path: Path) -> None
 def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     at_work, most, lock, square = 0, 0, threading.Lock(), pictures._square
 
-    def watched(opened: Image.Image, size: int) -> pictures.Pixels:
+    def watched(opened: Image.Image, size: int, short: int) -> pictures.Pixels:
         nonlocal at_work, most
         with lock:
             at_work += 1
@@ -309,7 +345,7 @@ def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.05)
         with lock:
             at_work -= 1
-        return square(opened, size)
+        return square(opened, size, short)
 
     monkeypatch.setattr(pictures, "_square", watched)
     data = [encoded(noise(40, 40))] * 4

@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from ctrkit.pipeline import Graph, Setting
 from ctrkit.recipe import load
 from tests.shop import ctrkit
 from tests.tiny_world import CHECKOUT
@@ -594,6 +595,18 @@ def test_a_paper_on_folders_of_parquet_by_day(tmp_path: Path, name: str) -> None
         if seen:
             assert found["shop"] == [str(n % 3) for n in seen]
     assert {user for user, _ in histories} == {"7"}
+
+
+def test_the_tuned_network_of_table_ii(tmp_path: Path) -> None:
+    """A run of paper-dicm tunes VGG16 on the goods, and one variant reads what that network makes of the pictures."""
+    graph = Graph(Setting("paper-dicm", tmp_path, None, (), tmp_path / "runs"))
+    made = {(step.stage, step.variant): step for step in graph.steps}
+    tune, extract = made["tune-backbone", "vgg16-tuning"], made["extract-images", "vgg16-tuning"]
+    assert tune in extract.needs
+    assert extract.options[extract.options.index("--weights") + 1] == str(tune.output)
+    assert extract in made["train", "vgg16-tuning"].needs
+    assert made["extract-images", None] in made["train", "basic+ad_image"].needs
+    assert [variant for stage, variant in made if stage == "tune-backbone"] == ["vgg16-tuning"]
 
 
 # docs/your-own-logs.md

@@ -387,6 +387,20 @@ def test_pictures_are_looked_for_and_decoded(tmp_path: Path) -> None:
     assert "1 of 1 cannot be decoded (g0.jpg: not a picture in any known format)" in result.output
 
 
+def test_vectors_from_elsewhere_need_no_pictures(tmp_path: Path) -> None:
+    raw, _ = write(tmp_path, **good_rows())
+    result = check(tmp_path, "import-features.files=vectors.parquet")
+    assert result.exit_code == 1
+    assert "vectors.parquet is not there" in result.output
+    assert "pictures" not in "".join(told(result, "error"))
+    pl.DataFrame({"id": ["g0.jpg"], "vector": [[0.5] * 64]}).write_parquet(raw / "vectors.parquet")
+    result = check(tmp_path, "import-features.files=vectors.parquet")
+    assert result.exit_code == 0, result.output
+    assert "check: 0 errors, 0 warnings" in result.output
+    assert re.search(r"│ import-features +│ 30 pictures +│", result.output)
+    assert "extract-images" not in result.output
+
+
 def test_a_wrong_backbone_is_told(tmp_path: Path) -> None:
     raw, _ = write(tmp_path, **good_rows())
     (raw / "pictures").mkdir()

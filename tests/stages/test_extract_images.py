@@ -14,6 +14,7 @@ import torch
 import torchvision
 from click.testing import CliRunner, Result
 from PIL import Image
+from torchvision.transforms._presets import ImageClassification
 
 from ctrkit.cli import main
 
@@ -80,12 +81,10 @@ def test_rows_by_use_one_a_content_values_torchvisions(shop: Path) -> None:
     # b and d are used 11 times together, a 9, c and f 8 (c has the lower index), e never.
     assert row == {"a.png": 1, "b.png": 0, "c.png": 2, "d.png": 0, "e.png": 4, "f.png": 3}
     network = seeded_network().features[:6]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    seen = ImageClassification(crop_size=32, resize_size=37)
     for name, place in row.items():
-        pixels = torch.from_numpy(np.array(Image.open(shop / "pictures" / name)))
-        x = ((pixels / 255 - mean) / std).permute(2, 0, 1)[None]
-        with torch.inference_mode():
-            wanted = network(x).mean((2, 3))[0].numpy()
+        with torch.inference_mode(), Image.open(shop / "pictures" / name) as picture:
+            wanted = network(seen(picture)[None]).mean((2, 3))[0].numpy()
         np.testing.assert_allclose(features[place], wanted, rtol=2e-3, atol=1e-5)
     assert (attributes["backbone"], attributes["layer"]) == ("squeezenet1_1", "features.5")
     assert json.loads(attributes["preprocessing"])["crop"] == "centre 32x32"
@@ -100,6 +99,24 @@ def test_rows_by_use_one_a_content_values_torchvisions(shop: Path) -> None:
 def test_two_runs_give_the_same_bytes(shop: Path) -> None:
     assert extract(shop).exit_code == extract(shop, out="again.h5").exit_code == 0
     assert (shop / "features.h5").read_bytes() == (shop / "again.h5").read_bytes()
+
+
+def test_an_id_that_no_file_can_have(shop: Path) -> None:
+    write_vocabulary(shop, [("a.png", 9), ("a.png\0", 6), ("", 1), ("x" * 300, 1)])
+    result = extract(shop, "--set", "extract-images.max_bad_rate=0.75")
+    assert result.exit_code == 0, result.output
+    _, row, _ = read(shop / "features.h5")
+    assert row == {"a.png": 0, "a.png\ufffd": -1, "": -1, "x" * 300: -1}
+    reasons = pl.read_parquet(shop / "features.h5.rejects.parquet")["reason"].to_list()
+    assert "NUL character" in reasons[0]
+    assert "File name too long" in reasons[2]
+
+
+def test_tuned_weights_are_named_by_hand(shop: Path) -> None:
+    result = extract(shop, weights="tuned")
+    assert result.exit_code == 2
+    assert "`ctrkit tune-backbone … --out backbone` comes first, and then --weights backbone" in result.output
+    assert leftovers(shop) == []
 
 
 def spoil(shop: Path) -> None:

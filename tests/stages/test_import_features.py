@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -468,6 +469,48 @@ def test_memory_does_not_grow_with_the_vectors(shop: Path) -> None:
     small, large = peak("small.parquet"), peak("large.parquet")
     assert large - small < 100, (small, large)
     np.testing.assert_array_equal(FeatureStore(shop / "f.h5").read(np.array([0, rows - 1])), block[[0, -1]])
+
+
+def test_an_id_that_hdf5_cannot_hold(shop: Path) -> None:
+    write_vocabulary(shop, [("a", 1), ("b\0", 1)])
+    counts = done(shop, "--vectors", write_parquet(shop / "v.parquet", ["a", "b\0"], VECTORS[:2]), max_bad_rate=0.5)
+    assert counts["without an id"] == 1
+    assert read(shop / "features.h5")[1] == {"a": 0, "b\ufffd": -1}
+
+
+KILLED = """
+import os, signal, sys
+from ctrkit import importing, vector_files
+from ctrkit.cli import main
+
+left, write = int(sys.argv.pop(1)), importing._write_rows
+
+def until_then(*given):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*given)
+
+importing._write_rows, vector_files.BATCH_BYTES = until_then, 1
+main()
+"""
+
+
+@pytest.mark.parametrize("written", [0, 3])
+def test_killed_it_leaves_the_old_file_whole_and_starts_again(shop: Path, written: int) -> None:
+    old = write_parquet(shop / "old.parquet", IDS, VECTORS + 1)
+    done(shop, "--vectors", old)
+    before = {p.name: p.read_bytes() for p in shop.iterdir() if "features.h5" in p.name and p.suffix != ".lock"}
+    new = write_parquet(shop / "new.parquet", IDS, VECTORS)
+    words = ["import-features", "--recipe", shop / "shop.toml", "--convert", shop / "convert", "--vectors", new]
+    words += ["--out", shop / "features.h5"]
+    result = subprocess.run([sys.executable, "-c", KILLED, str(written), *map(str, words)], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert {name: (shop / name).read_bytes() for name in before} == before
+    done(shop, "--vectors", new)
+    check_by_use(shop)
+    assert not [p.name for p in shop.iterdir() if ".tmp-" in p.name]
 
 
 def test_no_room(shop: Path) -> None:

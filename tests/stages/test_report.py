@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tarfile
 
 import polars as pl
 import pytest
@@ -83,6 +84,8 @@ def test_the_contact_sheet(made, tiny_run):
         assert set(images) <= set(vocabulary["value"]) - set(gone)
     assert len({images[0] for images in shown}) == 8
     assert sections("b.html") == (shown, text)
+    sidecar = json.loads((made / "a.html.json").read_text())
+    assert sidecar["inputs"]["pictures"] != "missing"
     other, _ = sections("c.html", "report.sheet_seed=7", "report.sheet_queries=3", "report.sheet_neighbours=2")
     assert [len(images) for images in other] == [3] * 3
     assert [images[0] for images in other] != [images[0] for images in shown[:3]]
@@ -93,6 +96,26 @@ def test_the_contact_sheet(made, tiny_run):
     assert result.exit_code == 2
     assert "report.sheet_neighbours" in result.output
     assert not (made / "e.html").exists()
+
+
+def test_pictures_of_a_glob_count(made):
+    for name in ("one", "two"):
+        with tarfile.open(made / f"{name}.tar", "w") as tar:
+            tar.add(made / "lr.parquet", f"{name}.jpg")
+    common = ["report", "--recipe", made / "r.toml", "--metrics", made / "metrics.json", "--out", made / "x.html"]
+
+    def inputs():
+        result = run(*common, "--pictures", made / "*.tar")
+        assert result.exit_code == 0, result.output
+        return json.loads((made / "x.html.json").read_text())["inputs"]
+
+    first = inputs()
+    assert set(first) == {"metrics", "pictures/one.tar", "pictures/two.tar"}
+    (made / "two.tar").write_bytes((made / "one.tar").read_bytes())
+    assert inputs() == first | {"pictures/two.tar": first["pictures/one.tar"]}
+    result = run(*common, "--pictures", made / "*.zip")
+    assert result.exit_code == 1
+    assert "is not there" in result.output
 
 
 def test_mistakes_leave_nothing_behind(made):
