@@ -4,6 +4,7 @@ Letters in names: G groups (user, day) of a batch, S samples, B behaviours of it
 pairs, U distinct rows of an embedding table, N distinct pictures, F features, D width.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,10 +210,20 @@ class GroupedData:
             raise UserError(f"{groups} has no {split} split; [split] in the recipe decides which days it has")
         self._blocks = [(f, start, n) for f in self._files for start, n in _row_groups(f, self.schema.block_groups)]
 
+    @functools.cached_property
+    def block_samples(self) -> Ints:
+        """[blocks]: the number of samples of each block."""
+        counts = [np.zeros(0, np.int64)]
+        for file in self._files:
+            n_R = pl.scan_parquet(file).select(pl.col("sample_id").list.len()).collect().to_series().to_numpy()
+            starts = [start for f, start, _ in self._blocks if f == file]
+            if starts:
+                counts.append(np.add.reduceat(n_R.astype(np.int64), starts))
+        return np.concatenate(counts)
+
     def __len__(self) -> int:
         """The number of samples."""
-        scan = pl.scan_parquet(self._files).select(pl.col("sample_id").list.len().sum())
-        return int(scan.collect().item())
+        return int(self.block_samples.sum())
 
     def frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Yield these columns of each block, in order."""
@@ -230,16 +241,25 @@ class GroupedData:
             frame = pl.scan_parquet(file).slice(start, n).select(wanted).collect()
             yield _block(_resolve(frame, [*by_owner[("user",)], *by_owner[("behaviour",)]]), by_owner, self.schema)
 
-    def epoch(self, batch: int, seed: Sequence[int] | None = None) -> Iterator[Block]:
+    def epoch(self, batch: int, seed: Sequence[int] | None = None, skip: int = 0) -> Iterator[Block]:
         """Yield the samples in batches of exactly `batch` (the last one shorter), each with its groups.
 
-        With a seed, blocks are shuffled and then the groups within each; samples of a group stay together.
+        With a seed, blocks are shuffled and then the groups within each; samples of a group stay together. The first
+        `skip` batches are left out, and blocks that only they need are not read.
         """
         rng = None if seed is None else np.random.default_rng(list(seed))
-        order = None if rng is None else list(rng.permutation(len(self._blocks)))
+        order = list(range(len(self._blocks))) if rng is None else rng.permutation(len(self._blocks)).tolist()
+        left_out = skip * batch
+        while skip and order and left_out >= self.block_samples[order[0]]:
+            left_out -= int(self.block_samples[order[0]])
+            _, _, n_groups = self._blocks[order.pop(0)]
+            if rng is not None:
+                rng.permutation(n_groups)
         waiting: list[Block] = []
         for block in self.blocks(order):
-            waiting.append(block if rng is None else block.take(rng.permutation(block.n_groups)))
+            shuffled = block if rng is None else block.take(rng.permutation(block.n_groups))
+            waiting.append(shuffled.samples(left_out, shuffled.n_samples) if left_out else shuffled)
+            left_out = 0
             if sum(b.n_samples for b in waiting) < batch:
                 continue
             merged = Block.concat(waiting)
