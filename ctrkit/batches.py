@@ -4,7 +4,6 @@ Letters in names: G groups (user, day) of a batch, S samples, B behaviours of it
 pairs, U distinct rows of an embedding table, N distinct pictures, F features, D width.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,25 +209,16 @@ class GroupedData:
             raise UserError(f"{groups} has no {split} split; [split] in the recipe decides which days it has")
         self._blocks = [(f, start, n) for f in self._files for start, n in _row_groups(f, self.schema.block_groups)]
 
-    @functools.cached_property
-    def block_samples(self) -> Ints:
-        """[blocks]: the number of samples of each block."""
-        counts = [np.zeros(0, np.int64)]
-        for file in self._files:
-            n_R = pl.scan_parquet(file).select(pl.col("sample_id").list.len()).collect().to_series().to_numpy()
-            starts = [start for f, start, _ in self._blocks if f == file]
-            if starts:
-                counts.append(np.add.reduceat(n_R.astype(np.int64), starts))
-        return np.concatenate(counts)
-
     def __len__(self) -> int:
         """The number of samples."""
-        return int(self.block_samples.sum())
+        scan = pl.scan_parquet(self._files).select(pl.col("sample_id").list.len().sum())
+        return int(scan.collect().item())
 
-    def frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """Yield these columns of each block, in order."""
+    def frames(self, columns: Sequence[str], order: Sequence[int] | None = None) -> Iterator[pl.DataFrame]:
+        """Yield these columns of each block, in file order or in the order given."""
         shared = [c for c in columns if c in self.schema.features and self.schema.features[c].of in _SHARED]
-        for file, start, n in self._blocks:
+        for i in range(len(self._blocks)) if order is None else order:
+            file, start, n = self._blocks[i]
             frame = pl.scan_parquet(file).slice(start, n).select("common", *columns).collect()
             yield _resolve(frame, shared).select(columns)
 
@@ -249,14 +239,16 @@ class GroupedData:
         """
         rng = None if seed is None else np.random.default_rng(list(seed))
         order = list(range(len(self._blocks))) if rng is None else rng.permutation(len(self._blocks)).tolist()
-        left_out = skip * batch
-        while skip and order and left_out >= self.block_samples[order[0]]:
-            left_out -= int(self.block_samples[order[0]])
-            _, _, n_groups = self._blocks[order.pop(0)]
+        begin, left_out = 0, skip * batch
+        while left_out and begin < len(order):
+            samples_G = next(self.frames(["sample_id"], order[begin : begin + 1]))["sample_id"].list.len()
+            if samples_G.sum() > left_out:
+                break
+            begin, left_out = begin + 1, left_out - int(samples_G.sum())
             if rng is not None:
-                rng.permutation(n_groups)
+                rng.permutation(len(samples_G))
         waiting: list[Block] = []
-        for block in self.blocks(order):
+        for block in self.blocks(order[begin:]):
             shuffled = block if rng is None else block.take(rng.permutation(block.n_groups))
             waiting.append(shuffled.samples(left_out, shuffled.n_samples) if left_out else shuffled)
             left_out = 0
