@@ -473,12 +473,25 @@ class Train(Table):
     """Chance that a frequent id is trained as unknown: r; that of one seen n times is r + (1/2 − r)/n."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations; 0: at the end of each epoch."""
-    patience: Annotated[int, Field(ge=0)] = 0
+    patience: Annotated[int, Field(ge=0)] = 3
     """Validations without a better GAUC before training stops; 0: never stop early. The best is kept."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of a step's gradient, over dense parameters and table rows together; 0: no limit."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16: mixed precision in training (autocast), with float32 weights. float64: everything, for proofs."""
+    compile: bool = False
+    """Train through torch.compile, where there is a compiler."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads. Fixed, since sums depend on it in the last bits."""
     device: str = "cpu"
     """`cpu`, `cuda` or `auto`, of train and predict. Bit-identical reruns are promised on the CPU only."""
+    # What it writes.
+    log_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between lines of metrics.jsonl and points of TensorBoard, besides those of the validations; 0: none."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """A run that is killed loses at most so much; the end of an epoch and the best so far are always kept."""
+    save_optimiser: bool = False
+    """Write optimiser.pt, Adam's moments, into the model folder, for a full warm start."""
     shuffle_pictures: bool = False
     """A control: give each picture another picture's vector. Nothing visual can be learned then."""
 
@@ -496,6 +509,10 @@ class Train(Table):
     def counts_tiers(self) -> bool:
         """Whether the model has SimTier."""
         return self.model == "dicm" and self.user_images in ("simtier", "simtier+pooled")
+
+
+NOT_THE_MODEL = frozenset(["device", "threads", "log_every", "checkpoint_minutes", "save_optimiser"])
+"""Keys of [train] that say where a model is trained and what is written besides, not what model it is."""
 
 
 class Predict(Table):
