@@ -50,6 +50,12 @@ Days = Annotated[
     _needs("a number of days, a share between 0 and 1, or a list of dates, such as [2024-03-20]"),
 ]
 Names = Annotated[str | tuple[str, ...], _needs("a name or a list of names")]
+Widths = tuple[Annotated[int, Field(ge=1)], ...]
+SomeWidths = Annotated[Widths, Field(min_length=1)]
+UserIds = Annotated[bool | Literal["din"], _needs('true, false or "din"')]
+UserImages = Annotated[
+    bool | Literal["simtier", "simtier+pooled"], _needs('true, false, "simtier" or "simtier+pooled"')
+]
 Column = Annotated[str | Annotated[int, Field(ge=1)], _needs("a column's name, or its position from 1")]
 MOST_DAYS = 100_000
 """Of a window; `"all"` is more."""
@@ -418,19 +424,26 @@ class Train(Table):
     # What DICM looks at (its Table I).
     ad_id: bool = True
     ad_image: bool = True
-    user_ids: bool = False
-    user_images: bool = True
-    pooling: Literal["attentive", "sum", "max"] = "attentive"
-    """The aggregator of Usernet."""
-    extractor: tuple[int, ...] = (256, 64, 12)
+    user_ids: UserIds = False
+    """Ids of the behaviours: true sums them, `din` weighs them by DIN's activation unit."""
+    user_images: UserImages = True
+    """Pictures of the behaviours: true is Usernet, `simtier` counts of similarities to the ad's picture (SimTier),
+    `simtier+pooled` both."""
+    pooling: Literal["attentive", "sum", "max", "din"] = "attentive"
+    """The aggregator of Usernet; `din` is DIN's activation unit between the ad's picture and the behaviour's."""
+    tiers: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Of SimTier: equal tiers of the cosine's range [-1, 1]."""
+    extractor: SomeWidths = (256, 64, 12)
     """Layer widths of the trainable part (DICM Table III)."""
+    extractor_activation: Literal["prelu", "dice"] = "prelu"
+    """Between the layers of the extractors."""
     share_extractors: bool = False
     """One extractor for Adnet and Usernet instead of two."""
     has_picture: bool = False
     """Give the extractors one more number beside a picture's vector: 1 where there is a picture, 0 where not."""
-    tower: tuple[int, ...] = (200, 80)
+    tower: Widths = (200, 80)
     """Hidden widths of the discriminator, before the two outputs."""
-    attention: tuple[int, ...] = (80, 40)
+    attention: SomeWidths = (80, 40)
     """Hidden widths of DICM's attention network."""
     din: Literal["din-v1", "din-code"] = "din-code"
     """`din-v1`: g over [V_i; V_a; V_i-V_a], weights not normalised. `din-code`: as in the authors' code."""
@@ -485,7 +498,17 @@ class Train(Table):
     @property
     def looks_at_pictures(self) -> bool:
         """Whether the model needs `features.h5`."""
-        return self.model == "dicm" and (self.ad_image or self.user_images)
+        return self.model == "dicm" and (self.ad_image or bool(self.user_images))
+
+    @property
+    def pools_pictures(self) -> bool:
+        """Whether the model has Usernet: pictures of the behaviours, extracted and pooled."""
+        return self.model == "dicm" and self.user_images in (True, "simtier+pooled")
+
+    @property
+    def counts_tiers(self) -> bool:
+        """Whether the model has SimTier."""
+        return self.model == "dicm" and self.user_images in ("simtier", "simtier+pooled")
 
 
 NOT_THE_MODEL = frozenset(["device", "threads", "log_every", "checkpoint_minutes", "save_optimiser"])
