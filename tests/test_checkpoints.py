@@ -248,7 +248,7 @@ def test_other_settings_begin_anew(tiny_run: TinyRun, tmp_path: Path, monkeypatc
     shutil.copytree(tiny_run.groups, other)
     schema = json.loads((other / "schema.json").read_text())
     (other / "schema.json").write_text(json.dumps({**schema, "negative_rate": 0.5}))
-    for words in (["--set", "train.learning_rate=0.02"], ["--set", "train.threads=2"], ["--groups", other]):
+    for words in (["--set", "train.learning_rate=0.02"], ["--set", "train.clip_norm=1"], ["--groups", other]):
         stopped(tiny_run, out, monkeypatch, 30)
         old = hidden(out)
         result = tiny_run.must("train", *SETS, *groups, *words)
