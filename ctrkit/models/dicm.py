@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ctrkit.models.batch import Batch, Lookup, sum_of_ids
-from ctrkit.models.layers import Discriminator, PairMLP, mlp, segment_max, segment_softmax, segment_sum
+from ctrkit.models.layers import Discriminator, mlp, segment_max, segment_softmax, segment_sum
+from ctrkit.models.pairs import PairMLP, attend
 from ctrkit.models.plan import Plan
 
 
@@ -49,11 +50,8 @@ class DICM(nn.Module):
 
     def weights_P(self, batch: Batch, look: Lookup) -> Tensor:
         """Return [P]: the attentive weight of every (sample, behaviour picture) pair."""
-        context_SD = self.context_S(batch, look)
-        return self._attend_P(batch, context_SD, self.user_pictures_BD(batch))
-
-    def _attend_P(self, batch: Batch, context_SD: Tensor, k_BD: Tensor) -> Tensor:
         assert self.attention is not None
+        context_SD, k_BD = self.context_S(batch, look), self.user_pictures_BD(batch)
         logits_P = self.attention(context_SD, k_BD, batch.sample_P, batch.behaviour_P)
         return segment_softmax(logits_P, batch.sample_P, batch.n_samples)
 
@@ -66,9 +64,8 @@ class DICM(nn.Module):
         if self.usernet is not None:
             k_BD = self.user_pictures_BD(batch)
             if self.attention is not None:
-                w_P = self._attend_P(batch, context_SD, k_BD)
-                v_PD = k_BD.index_select(0, batch.behaviour_P) * w_P.unsqueeze(1)
-                parts.append(segment_sum(v_PD, batch.sample_P, batch.n_samples))
+                pairs = (batch.sample_P, batch.behaviour_P)
+                parts.append(attend(self.attention, context_SD, k_BD, k_BD, *pairs, softmax=True))
             else:
                 pool = segment_sum if self.plan.train.pooling == "sum" else segment_max
                 parts.append(pool(k_BD, batch.group_B, batch.n_groups).index_select(0, batch.group_S))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ctrkit.errors import UsageError
 from ctrkit.models.batch import Batch, Lookup
-from ctrkit.models.layers import Discriminator, PairMLP, segment_softmax, segment_sum
+from ctrkit.models.layers import Discriminator, segment_softmax
+from ctrkit.models.pairs import PairMLP, attend
 from ctrkit.models.plan import Plan
 
 
@@ -32,7 +33,7 @@ class DIN(nn.Module):
         d = plan.total_width(list(self.partner))
         self.code = plan.train.din == "din-code"
         if self.code:
-            self.unit = PairMLP(d, d, (80, 40), "sigmoid", "qkdp")
+            self.unit = PairMLP(d, d, (80, 40), plan.train.din_activation, "qkdp")
         else:
             self.unit = PairMLP(d, d, (36,), plan.train.activation, "qkd")
         width = plan.total_width([*plan.user, *plan.sample, *plan.behaviour])
@@ -44,17 +45,22 @@ class DIN(nn.Module):
         q_SD = torch.cat(look.samples_S(list(self.partner.values())), 1)
         k_BD = look.behaviours_B(list(self.partner))
         g_P: Tensor = self.unit(q_SD, k_BD, sample_P, behaviour_P)
+        g_P = g_P * self._scale(batch, k_BD.shape[1])
+        return segment_softmax(g_P, sample_P, batch.n_samples) if self.code else g_P
+
+    def _scale(self, batch: Batch, d: int) -> float:
+        """Return what g is multiplied by."""
         if self.code:
-            return segment_softmax(g_P / math.sqrt(k_BD.shape[1]), sample_P, batch.n_samples)
+            return 1.0 / math.sqrt(d)
         # Weights that are not normalised are scaled as dropout does: their sum keeps its expectation.
-        return g_P if batch.kept_P is None else g_P / (1.0 - self.plan.train.dropout_rate)
+        return 1.0 if batch.kept_P is None else 1.0 / (1.0 - self.plan.train.dropout_rate)
 
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
-        w_P = self.weights_P(batch, look)
+        q_SD = torch.cat(look.samples_S(list(self.partner.values())), 1)
+        k_BD = look.behaviours_B(list(self.partner))
         v_BD = look.behaviours_B(self.plan.behaviour)
-        sample_P, behaviour_P = batch.id_pairs()
-        v_PD = v_BD.index_select(0, behaviour_P) * w_P.unsqueeze(1)
-        parts.append(segment_sum(v_PD, sample_P, batch.n_samples))
+        pairs, scale = batch.id_pairs(), self._scale(batch, k_BD.shape[1])
+        parts.append(attend(self.unit, q_SD, k_BD, v_BD, *pairs, softmax=self.code, scale=scale))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out

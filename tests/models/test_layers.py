@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ctrkit.models.layers import (
     Dice,
     Discriminator,
-    PairMLP,
     PReLU,
     mlp,
     segment_max,
