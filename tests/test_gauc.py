@@ -133,7 +133,7 @@ def test_bad_arrays_raise(user, label, score, fault):
 
 def test_unknown_weight_raises():
     with pytest.raises(ValueError, match="weight"):
-        gauc([1], [1], [0.5], "users")
+        gauc([1], [1], [0.5], "rows")
 
 
 def test_no_rows():
