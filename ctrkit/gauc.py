@@ -99,7 +99,9 @@ def auc(label: ArrayLike, score: ArrayLike) -> float | None:
     return float(one.auc[0]) if one.kept.any() else None
 
 
-def user_auc(user: NDArray[np.integer[Any]], label: ArrayLike, score: ArrayLike) -> UserAUC:
+def user_auc(
+    user: NDArray[np.integer[Any]], label: ArrayLike, score: ArrayLike, *, side_by_side: bool = True
+) -> UserAUC:
     """Compute every user's AUC.
 
     Parameters
@@ -107,6 +109,7 @@ def user_auc(user: NDArray[np.integer[Any]], label: ArrayLike, score: ArrayLike)
     user: [n] codes ≥ 0.
     label: [n] 0/1 or booleans.
     score: [n] finite floats.
+    side_by_side: sort with several threads.
     """
     label, score = np.asarray(label), np.asarray(score)
     if not (user.ndim == label.ndim == score.ndim == 1 and len(user) == len(label) == len(score)):
@@ -125,26 +128,42 @@ def user_auc(user: NDArray[np.integer[Any]], label: ArrayLike, score: ArrayLike)
     key |= rank
     key <<= np.uint64(1)
     key |= label.astype(np.uint64)
-    key = pl.Series(key).sort().to_numpy()
-    clicked = (key & np.uint64(1)).astype(np.int64)
-    key = key >> np.uint64(1)
-    tie = np.flatnonzero(np.diff(key, prepend=~key[:1]))  # first rows of runs with equal user and score
-    key = key[tie] >> np.uint64(bits)
-    tie_rows = np.diff(tie, append=len(clicked))
-    tie_clicks = np.add.reduceat(clicked, tie)
-    tie_others = tie_rows - tie_clicks
-    first = np.flatnonzero(np.diff(key, prepend=~key[:1]))  # first runs of users
-    others_before = np.cumsum(tie_others) - tie_others
-    user_runs = np.diff(first, append=len(key))
-    others_before -= np.repeat(others_before[first], user_runs)
-    half_wins = np.add.reduceat(tie_clicks * (2 * others_before + tie_others), first)
-    impressions = np.add.reduceat(tie_rows, first)
-    clicks = np.add.reduceat(tie_clicks, first)
+    key = pl.Series(key).sort(multithreaded=side_by_side).to_numpy()
+    code = key >> np.uint64(bits + 1)
+    first = np.flatnonzero(_differs(code))  # first rows of users
+    code = code[first].astype(np.int64)
+    impressions = np.diff(first, append=len(key))
+    # Only the clicked rows are looked at one by one. In a tie they stand last.
+    at = np.flatnonzero(key & np.uint64(1))
+    tied = key[at]
+    clicks_to = np.searchsorted(at, np.append(first, len(key)))  # clicked rows before each user, and all
+    clicks = np.diff(clicks_to)
     pairs = clicks * (impressions - clicks)
     value = np.full(len(first), np.nan)
-    np.divide(half_wins, 2.0 * pairs, out=value, where=pairs > 0)
-    code = key[first].astype(np.int64)
+    if len(at):
+        run = np.flatnonzero(_differs(tied))  # first clicked rows of ties
+        begin, run_clicks = at[run], np.diff(run, append=len(at))
+        same = tied[run] - np.uint64(1)  # the key of an unclicked row in the tie
+        others = np.flatnonzero((begin > 0) & (key[begin - 1] == same))
+        tie_begin = begin.copy()
+        tie_begin[others] = np.searchsorted(key, same[others])
+        # Unclicked rows before a row are the rows less the clicked ones before it. First from the whole start, then
+        # less those before the user.
+        half_wins = run_clicks * (begin + tie_begin - 2 * run)
+        sums = np.zeros(len(run) + 1, np.int64)
+        np.cumsum(half_wins, out=sums[1:])
+        by_user = np.diff(sums[np.searchsorted(run, clicks_to)])
+        by_user -= 2 * clicks * (first - clicks_to[:-1])
+        np.divide(by_user, 2.0 * pairs, out=value, where=pairs > 0)
     return UserAUC(user=code if names is None else names[code], impressions=impressions, clicks=clicks, auc=value)
+
+
+def _differs(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which of some values are the first or differ from the one before; bool [n], n > 0."""
+    new = np.empty(len(values), np.bool_)
+    new[0] = True
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    return new
 
 
 def user_codes(user: ArrayLike) -> Ints:
@@ -201,9 +220,9 @@ def dense_ranks(values: NDArray[np.integer[Any]]) -> tuple[NDArray[np.uint64], N
     """Return the values' ranks among the distinct ones, uint64 [n], and these, ascending."""
     order = pl.Series(values).arg_sort().to_numpy()
     arranged = values[order]
-    new = np.empty(len(values), np.bool_)
-    new[:1] = True
-    np.not_equal(arranged[1:], arranged[:-1], out=new[1:])
+    if len(values) == 0:
+        return np.zeros(0, np.uint64), values
+    new = _differs(arranged)
     rank = np.empty(len(values), np.uint64)
     rank[order] = np.cumsum(new) - 1
     return rank, arranged[new]

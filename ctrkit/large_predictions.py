@@ -30,8 +30,8 @@ from ctrkit.exchange import Exchange, Scratch
 from ctrkit.gauc import GAUC, UserAUC, Weight, dense_ranks, user_auc
 from ctrkit.score_runs import ScoreRuns, ScoreStatistics
 
-CHUNK_ROWS = 1_000_000
-PARTITION_ROWS = 3_000_000
+CHUNK_ROWS = 500_000
+PARTITION_ROWS = 1_000_000
 MOST_PARTITIONS = 2**16
 SPREAD = 0x9E3779B97F4A7C15
 """An odd number: multiplying by it, modulo a power of two, is one to one, and spreads to the upper bits."""
@@ -269,7 +269,7 @@ class _Run:
             if number:
                 byte, bit = divmod(number - 1, 8)
                 rows = np.flatnonzero(rest[byte] & np.uint8(1 << bit))
-            made = user_auc(code[rows], click[rows], score[rows])
+            made = user_auc(code[rows], click[rows], score[rows], side_by_side=False)
             by_user = None
             if with_users:
                 word = names[made.user] if names is not None else self._word(made.user, partition)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ctrkit.exchange import Scratch
 from ctrkit.gauc import ordered
 
-RANGE_ENTRIES = 2_000_000
+RANGE_ENTRIES = 1_000_000
 """Entries merged at a time, about."""
 SAMPLE_EVERY = 512
 """One entry in so many is remembered, to cut the scores into ranges of like size."""
@@ -145,7 +145,7 @@ def _sorted(value: NDArray[Any], label: NDArray[np.bool_]) -> tuple[NDArray[Any]
     if value.dtype == np.uint32:
         key = value.astype(np.uint64) << np.uint64(1)
         key |= label
-        key = pl.Series(key).sort().to_numpy()
+        key = pl.Series(key).sort(multithreaded=False).to_numpy()
         return (key >> np.uint64(1)).astype(np.uint32), (key & np.uint64(1)).astype(np.bool_)
     order = pl.Series(value).arg_sort().to_numpy()
     return value[order], label[order]
@@ -172,7 +172,7 @@ def _merged(value: NDArray[Any], rows: NDArray[Any], clicks: NDArray[Any]) -> tu
     if value.dtype == np.uint32:
         key = value.astype(np.uint64) << np.uint64(32)
         key |= np.arange(len(key), dtype=np.uint64)
-        key = pl.Series(key).sort().to_numpy()
+        key = pl.Series(key).sort(multithreaded=False).to_numpy()
         order, value = (key & np.uint64(2**32 - 1)).astype(np.int64), (key >> np.uint64(32)).astype(np.uint32)
     else:
         order = pl.Series(value).arg_sort().to_numpy()
