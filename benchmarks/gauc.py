@@ -1,17 +1,18 @@
-"""GAUC of predictions: `ctrkit eval` against FuxiCTR's gAUC, on a day as large as the DICM paper's, and against scikit-learn.
+"""GAUC of predictions: ours against FuxiCTR's gAUC, a day as large as the DICM paper's, and scikit-learn's AUCs.
 
     python benchmarks/gauc.py --rows 20000000 --day 219000000
 
-1. 20 million rows of 1.3 million users as a Parquet file: rows a second of `ctrkit eval --bootstrap 0`, the whole command,
-   over those of FuxiCTR 2.3.10's gAUC. FuxiCTR gets arrays in memory, as many rows of whole users as it can do in some
-   seconds. Both give the same GAUC of these rows. Then the same file with float64 scores, with users as text, and with
-   both; and `ctrkit.gauc.gauc` on arrays.
+1. 20 million rows of 1.3 million users. The ratio is that of two functions which make a GAUC of the same kind of arrays
+   (integer users, labels, float32 scores): rows a second of `ctrkit.gauc.gauc` over those of FuxiCTR 2.3.10's
+   evaluate_metrics. FuxiCTR gets as many rows, of whole users, as it can do in some seconds, and must find the same
+   GAUC of them. Beside it: the whole command `ctrkit eval --bootstrap 0` on a Parquet file, which computes all
+   metrics, also with float64 scores and with users as text.
 2. Heavy ties: 2,000 random users' AUCs against scikit-learn's roc_auc_score of each.
-3. The day: 219 million rows, integer users, float32 scores (`--day 0` leaves it out; `--day-types all` does it with
-   float64 scores and text users, too).
+3. The day: the command on 219 million rows, integer users, float32 scores (`--day 0` leaves it out; `--day-types all`
+   does it with float64 scores and text users, too).
 
-FuxiCTR is installed, without its dependencies, into the benchmark's own folder. Users are drawn log-uniformly among their
-ranks, so some have many rows. Files are removed at the end.
+FuxiCTR is installed, without its dependencies, into the benchmark's own folder. A few users have many rows, most have
+few. Files are removed at the end.
 """
 
 import argparse
@@ -53,9 +54,9 @@ print(time.perf_counter() - began, repr(float(found["gAUC"])))
 
 
 def rows(n: int, users: int, seed: int, group: int) -> dict[str, np.ndarray]:
-    """Draw the rows of a row group: user numbers, clicks, scores (float64; float32 holds them less exactly)."""
+    """Draw the rows of a row group: user numbers below 2^31, clicks, scores (float64)."""
     rng = np.random.default_rng([seed, group])
-    # Each user's weight falls as its rank to the power of -0.3: some thousand times the rows of the mean.
+    # Rows by rank fall as rank to the power of -0.3.
     rank = (users * rng.random(n) ** (1 / 0.7)).astype(np.int64)
     user = 1_000_000 + rank * 131 % 2**31
     score = 1 / (1 + np.exp(3.0 - rng.standard_normal(n)))
@@ -158,7 +159,7 @@ def main() -> None:
         frame = pl.read_parquet(path, columns=["user", "click", "score"])
         arrays = {name: frame[name].to_numpy() for name in frame.columns}
         began = time.perf_counter()
-        value = gauc(**{"user": arrays["user"], "label": arrays["click"], "score": arrays["score"]}).value or 0.0
+        value = gauc(arrays["user"], arrays["click"], arrays["score"]).value or 0.0
         in_arrays = time.perf_counter() - began
         if abs(value - found["gauc"]) > 1e-12:
             sys.exit(f"ctrkit eval found a GAUC of {found['gauc']!r}, and gauc() {value!r}")
@@ -176,7 +177,7 @@ def main() -> None:
     reference = len(part["user"]) / peer_seconds
     lines.append(["gauc(), arrays in memory", f"{args.rows:,}", f"{in_arrays:.1f}",
                   f"{args.rows / in_arrays / 1e6:.2f}", ""])  # fmt: skip
-    lines.append([f"FuxiCTR 2.3.10 gAUC ({measure.os.cpu_count()} cores seen)", f"{len(part['user']):,}",
+    lines.append([f"FuxiCTR 2.3.10 gAUC ({os.cpu_count()} cores)", f"{len(part['user']):,}",
                   f"{peer_seconds:.1f}", f"{reference / 1e6:.4f}", ""])  # fmt: skip
     path.unlink()
     day: dict[str, object] = {}
@@ -195,8 +196,8 @@ def main() -> None:
     print(f"largest difference from scikit-learn's AUC of a user, of 2,000 with ties: {difference:.1e}")
     measure.last_line(
         name="gauc",
-        ratio=round(args.rows / seconds[PLAIN] / reference, 1),
-        ours=round(args.rows / seconds[PLAIN]),
+        ratio=round(args.rows / in_arrays / reference, 1),
+        ours=round(args.rows / in_arrays),
         reference=round(reference),
         unit="rows/s",
         rows=args.rows,

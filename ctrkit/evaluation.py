@@ -263,6 +263,7 @@ def evaluate(
             "user": user,
             "label": label,
             "score": score,
+            **({"compat": list(settings.compat)} if settings.compat else {}),
         },
         "order": {"variants": list(paths), "slices": [s for s in order if s != ALL]},
         "variants": variants,

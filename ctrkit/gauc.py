@@ -131,7 +131,7 @@ def user_auc(
     key = pl.Series(key).sort(multithreaded=side_by_side).to_numpy()
     code = key >> np.uint64(bits + 1)
     first = np.flatnonzero(_differs(code))  # first rows of users
-    code = code[first].astype(np.int64)
+    users: Ints = code[first].astype(np.int64)
     impressions = np.diff(first, append=len(key))
     # Only the clicked rows are looked at one by one. In a tie they stand last.
     at = np.flatnonzero(key & np.uint64(1))
@@ -155,7 +155,9 @@ def user_auc(
         by_user = np.diff(sums[np.searchsorted(run, clicks_to)])
         by_user -= 2 * clicks * (first - clicks_to[:-1])
         np.divide(by_user, 2.0 * pairs, out=value, where=pairs > 0)
-    return UserAUC(user=code if names is None else names[code], impressions=impressions, clicks=clicks, auc=value)
+    if names is not None:
+        users = names[users]
+    return UserAUC(user=users, impressions=impressions, clicks=clicks, auc=value)
 
 
 def _differs(values: NDArray[Any]) -> NDArray[np.bool_]:
