@@ -113,7 +113,8 @@ def lines(name: str, width: int = 28) -> str:
     return "\n".join(rows)
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """Return an empty table as all of eval's look."""
     looks = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     looks.padding = (0, 1, 0, 0)
     return looks
@@ -122,7 +123,7 @@ def _table(title: str) -> Table:
 def overall_table(metrics: dict[str, Any]) -> Table:
     """Return files × metrics, over all impressions."""
     baseline = metrics["settings"]["baseline"]
-    table = _table("All impressions")
+    table = new_table("All impressions")
     table.add_column("variant", overflow="fold")
     table.add_column("GAUC")
     if baseline:
@@ -146,7 +147,7 @@ def overall_table(metrics: dict[str, Any]) -> Table:
 
 def compat_table(metrics: dict[str, Any]) -> Table:
     """Return files × programs: the GAUC that each would print."""
-    table = _table("GAUC as other programs compute it (docs/gauc.md)")
+    table = new_table("GAUC as other programs compute it (docs/gauc.md)")
     table.add_column("variant", overflow="fold")
     table.add_column("GAUC", justify="right")
     programs = metrics["settings"]["compat"]
@@ -166,7 +167,7 @@ def compat_table(metrics: dict[str, Any]) -> Table:
 def slice_table(metrics: dict[str, Any]) -> Table:
     """Return files × slices, days left out: GAUC."""
     slices = [s for s in metrics["order"]["slices"] if not s.startswith("day=")]
-    table = _table("GAUC by slice")
+    table = new_table("GAUC by slice")
     table.add_column("variant", overflow="fold")
     for s in slices:
         table.add_column(Text(s), justify="right", overflow="fold")
@@ -182,7 +183,7 @@ def slice_table(metrics: dict[str, Any]) -> Table:
 
 def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
     """Return the paired comparisons over the named slices."""
-    table = _table("Differences in GAUC, paired")
+    table = new_table("Differences in GAUC, paired")
     for column in ("better", "worse", "impressions", "difference", "95% interval", "excludes 0"):
         table.add_column(column, overflow="fold")
     for c in metrics["comparisons"]:

@@ -185,7 +185,7 @@ def test_the_real_torchrec():
         width = max(map(len, users))
         padded = np.zeros((3, len(users), width))
         for u, rows in enumerate(users):
-            padded[:, u, : len(rows)] = score[rows], label[rows], 1
+            padded[:, u, : len(rows)] = np.stack([score[rows], label[rows], np.ones(len(rows))])
         states = compute_gauc_3d(*(torch.from_numpy(x)[None] for x in padded))
         theirs = float(compute_window_auc(states["auc_sum"], states["num_samples"])["gauc"])
         found = compat("torchrec", user, label, score)
