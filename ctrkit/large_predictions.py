@@ -28,6 +28,7 @@ from ctrkit import predictions
 from ctrkit.errors import UserError
 from ctrkit.exchange import Exchange, Scratch
 from ctrkit.gauc import GAUC, UserAUC, Weight, dense_ranks, user_auc
+from ctrkit.progress import Meter, track
 from ctrkit.score_runs import ScoreRuns, ScoreStatistics
 
 CHUNK_ROWS = 500_000
@@ -151,8 +152,9 @@ class _Run:
 
     def scatter(self, pool: ThreadPoolExecutor) -> None:
         """Read the file once and send its rows to their partitions."""
-        for _ in pool.map(self._read, self._tasks()):  # in the file's order, so the first fault in it is told
-            pass
+        with Meter(f"eval: {self.path.name}", self.metadata.num_rows, "rows") as meter:
+            for rows in pool.map(self._read, self._tasks()):  # in the file's order, so the first fault in it is told
+                meter.add(rows)
 
     def gather(
         self,
@@ -164,9 +166,9 @@ class _Run:
         programs: Sequence[other.Program],
     ) -> LargeMeasured:
         """Measure partition by partition, and the scores range by range."""
-        parts = list(
-            pool.map(lambda p: self._partition(p, with_users, programs), range(1 << self.partition_bits))
-        )  # each: by slice
+        count = 1 << self.partition_bits
+        made_of = pool.map(lambda p: self._partition(p, with_users, programs), range(count))
+        parts = list(track(made_of, "eval: users", count, "partitions"))  # each: by slice
         users, places = self._users(parts) if with_users else (pl.Series("user", [], pl.String), None)
         made = {}
         for number, name in enumerate(self.names):
@@ -212,8 +214,10 @@ class _Run:
                 yield number, groups, begin
                 groups, number, begin, rows = [], number + 1, begin + rows, 0
 
-    def _read(self, task: tuple[int, list[int], int]) -> None:
-        number, groups, first_row = task
+    def _read(self, task: tuple[int, list[int], int]) -> int:
+        """Read the rows of a task and send them off; return how many they are."""
+        number, groups, begin = task
+        first_row = begin
         with pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False) as file:
             batches = file.iter_batches(CHUNK_ROWS, row_groups=groups, columns=self.wanted, use_threads=False)
             for part, batch in enumerate(batches):
@@ -221,6 +225,7 @@ class _Run:
                 assert isinstance(frame, pl.DataFrame)
                 self._chunk((number, part), frame, first_row)
                 first_row += frame.height
+        return first_row - begin
 
     def _chunk(self, place: tuple[int, int], frame: pl.DataFrame, first_row: int) -> None:
         score = predictions.scores(frame[self.columns["score"]], self.path, first_row)

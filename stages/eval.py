@@ -99,7 +99,7 @@ def command(
             metrics = evaluate(paths, settings, user=user, label=label, score=score, slices=slices)
             files.write_json(work.path, metrics)
             work.counts.update({name: v["all"]["impressions"] for name, v in metrics["variants"].items()})
-    show(metrics)
+    show(metrics, slices)
     if json is not None:
         say(f"eval: {len(paths)} file{'s' if len(paths) > 1 else ''} -> {json}")
 
@@ -175,8 +175,11 @@ def among(paths: dict[str, Path], settings: Eval, recipe: Recipe, flags: dict[st
     return {"baseline": baseline, "compare": compare}
 
 
-def show(metrics: dict[str, Any]) -> None:
-    """Print the statement of every GAUC, then the tables."""
+def show(metrics: dict[str, Any], by: tuple[str, ...] = ()) -> None:
+    """Print the statement of every GAUC, then the tables. `by`: the columns that slices were asked for by."""
+    starts = tuple(f"{ {'unseen-ad': 'unseen_ad', 'history-length': 'history'}.get(column, column) }=" for column in by)
+    asked = [s for s in metrics["order"]["slices"] if s.startswith(starts)]
+    shown = [s for s in metrics["order"]["slices"] if s in asked or not s.startswith("day=")]
     out = console()
     for line in statement(metrics):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -185,11 +188,11 @@ def show(metrics: dict[str, Any]) -> None:
     if metrics["settings"].get("compat"):
         out.print()
         out.print(compat_table(metrics))
-    if any(not s.startswith("day=") for s in metrics["order"]["slices"]):
+    if shown:
         out.print()
-        out.print(slice_table(metrics))
+        out.print(slice_table(metrics, shown))
     if metrics["comparisons"]:
         out.print()
-        out.print(comparison_table(metrics, "all", "unseen_ad=true"))
+        out.print(comparison_table(metrics, "all", "unseen_ad=true", *asked))
     out.print()
     out.print(computed_how(metrics), markup=False, highlight=False, soft_wrap=True)

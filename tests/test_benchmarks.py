@@ -209,10 +209,10 @@ def test_make_has_a_target_for_extraction(tmp_path: Path) -> None:
 
 def test_the_benchmark_of_gauc(tmp_path: Path) -> None:
     """Without FuxiCTR, which would be downloaded."""
-    small = ("--rows", 20_000, "--day", 30_000, "--peer-rows", 0, "--data", tmp_path)
+    small = ("--rows", 3_000, "--day", 4_000, "--peer-rows", 0, "--data", tmp_path)
     done = script("gauc", *small)
     found = last_line(done)
-    assert (found["name"], found["unit"], found["rows"], found["day_rows"]) == ("gauc", "rows/s", 20_000, 30_000)
+    assert (found["name"], found["unit"], found["rows"], found["day_rows"]) == ("gauc", "rows/s", 3_000, 4_000)
     assert found["ratio"] is found["reference"] is None
     assert len(found["seconds"]) == 4
     assert list(found["day"]) == ["integer users, float32"]

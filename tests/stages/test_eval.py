@@ -136,6 +136,19 @@ def test_slices_by_columns_and_built_in_ones(tmp_path):
         assert slices["shop=x"] == slices["unseen_ad=true"]
 
 
+def test_slices_that_are_asked_for_are_shown_and_compared(tmp_path):
+    day = pl.Series(["2024-01-01", "2024-01-01", "2024-01-02", "2024-01-01", "2024-01-01", "2024-01-02"]).str.to_date()
+    for name, rows in (("good", TABLE), ("bad", WORSE)):
+        rows.with_columns(day=day).write_parquet(tmp_path / f"{name}.parquet")
+    files = [tmp_path / "good.parquet", tmp_path / "bad.parquet", "--compare", "good,bad", "--bootstrap", "9"]
+    assert "day=2024-01-01" not in run(*files).output
+    said = run(*files, "--by", "day").output
+    assert "GAUC by slice" in said
+    assert (
+        len([line for line in said.splitlines() if "good" in line and "bad" in line and "day=2024-01-01" in line]) == 1
+    )
+
+
 def test_what_other_programs_would_print(tmp_path):
     TABLE.write_csv(tmp_path / "x.csv")
     out = tmp_path / "m.json"
