@@ -6,7 +6,7 @@ within a chunk, as they were.
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,33 @@ class Exchange:
         ]
         self._chunks[place] = offsets, starts
 
+    def rows(self, partition: int) -> int:
+        """Return how many rows a partition has."""
+        return sum(self._size(place, partition) for place in self._chunks)
+
     def read(self, partition: int) -> list[NDArray[Any]]:
         """Return the columns of a partition."""
-        chunks = [self._chunks[place] for place in sorted(self._chunks)]
-        sizes = [int(starts[partition + 1] - starts[partition]) for _, starts in chunks]
-        ends = np.cumsum([0, *sizes])
+        return self._read(partition, sorted(self._chunks))
+
+    def pieces(self, partition: int, rows: int) -> Iterator[list[NDArray[Any]]]:
+        """Yield the columns of a partition in pieces of about so many rows, or of one chunk."""
+        places: list[Place] = []
+        for place in sorted(self._chunks):
+            if places and sum(self._size(p, partition) for p in [*places, place]) > rows:
+                yield self._read(partition, places)
+                places = []
+            places.append(place)
+        yield self._read(partition, places)
+
+    def _size(self, place: Place, partition: int) -> int:
+        starts = self._chunks[place][1]
+        return int(starts[partition + 1] - starts[partition])
+
+    def _read(self, partition: int, places: Sequence[Place]) -> list[NDArray[Any]]:
+        ends = np.cumsum([0, *(self._size(place, partition) for place in places)])
         out = [np.empty(ends[-1], d) for d in self.dtypes]
-        for (offsets, starts), begin, end in zip(chunks, ends[:-1], ends[1:], strict=True):
+        for place, begin, end in zip(places, ends[:-1], ends[1:], strict=True):
+            offsets, starts = self._chunks[place]
             for values, offset in zip(out, offsets, strict=True):
                 at = offset + int(starts[partition]) * values.itemsize
                 self._scratch.read_into(values[begin:end], at)

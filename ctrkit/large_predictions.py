@@ -3,13 +3,14 @@
 The pass reads a chunk of rows at a time. It sends each row to a partition of the users (a hash of the user, through a
 temporary file), and each chunk's sorted scores to another (`ctrkit.score_runs`). A partition holds whole users, so
 their AUCs are those of `ctrkit.gauc.user_auc`; AUC, log loss and calibration come from the merged scores. Threads share
-the work: sorting, gathering, decoding and input leave Python's lock alone. Memory does not grow with the rows, but a
-partition holds at least its largest user. The temporary files take about as many bytes as the columns in memory would,
-in the folder that TMPDIR names.
+the work: sorting, gathering, decoding and input leave Python's lock alone. Memory does not grow with the rows: a user
+of more rows than fit into a partition is measured by merging scores, too. The temporary files take about as many bytes
+as the columns in memory would, in the folder that TMPDIR names.
 """
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ctrkit import compat as other
-from ctrkit import predictions
+from ctrkit import files, predictions
 from ctrkit.errors import UserError
 from ctrkit.exchange import Exchange, Scratch
 from ctrkit.gauc import GAUC, UserAUC, Weight, dense_ranks, user_auc
@@ -33,6 +34,8 @@ from ctrkit.score_runs import ScoreRuns, ScoreStatistics
 
 CHUNK_ROWS = 500_000
 PARTITION_ROWS = 1_000_000
+LARGE_PARTITION = 4
+"""A partition of so many times its usual rows is searched for users of many rows."""
 MOST_PARTITIONS = 2**16
 SPREAD = 0x9E3779B97F4A7C15
 """An odd number: multiplying by it, modulo a power of two, is one to one, and spreads to the upper bits."""
@@ -105,7 +108,12 @@ def measure(
                     run.close()
         except _SameHash:
             continue
-        except (pa.ArrowException, pl.exceptions.PolarsError) as e:
+        except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as e:
+            if why := files.no_room(e):
+                raise UserError(
+                    f"no room for temporary files in {tempfile.gettempdir()}: {why}. Set TMPDIR to a folder with room "
+                    f"for some {60 * rows_of(path) / 1e9:.1f} GB."
+                ) from None
             raise UserError(f"{path} cannot be read as parquet: {e}") from None
     raise AssertionError("three hashes that each take two users for one")
 
@@ -257,31 +265,83 @@ class _Run:
         return np.uint64(self.bits - self.partition_bits)
 
     def _partition(self, partition: int, with_users: bool, programs: Sequence[other.Program]) -> "list[_Part]":
-        words, score, click, *rest = self.exchange.read(partition)
-        names: Words | None = None
-        if self.hashed:
-            codes, names = _identified(words, rest.pop(0))
-        else:
-            below = (1 << int(self._shift)) - 1
-            codes = self._spread(words.astype(np.uint64)) & np.uint64(below)
+        heavy: list[int] = []
+        # torchrec's number needs a user's rows in their order, all of them at once.
+        if self.exchange.rows(partition) > LARGE_PARTITION * PARTITION_ROWS and "torchrec" not in programs:
+            heavy = self._heavy(partition)
+        columns = self._without(partition, heavy) if heavy else self.exchange.read(partition)
+        words, score, click, *rest = columns
+        code, names = self._codes(words, rest.pop(0) if self.hashed else None)
+        out = []
+        for number, rows in enumerate(self._rows_of_slices(rest)):
+            users = user_auc(code[rows], click[rows], score[rows], side_by_side=False)
+            word = names[users.user] if names is not None else self._word(users.user, partition)
+            if heavy:
+                word, users = self._with_heavy(partition, heavy, number, word, users)
+            found = {p: other.partial(p, users, code, click, score) for p in programs} if number == 0 else {}
+            out.append(_Part(_sums(users), (word, users) if with_users else None, found))
+        return out
+
+    def _codes(self, words: Words, checks: Words | None) -> tuple[NDArray[np.int64], Words | None]:
+        """Return a code for each user of a partition, and the users by code where that is no part of their number."""
+        if checks is not None:
+            codes, names = _identified(words, checks)
+            return codes.astype(np.int64), names
+        codes = self._spread(words.astype(np.uint64)) & np.uint64((1 << int(self._shift)) - 1)
         if codes.size and int(codes.max()) >= 2**63:
             codes, distinct = dense_ranks(words)
-            names = distinct.astype(np.uint64)
-        code = codes.astype(np.int64)
-        out = []
-        for number in range(len(self.names)):
-            rows: Any = slice(None)
-            if number:
-                byte, bit = divmod(number - 1, 8)
-                rows = np.flatnonzero(rest[byte] & np.uint8(1 << bit))
-            made = user_auc(code[rows], click[rows], score[rows], side_by_side=False)
-            by_user = None
-            if with_users:
-                word = names[made.user] if names is not None else self._word(made.user, partition)
-                by_user = word, made
-            found = {p: other.partial(p, made, code, click, score) for p in programs} if number == 0 else {}
-            out.append(_Part(_sums(made), by_user, found))
-        return out
+            return codes.astype(np.int64), distinct.astype(np.uint64)
+        return codes.astype(np.int64), None
+
+    def _rows_of_slices(self, packed: Sequence[NDArray[np.uint8]]) -> Iterator[Any]:
+        """Yield each slice's rows, the whole first."""
+        yield slice(None)
+        for number in range(len(self.names) - 1):
+            byte, bit = divmod(number, 8)
+            yield np.flatnonzero(packed[byte] & np.uint8(1 << bit))
+
+    def _heavy(self, partition: int) -> list[int]:
+        """Return the users of so many rows that they are better not held in memory."""
+        counts: Counter[int] = Counter()
+        for words, *_ in self.exchange.pieces(partition, PARTITION_ROWS):
+            distinct, times = np.unique(words, return_counts=True)
+            some = times > len(words) // 100
+            counts.update(dict(zip(distinct[some].tolist(), times[some].tolist(), strict=True)))
+        return sorted(word for word, n in counts.items() if n > PARTITION_ROWS // 2)
+
+    def _without(self, partition: int, heavy: Sequence[int]) -> list[NDArray[Any]]:
+        """Return the columns of a partition less some users' rows."""
+        pieces = []
+        for columns in self.exchange.pieces(partition, PARTITION_ROWS):
+            others = np.isin(columns[0], np.array(heavy, columns[0].dtype), invert=True)
+            pieces.append([c[others] for c in columns])
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+    def _with_heavy(
+        self, partition: int, heavy: Sequence[int], number: int, word: Words, users: UserAUC
+    ) -> tuple[Words, UserAUC]:
+        """Add users of many rows to those of a slice. A user's AUC is that of a file of that user's rows alone."""
+        found = []
+        for user in heavy:
+            runs = ScoreRuns(self.scratch)
+            check: set[int] = set()
+            for place, (words, score, click, *rest) in enumerate(self.exchange.pieces(partition, PARTITION_ROWS)):
+                mine = words == words.dtype.type(user)
+                if self.hashed:
+                    check |= set(np.unique(rest.pop(0)[mine]).tolist())
+                if number:
+                    byte, bit = divmod(number - 1, 8)
+                    mine &= (rest[byte] & np.uint8(1 << bit)) > 0
+                runs.add((place,), score[mine], click[mine])
+            if len(check) > 1:
+                raise _SameHash
+            if (of := runs.statistics(1, 0.5)) is not None:
+                found.append((user, of.impressions, of.clicks, np.nan if of.auc is None else of.auc))
+        columns = list(zip(*found, strict=True)) if found else [()] * 4
+        added = [np.array(c, d) for c, d in zip(columns, (np.uint64, np.int64, np.int64, np.float64), strict=True)]
+        old = word, users.impressions, users.clicks, users.auc
+        word, impressions, clicks, auc = (np.concatenate(pair) for pair in zip(old, added, strict=True))
+        return word, UserAUC(user=np.arange(len(word)), impressions=impressions, clicks=clicks, auc=auc)
 
     def _word(self, codes: NDArray[np.int64], partition: int) -> Words:
         """Undo `_spread` for users of a partition."""

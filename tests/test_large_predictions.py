@@ -13,6 +13,7 @@ from ctrkit import evaluation, large_predictions, score_runs
 from ctrkit.errors import UserError
 from ctrkit.evaluation import evaluate
 from ctrkit.recipe import Eval
+from tests.test_full_disk import largest_file
 
 KINDS = {
     "small ints": lambda u: u.astype(np.int64) - 40,
@@ -118,10 +119,34 @@ def test_scores_that_are_no_probabilities_and_labels_of_one_class(tmp_path, monk
     assert_like(one, two)
 
 
-def test_one_giant_user_and_one_row(tmp_path, monkeypatch):
-    table().with_columns(user=pl.lit(5)).write_parquet(tmp_path / "one.parquet")
+def test_one_row(tmp_path, monkeypatch):
     table().head(1).write_parquet(tmp_path / "row.parquet")
-    one, two = both(monkeypatch, {n: tmp_path / f"{n}.parquet" for n in ("one", "row")}, Eval(bootstrap=9))
+    assert_like(*both(monkeypatch, {"row": tmp_path / "row.parquet"}, Eval(bootstrap=9)))
+
+
+@pytest.mark.parametrize("users", ["small ints", "extreme ints", "text"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_users_of_more_rows_than_a_partition(tmp_path, monkeypatch, users, alone):
+    """They are measured by merging scores, and no partition is held with all of its rows."""
+    path = tmp_path / "p.parquet"
+    rows = table(users)
+    giant = pl.int_range(pl.len()) % 16
+    kept = rows["user"] if alone else pl.col("user")
+    giants = pl.when(giant < 16 if alone else giant < 12).then(pl.lit(rows["user"][0], rows.schema["user"]))
+    rows.with_columns(
+        user=giants.when(giant < 14).then(pl.lit(rows["user"][3], rows.schema["user"])).otherwise(kept)
+    ).write_parquet(path)
+    most = []
+    read = large_predictions.user_auc
+
+    def watched(user, *rest, **more):
+        most.append(len(user))
+        return read(user, *rest, **more)
+
+    monkeypatch.setattr(large_predictions, "PARTITION_ROWS", 200)
+    monkeypatch.setattr(large_predictions, "user_auc", watched)
+    one, two = both(monkeypatch, {"p": path}, Eval(bootstrap=20, compat=("recbole", "fuxictr")))
+    assert max(most) < 800
     assert_like(one, two)
 
 
@@ -194,6 +219,25 @@ def test_temporary_files_are_removed_also_after_an_error(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         evaluate({"p": path}, Eval(bootstrap=0))
     assert list(temporary.iterdir()) == []
+
+
+def test_no_room_for_temporary_files_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROWS_IN_MEMORY", 0)
+    path = tmp_path / "p.parquet"
+    table().write_parquet(path)
+    with largest_file(10_000), pytest.raises(UserError, match=r"no room for temporary files in .*TMPDIR"):
+        evaluate({"p": path}, Eval(bootstrap=0))
+
+
+def test_a_file_with_a_broken_page_is_no_parquet(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROWS_IN_MEMORY", 0)
+    path = tmp_path / "p.parquet"
+    table().write_parquet(path)
+    data = bytearray(path.read_bytes())
+    data[100:2000] = bytes(1900)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        evaluate({"p": path}, Eval(bootstrap=0))
 
 
 def test_files_of_any_writer(tmp_path, monkeypatch):
