@@ -33,6 +33,9 @@ from ctrkit.progress import Meter, track
 from ctrkit.score_runs import ScoreRuns, ScoreStatistics
 
 CHUNK_ROWS = 500_000
+"""Rows read at a time; of more than a hundred times as many, up to `MOST_TIMES` as many, since chunks × partitions is
+how many pieces the temporary files are read in."""
+MOST_TIMES = 4
 PARTITION_ROWS = 1_000_000
 LARGE_PARTITION = 4
 """A partition of so many times its usual rows is searched for users of many rows."""
@@ -135,6 +138,7 @@ class _Run:
         wanted = {*columns.values(), *self.slicing.values, *predictions.BUILT_IN.values()}
         self.wanted = [c for c in schema if c in wanted]
         self.metadata = pq.read_metadata(path)
+        self.chunk_rows = min(max(CHUNK_ROWS, self.metadata.num_rows // 100), MOST_TIMES * CHUNK_ROWS)
         if self.metadata.num_rows == 0:
             raise UserError(f"{path} has no rows; there is nothing to evaluate.")
         users = schema[columns["user"]]
@@ -218,7 +222,7 @@ class _Run:
         for group in range(self.metadata.num_row_groups):
             groups.append(group)
             rows += self.metadata.row_group(group).num_rows
-            if rows >= CHUNK_ROWS or group == self.metadata.num_row_groups - 1:
+            if rows >= self.chunk_rows or group == self.metadata.num_row_groups - 1:
                 yield number, groups, begin
                 groups, number, begin, rows = [], number + 1, begin + rows, 0
 
@@ -227,7 +231,7 @@ class _Run:
         number, groups, begin = task
         first_row = begin
         with pq.ParquetFile(self.path, metadata=self.metadata, pre_buffer=False) as file:
-            batches = file.iter_batches(CHUNK_ROWS, row_groups=groups, columns=self.wanted, use_threads=False)
+            batches = file.iter_batches(self.chunk_rows, row_groups=groups, columns=self.wanted, use_threads=False)
             for part, batch in enumerate(batches):
                 frame = pl.from_arrow(batch)
                 assert isinstance(frame, pl.DataFrame)

@@ -17,7 +17,8 @@ from ctrkit.exchange import Scratch
 from ctrkit.gauc import ordered
 
 RANGE_ENTRIES = 1_000_000
-"""Entries merged at a time, about."""
+"""Entries merged at a time, about; of more than a hundred times as many, up to `MOST_TIMES` as many."""
+MOST_TIMES = 2
 SAMPLE_EVERY = 512
 """One entry in so many is remembered, to cut the scores into ranges of like size."""
 Ints = NDArray[np.int64]
@@ -80,7 +81,8 @@ class ScoreRuns:
         if not runs:
             return None
         samples = np.sort(np.concatenate([r.sample for r in runs]))
-        ranges = max(1, sum(r.entries for r in runs) // RANGE_ENTRIES)
+        entries_of_all = sum(r.entries for r in runs)
+        ranges = max(1, entries_of_all // min(max(RANGE_ENTRIES, entries_of_all // 100), MOST_TIMES * RANGE_ENTRIES))
         bounds = np.unique(samples[np.arange(1, ranges) * len(samples) // ranges])
         bounds = bounds[bounds > samples[0]]  # so that no range is empty: each begins with an entry
         cuts = [np.array([0, *(self._position(r, b) for b in bounds), r.entries]) for r in runs]
@@ -110,10 +112,12 @@ class ScoreRuns:
             score = _scores(value)
             p = np.clip(score, smallest, 1.0 - smallest)
             log_likelihood = float(clicked @ np.log(p) + others @ np.log(1.0 - p))
-            # A score shares the bin of the edges that it reaches: those of ranks below the end of its rows.
-            bin_of = np.searchsorted(edges, np.cumsum(rows) + int(rows_before[number]), side="left")
-            predicted = np.bincount(bin_of, weights=score * rows, minlength=bins).astype(np.float64)
-            observed = np.bincount(bin_of, weights=clicked, minlength=bins).astype(np.int64)
+            # A score is in the bin of the edges that it reaches: those of ranks below the end of its rows.
+            ends = np.searchsorted(np.cumsum(rows), edges - int(rows_before[number]), side="right")
+            bounds_of = np.array([0, *ends, len(rows)])
+            parts = [slice(a, b) for a, b in zip(bounds_of[:-1], bounds_of[1:], strict=True)]
+            predicted = np.array([score[part] @ rows[part] for part in parts])
+            observed = np.array([clicked[part].sum() for part in parts])
             return half_wins, log_likelihood, predicted, observed, float(score[0]), float(score[-1])
 
         parts = list(side_by_side(merged, range(len(bounds) + 1)))
