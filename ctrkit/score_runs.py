@@ -7,6 +7,7 @@ are of integers.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class ScoreRuns:
             # A score is in the bin of the edges that it reaches: those of ranks below the end of its rows.
             ends = np.searchsorted(np.cumsum(rows), edges - int(rows_before[number]), side="right")
             bounds_of = np.array([0, *ends, len(rows)])
-            parts = [slice(a, b) for a, b in zip(bounds_of[:-1], bounds_of[1:], strict=True)]
+            parts = [slice(a, b) for a, b in pairwise(bounds_of)]
             predicted = np.array([score[part] @ rows[part] for part in parts])
             observed = np.array([clicked[part].sum() for part in parts])
             return half_wins, log_likelihood, predicted, observed, float(score[0]), float(score[-1])
