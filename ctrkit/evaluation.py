@@ -4,18 +4,20 @@ What each number is stands in docs/gauc.md.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from ctrkit import predictions
+from ctrkit import compat as programs
+from ctrkit import large_predictions, predictions
 from ctrkit.errors import UserError
-from ctrkit.gauc import GAUC, UserAUC, Weight, auc, gauc_of, user_auc
+from ctrkit.gauc import GAUC, UserAUC, Weight, auc, gauc_of, user_auc, user_codes
 from ctrkit.recipe import Eval
+from ctrkit.score_runs import ScoreStatistics
 
 ALL = "all"
 """The slice that holds every impression."""
@@ -26,6 +28,8 @@ INTERVAL = (2.5, 97.5)
 """Percentiles of the bootstrap distribution: a 95% interval."""
 DRAWS_AT_ONCE = 4_000_000
 """Resampled users held in memory at a time."""
+ROWS_IN_MEMORY = 4_000_000
+"""Parquet files of more rows are measured through temporary files (ctrkit.large_predictions)."""
 
 Floats = NDArray[np.float64]
 
@@ -68,7 +72,9 @@ class Measured:
     metrics: dict[str, Metrics]
     """By slice."""
     by_user: dict[str, UserAUC]
-    """By slice."""
+    """By slice. Empty where users were not asked for."""
+    compat: dict[programs.Program, programs.Compat] = field(default_factory=dict)
+    """By program: the GAUC that it would print for all impressions."""
 
 
 def r_gauc(gauc: float | None, baseline: float | None) -> float | None:
@@ -129,7 +135,71 @@ def measure(click: NDArray[np.bool_], score: NDArray[Any], gauc: GAUC, auc: floa
     )
 
 
-def measure_file(name: str, made: predictions.Predictions, weight: Weight) -> Measured:
+def evaluate_arrays(user: ArrayLike, label: ArrayLike, score: ArrayLike, weight: Weight = "impressions") -> Metrics:
+    """Compute all metrics of arrays, without intervals; they are what `ctrkit.gauc.gauc` takes, and not empty."""
+    label, score = np.asarray(label), np.asarray(score)
+    users = user_auc(user_codes(user), label, score)
+    if len(label) == 0:
+        raise ValueError("no impressions")
+    click = label.astype(np.bool_)
+    return measure(click, score, gauc_of(users, weight), auc(click, score))
+
+
+def measure_large(
+    name: str,
+    path: Path,
+    settings: Eval,
+    *,
+    user: str,
+    label: str,
+    score: str,
+    slices: Sequence[str],
+    with_users: bool,
+) -> Measured:
+    """Compute the metrics of a Parquet file that need not fit into memory, as `measure_file` does."""
+    made = large_predictions.measure(
+        path,
+        user=user,
+        label=label,
+        score=score,
+        slices=slices,
+        whole=ALL,
+        weight=settings.weight,
+        bins=ECE_BINS,
+        smallest=SMALLEST,
+        with_users=with_users,
+        programs=settings.compat,
+    )
+    metrics = {s: _of_statistics(one.statistics, one.gauc) for s, one in made.slices.items()}
+    by_user = {s: one.by_user for s, one in made.slices.items() if one.by_user is not None}
+    return Measured(name, made.users, metrics, by_user, made.compat)
+
+
+def _of_statistics(made: ScoreStatistics, gauc: GAUC) -> Metrics:
+    """Compute the metrics of one slice from what the order of its scores tells."""
+    n, clicks = made.impressions, made.clicks
+    probabilities = made.lowest >= 0 and made.highest <= 1
+    loss, rate = -made.log_likelihood / n, clicks / n
+    entropy = -rate * np.log(rate) - (1.0 - rate) * np.log(1.0 - rate) if 0 < clicks < n else None
+    return Metrics(
+        impressions=n,
+        clicks=clicks,
+        users_kept=gauc.users_kept,
+        users_dropped=gauc.users_dropped,
+        impressions_covered=gauc.impressions_covered,
+        share_covered=gauc.impressions_covered / n,
+        gauc=gauc.value,
+        auc=made.auc,
+        log_loss=loss if probabilities else None,
+        normalised_entropy=float(loss / entropy) if probabilities and entropy is not None else None,
+        calibration=float(made.predicted_of.sum() / clicks) if probabilities and clicks else None,
+        ece=float(np.abs(made.predicted_of - made.clicks_of).sum() / n) if probabilities else None,
+    )
+
+
+def measure_file(
+    name: str, made: predictions.Predictions, weight: Weight, of_programs: Sequence[programs.Program] = ()
+) -> Measured:
     """Compute the metrics of one file over all its impressions and over each of its slices."""
     metrics, by_user = {}, {}
     for slice_name, inside in {ALL: None, **made.slices}.items():
@@ -137,7 +207,8 @@ def measure_file(name: str, made: predictions.Predictions, weight: Weight) -> Me
         click, score = made.click[rows], made.score[rows]
         by_user[slice_name] = users = user_auc(made.user[rows], click, score)
         metrics[slice_name] = measure(click, score, gauc_of(users, weight), auc(click, score))
-    return Measured(name, made.users, metrics, by_user)
+    sums = {p: programs.partial(p, by_user[ALL], made.user, made.click, made.score) for p in of_programs}
+    return Measured(name, made.users, metrics, by_user, {p: programs.total(p, [s]) for p, s in sums.items()})
 
 
 def evaluate(
@@ -154,11 +225,19 @@ def evaluate(
     `settings.baseline` and the names in `settings.compare` must be among `paths`. Raises UserError for files
     that cannot be read and for pairs that do not cover the same impressions.
     """
+    with_users = bool(settings.bootstrap or settings.baseline or settings.compare)
     files = []
     for name, path in paths.items():  # one file in memory at a time
-        made = predictions.read(path, user=user, label=label, score=score, slices=slices)
-        files.append(measure_file(name, made, settings.weight))
-    pairing = Pairing(files)
+        if predictions.is_parquet(path) and large_predictions.rows_of(path) > ROWS_IN_MEMORY:
+            files.append(
+                measure_large(
+                    name, path, settings, user=user, label=label, score=score, slices=slices, with_users=with_users
+                )
+            )
+        else:
+            made = predictions.read(path, user=user, label=label, score=score, slices=slices)
+            files.append(measure_file(name, made, settings.weight, settings.compat))
+    pairing = Pairing(files if with_users else [])
     pairs = list(settings.compare)
     if settings.baseline:
         pairs += [(name, settings.baseline) for name in paths if name != settings.baseline]
@@ -170,6 +249,8 @@ def evaluate(
     for f in files:
         full = {s: asdict(_with_intervals(f, s, pairing, settings, resampled)) for s in f.metrics}
         variants[f.name] = {ALL: full.pop(ALL), "slices": full}
+        if settings.compat:
+            variants[f.name]["compat"] = {program: asdict(c) for program, c in f.compat.items()}
     return {
         "settings": {
             "weight": settings.weight,
@@ -182,6 +263,7 @@ def evaluate(
             "user": user,
             "label": label,
             "score": score,
+            **({"compat": list(settings.compat)} if settings.compat else {}),
         },
         "order": {"variants": list(paths), "slices": [s for s in order if s != ALL]},
         "variants": variants,
@@ -203,7 +285,9 @@ class Pairing:
 
     def __init__(self, files: Sequence[Measured]) -> None:
         self.files = {f.name: f for f in files}
-        self.users = pl.concat([f.users for f in files]).unique().sort()
+        self.users = (
+            pl.concat([pl.Series("user", [], pl.String), *(f.users.alias("user") for f in files)]).unique().sort()
+        )
         codes = pl.DataFrame({"user": self.users, "code": np.arange(len(self.users), dtype=np.int64)})
         self._code = {
             f.name: pl.DataFrame({"user": f.users})

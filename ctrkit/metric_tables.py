@@ -1,11 +1,13 @@
 """What eval prints: metrics.json as text and rich tables. The report uses the same words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
+
+from ctrkit.compat import NAMES
 
 UNSEEN = "unseen_ad=true"
 """The slice that shows whether a model can do without a trained ad id."""
@@ -38,9 +40,10 @@ def with_interval(value: float | None, low: float | None, high: float | None, si
 def computed_how(metrics: dict[str, Any]) -> str:
     """Say how every GAUC of metrics.json was computed: weights, ties, intervals."""
     settings = metrics["settings"]
+    by = "with equal weights" if settings["weight"] == "users" else f"by {settings['weight']}"
     text = (
-        f"GAUC is each user's AUC averaged by {settings['weight']} over users with both clicked and "
-        f"unclicked impressions; ties {settings['ties']}."
+        f"GAUC is each user's AUC averaged {by} over users with both clicked and unclicked impressions; "
+        f"ties {settings['ties']}."
     )
     if settings["bootstrap"]:
         resamples = f"{settings['bootstrap']:,} resamples, seed {settings['seed']}"
@@ -93,6 +96,13 @@ def of_few(one: dict[str, Any]) -> str:
     return f"({text})" if one["users_kept"] < FEW else text
 
 
+def significant(low: float | None, high: float | None) -> str:
+    """Say whether the interval of a difference leaves out 0."""
+    if low is None or high is None:
+        return "n/a"
+    return "yes" if low > 0 or high < 0 else "no"
+
+
 def lines(name: str, width: int = 28) -> str:
     """Break a long variant name after a "+", since "basic+ad_id+ad_image+user_images" has no other place for it."""
     rows = [""]
@@ -103,7 +113,8 @@ def lines(name: str, width: int = 28) -> str:
     return "\n".join(rows)
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """Return an empty table as all of eval's look."""
     looks = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     looks.padding = (0, 1, 0, 0)
     return looks
@@ -112,12 +123,13 @@ def _table(title: str) -> Table:
 def overall_table(metrics: dict[str, Any]) -> Table:
     """Return files × metrics, over all impressions."""
     baseline = metrics["settings"]["baseline"]
-    table = _table("All impressions")
+    table = new_table("All impressions")
     table.add_column("variant", overflow="fold")
     table.add_column("GAUC")
     if baseline:
         table.add_column(Text(f"gain on {baseline}"))
         table.add_column("R-GAUC", justify="right")
+        table.add_column("significant")
     for column in ("AUC", "log loss", "NE", "calibration", "ECE"):
         table.add_column(column, justify="right")
     for name in metrics["order"]["variants"]:
@@ -126,16 +138,35 @@ def overall_table(metrics: dict[str, Any]) -> Table:
         if baseline:
             gain = with_interval(one["gain"], one["gain_low"], one["gain_high"], sign=True)
             cells += ["baseline" if name == baseline else gain, percent(one["r_gauc"])]
+            cells.append("" if name == baseline else significant(one["gain_low"], one["gain_high"]))
         cells += [number(one["auc"]), number(one["log_loss"]), number(one["normalised_entropy"])]
         cells += [number(one["calibration"], 3), number(one["ece"])]
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
 
-def slice_table(metrics: dict[str, Any]) -> Table:
-    """Return files × slices, days left out: GAUC."""
-    slices = [s for s in metrics["order"]["slices"] if not s.startswith("day=")]
-    table = _table("GAUC by slice")
+def compat_table(metrics: dict[str, Any]) -> Table:
+    """Return files × programs: the GAUC that each would print."""
+    table = new_table("GAUC as other programs compute it (docs/gauc.md)")
+    table.add_column("variant", overflow="fold")
+    table.add_column("GAUC", justify="right")
+    programs = metrics["settings"]["compat"]
+    for program in programs:
+        table.add_column(NAMES[program], justify="right")
+    for name in metrics["order"]["variants"]:
+        cells = [lines(name), number(metrics["variants"][name]["all"]["gauc"])]
+        for program in programs:
+            one = metrics["variants"][name]["compat"][program]
+            spread = one["value"] is not None and one["low"] != one["high"]
+            cells.append("nan" if one["value"] is None else number(one["value"]))
+            cells[-1] += f" ({number(one['low'])} to {number(one['high'])}, by the order of ties)" if spread else ""
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def slice_table(metrics: dict[str, Any], slices: Sequence[str]) -> Table:
+    """Return files × slices: GAUC."""
+    table = new_table("GAUC by slice")
     table.add_column("variant", overflow="fold")
     for s in slices:
         table.add_column(Text(s), justify="right", overflow="fold")
@@ -151,7 +182,7 @@ def slice_table(metrics: dict[str, Any]) -> Table:
 
 def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
     """Return the paired comparisons over the named slices."""
-    table = _table("Differences in GAUC, paired")
+    table = new_table("Differences in GAUC, paired")
     for column in ("better", "worse", "impressions", "difference", "95% interval", "excludes 0"):
         table.add_column(column, overflow="fold")
     for c in metrics["comparisons"]:

@@ -532,7 +532,10 @@ class Predict(Table):
 class Eval(Table):
     """`[eval]`."""
 
-    weight: Literal["impressions", "clicks"] = "impressions"
+    weight: Literal["impressions", "clicks", "users"] = "impressions"
+    """What a user's AUC counts with; "users": each the same."""
+    compat: tuple[Literal["fuxictr", "torcheasyrec", "recbole", "torchrec"], ...] = ()
+    """Programs whose GAUC is given too (docs/gauc.md)."""
     baseline: str = ""
     """Variant that R-GAUC and gains are against."""
     compare: tuple[tuple[str, str], ...] = ()

@@ -3,15 +3,24 @@
 Reads Parquet, CSV or TSV files of predictions. Prints tables; writes metrics.json if asked.
 """
 
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from ctrkit import files, provenance
+from ctrkit.compat import Program
 from ctrkit.errors import UsageError, nearest
 from ctrkit.evaluation import evaluate
-from ctrkit.metric_tables import comparison_table, computed_how, overall_table, slice_table, statement
+from ctrkit.metric_tables import (
+    comparison_table,
+    compat_table,
+    computed_how,
+    overall_table,
+    slice_table,
+    statement,
+)
 from ctrkit.options import path_option
 from ctrkit.progress import console, say
 from ctrkit.recipe import Eval, Recipe, load
@@ -23,10 +32,27 @@ from ctrkit.recipe import Eval, Recipe, load
 @click.option("--user", default="user", show_default=True, metavar="COLUMN", help="The raw user.")
 @click.option("--label", default="click", show_default=True, metavar="COLUMN", help="1 for a click, else 0.")
 @click.option("--score", default="score", show_default=True, metavar="COLUMN", help="Higher: likelier.")
-@click.option("--slice", "slices", multiple=True, metavar="COLUMN", help="Evaluate by this column too.")
-@click.option("--weight", type=click.Choice(["impressions", "clicks"]), help="What a user's AUC counts with.")
-@click.option("--baseline", metavar="NAME", help="File that gains and R-GAUC are against.")
-@click.option("--compare", multiple=True, metavar="BETTER,WORSE", help="Compare two files, paired.")
+@click.option(
+    "--by",
+    "--slice",
+    "slices",
+    multiple=True,
+    metavar="COLUMN",
+    help="Evaluate by this column too. unseen-ad, history-length and day are always done where the file has them.",
+)
+@click.option(
+    "--weight", type=click.Choice(["impressions", "clicks", "users"]), help="What a user's AUC counts with; users: 1."
+)
+@click.option("--baseline", metavar="NAME|FILE", help="File that gains and R-GAUC are against.")
+@click.option(
+    "--compare", multiple=True, metavar="BETTER,WORSE,...|all", help="Compare files, paired: each with those after it."
+)
+@click.option(
+    "--compat",
+    multiple=True,
+    type=click.Choice(list(get_args(Program))),
+    help="Give the GAUC that this program would print, too.",
+)
 @click.option("--bootstrap", type=click.IntRange(min=0), help="Resamples of users; 0: no intervals.")
 @click.option("--seed", type=int, help="Of the resamples.")
 @path_option("--json", "Write metrics.json here.", required=False)
@@ -49,18 +75,22 @@ def command(
     Reads Parquet, CSV or TSV files with a user, a 0/1 label and a score in each row. Prints GAUC with how it
     was computed, AUC, log loss, normalised entropy and calibration, over all and over the slices that the
     columns unseen_ad, history_length and day allow; writes them as JSON with --json. Options override the
-    recipe's [eval]. A file is called by its stem, or by its folder if it is a predictions.parquet.
+    recipe's [eval]. A file is called by its stem, or by its folder if it is a predictions.parquet. Parquet files
+    may be larger than memory; with --bootstrap 0, a single one in memory that does not grow with the users either.
 
     \b
     ctrkit eval --gauc predictions.csv
     ctrkit eval --gauc scores.tsv --user uid --label clicked --score p --json metrics.json
-    ctrkit eval --gauc old=a.parquet new=b.parquet --baseline old --compare new,old
+    ctrkit eval --gauc new.parquet --baseline old.parquet --by country
+    ctrkit eval --gauc a=1.parquet b=2.parquet c=3.parquet --compare all --compat recbole
     """
     paths = name_files(predictions)
+    if flags["baseline"]:
+        flags["baseline"] = with_baseline(paths, flags["baseline"])
     if recipe_name is None and sets:
         raise UsageError("--set changes a recipe's keys; give the recipe with --recipe")
     recipe = load(recipe_name, sets=sets) if recipe_name else Recipe(name="eval")
-    given = override(recipe, flags)
+    given = override(recipe, flags, paths)
     settings = given.eval.model_copy(update=among(paths, given.eval, recipe, flags))
     if json is None:
         metrics = evaluate(paths, settings, user=user, label=label, score=score, slices=slices)
@@ -69,7 +99,7 @@ def command(
             metrics = evaluate(paths, settings, user=user, label=label, score=score, slices=slices)
             files.write_json(work.path, metrics)
             work.counts.update({name: v["all"]["impressions"] for name, v in metrics["variants"].items()})
-    show(metrics)
+    show(metrics, slices)
     if json is not None:
         say(f"eval: {len(paths)} file{'s' if len(paths) > 1 else ''} -> {json}")
 
@@ -95,14 +125,34 @@ def name_files(arguments: tuple[str, ...]) -> dict[str, Path]:
     return paths
 
 
-def override(recipe: Recipe, flags: dict[str, Any]) -> Recipe:
+def with_baseline(paths: dict[str, Path], baseline: str) -> str:
+    """Return the baseline's name; where it is a file that is not among the paths, it joins them."""
+    if baseline in paths:
+        return baseline
+    path = Path(baseline)
+    for name, known in paths.items():
+        if known == path or (known.exists() and path.exists() and known.samefile(path)):
+            return name
+    if not (path.is_file() or "=" in baseline):
+        return baseline  # a name, perhaps of the recipe's variants
+    ((name, path),) = name_files((baseline,)).items()
+    if name in paths:
+        raise UsageError(f"{paths[name]} and {path} are both called {name!r}. Name them: --baseline OTHER={path}")
+    paths[name] = path
+    return name
+
+
+def override(recipe: Recipe, flags: dict[str, Any], paths: dict[str, Path]) -> Recipe:
     """Return the recipe with the options that were given laid over its [eval]."""
     given = {k: v for k, v in flags.items() if v not in (None, ())}
     if "compare" in given:
-        pairs = tuple(tuple(text.split(",")) for text in given["compare"])
-        if bad := [",".join(p) for p in pairs if len(p) != 2 or not all(p)]:
-            raise UsageError(f"--compare {bad[0]!r} is not of the form BETTER,WORSE")
-        given["compare"] = pairs
+        pairs: list[tuple[str, ...]] = []
+        for text in given["compare"]:
+            names = tuple(paths) if text == "all" and "all" not in paths else tuple(text.split(","))
+            if len(names) < 2 or not all(names):
+                raise UsageError(f"--compare {text!r} is not of the form BETTER,WORSE, and there must be two files")
+            pairs += combinations(names, 2)
+        given["compare"] = tuple(dict.fromkeys(pairs))
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=given)})
 
 
@@ -125,18 +175,24 @@ def among(paths: dict[str, Path], settings: Eval, recipe: Recipe, flags: dict[st
     return {"baseline": baseline, "compare": compare}
 
 
-def show(metrics: dict[str, Any]) -> None:
-    """Print the statement of every GAUC, then the tables."""
+def show(metrics: dict[str, Any], by: tuple[str, ...] = ()) -> None:
+    """Print the statement of every GAUC, then the tables. `by`: the columns that slices were asked for by."""
+    starts = tuple(f"{ {'unseen-ad': 'unseen_ad', 'history-length': 'history'}.get(column, column) }=" for column in by)
+    asked = [s for s in metrics["order"]["slices"] if s.startswith(starts)]
+    shown = [s for s in metrics["order"]["slices"] if s in asked or not s.startswith("day=")]
     out = console()
     for line in statement(metrics):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     out.print()
     out.print(overall_table(metrics))
-    if any(not s.startswith("day=") for s in metrics["order"]["slices"]):
+    if metrics["settings"].get("compat"):
         out.print()
-        out.print(slice_table(metrics))
+        out.print(compat_table(metrics))
+    if shown:
+        out.print()
+        out.print(slice_table(metrics, shown))
     if metrics["comparisons"]:
         out.print()
-        out.print(comparison_table(metrics, "all", "unseen_ad=true"))
+        out.print(comparison_table(metrics, "all", "unseen_ad=true", *asked))
     out.print()
     out.print(computed_how(metrics), markup=False, highlight=False, soft_wrap=True)

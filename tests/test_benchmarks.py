@@ -205,3 +205,23 @@ def test_make_has_a_target_for_extraction(tmp_path: Path) -> None:
     words = ["make", "--dry-run", "bench-extract", "N=7", "BENCH=--batch 2"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/extract.py --pictures 7 --batch 2"
+
+
+def test_the_benchmark_of_gauc(tmp_path: Path) -> None:
+    """Without FuxiCTR, which would be downloaded."""
+    small = ("--rows", 3_000, "--day", 4_000, "--peer-rows", 0, "--data", tmp_path)
+    done = script("gauc", *small)
+    found = last_line(done)
+    assert (found["name"], found["unit"], found["rows"], found["day_rows"]) == ("gauc", "rows/s", 3_000, 4_000)
+    assert found["ratio"] is found["reference"] is None
+    assert len(found["seconds"]) == 4
+    assert list(found["day"]) == ["integer users, float32"]
+    assert found["largest_difference"] <= 1e-12
+    assert list((tmp_path / "gauc").iterdir()) == []
+
+
+def test_make_has_a_target_for_gauc(tmp_path: Path) -> None:
+    (tmp_path / "Makefile").write_text(f"READY :=\ninclude {SCRIPTS}/bench.mk\n")
+    words = ["make", "--dry-run", "bench-gauc", "N=7", "BENCH=--day 8"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/gauc.py --rows 7 --day 8"

@@ -1,6 +1,7 @@
 """Metrics with known answers, intervals that cover, comparisons that are paired."""
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import polars as pl
@@ -8,7 +9,17 @@ import pytest
 
 from ctrkit import evaluation
 from ctrkit.errors import UserError
-from ctrkit.evaluation import Pairing, calibration, ece, evaluate, log_loss, measure_file, normalised_entropy, r_gauc
+from ctrkit.evaluation import (
+    Pairing,
+    calibration,
+    ece,
+    evaluate,
+    evaluate_arrays,
+    log_loss,
+    measure_file,
+    normalised_entropy,
+    r_gauc,
+)
 from ctrkit.predictions import Predictions
 from ctrkit.recipe import Eval
 
@@ -65,6 +76,48 @@ def write(folder, **tables):
 )
 def test_r_gauc_of_dicm_table_1(gauc, percent):
     assert round(100 * r_gauc(gauc, 0.6082), 2) == percent
+
+
+DICM_TABLE_1 = {
+    0.5980: -0.0102,
+    0.6207: 0.0125,
+    0.6195: 0.0113,
+    0.6242: 0.0160,
+    0.6230: 0.0148,
+    0.6281: 0.0199,
+    0.6263: 0.0181,
+}
+DIN_TABLE_3 = {0.5970: 0.0011, 0.6031: 0.0072, 0.6060: 0.0101, 0.6083: 0.0124}
+
+
+def table_with_gauc(wanted):
+    """A pair of impressions for each of 10,000 users, and so many of them in the right order: that GAUC exactly."""
+    n = 10_000
+    right = np.arange(n) < round(wanted * n)
+    score = np.stack([right, ~right], axis=1).reshape(-1).astype(np.float32)
+    return pl.DataFrame({"user": np.repeat(np.arange(n), 2), "click": np.tile([1, 0], n), "score": score})
+
+
+@pytest.mark.parametrize(("base", "gains"), [(0.6082, DICM_TABLE_1), (0.5959, DIN_TABLE_3)])
+def test_gains_of_both_papers_tables(tmp_path, base, gains):
+    """Predictions that have the papers' GAUCs, evaluated against their baselines: the papers' gains."""
+    paths = write(tmp_path, base=table_with_gauc(base), **{f"g{g}": table_with_gauc(g) for g in gains})
+    made = evaluate(paths, Eval(baseline="base", bootstrap=0))["variants"]
+    assert made["base"]["all"]["gauc"] == pytest.approx(base, abs=1e-12)
+    for gauc, gain in gains.items():
+        one = made[f"g{gauc}"]["all"]
+        assert round(one["gain"], 4) == gain
+        assert one["r_gauc"] == pytest.approx(gain / (base - 0.5), abs=1e-12)
+
+
+def test_arrays_in_numbers_out(tmp_path):
+    good, _ = world()
+    arrays = (good[name].to_numpy() for name in ("user", "click", "score"))
+    made = evaluate_arrays(*arrays, weight="clicks")
+    from_file = evaluate(write(tmp_path, good=good), Eval(weight="clicks", bootstrap=0))["variants"]["good"]["all"]
+    assert asdict(made) == from_file
+    with pytest.raises(ValueError, match="no impressions"):
+        evaluate_arrays([], [], [])
 
 
 def test_r_gauc_is_undefined_against_a_baseline_that_knows_nothing():

@@ -1,9 +1,12 @@
-"""GAUC and AUC against nested loops over all pairs."""
+"""GAUC and AUC against nested loops over all pairs, and each user's against scikit-learn."""
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
-from ctrkit.gauc import GAUC, auc, gauc, user_auc
+from ctrkit.gauc import GAUC, auc, gauc, user_auc, user_codes
 
 
 def pairs_auc(label, score):
@@ -26,12 +29,12 @@ def loop_gauc(user, label, score, weight):
         if one is None:
             dropped += 1
             continue
-        w = len(rows) if weight == "impressions" else sum(bool(label[i]) for i in rows)
+        w = {"impressions": len(rows), "clicks": sum(bool(label[i]) for i in rows), "users": 1}[weight]
         above, below, kept, covered = above + w * one, below + w, kept + 1, covered + len(rows)
     return (above / below if kept else None), kept, dropped, covered
 
 
-@pytest.mark.parametrize("weight", ["impressions", "clicks"])
+@pytest.mark.parametrize("weight", ["impressions", "clicks", "users"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_equals_nested_loops_with_heavy_ties_and_single_class_users(weight, dtype):
     rng = np.random.default_rng(5)
@@ -133,8 +136,79 @@ def test_bad_arrays_raise(user, label, score, fault):
 
 def test_unknown_weight_raises():
     with pytest.raises(ValueError, match="weight"):
-        gauc([1], [1], [0.5], "users")
+        gauc([1], [1], [0.5], "rows")
 
 
 def test_no_rows():
     assert gauc([], [], []).value is None
+
+
+SPECIAL = [0.0, -0.0, 2**-149, -(2**-149), 2**-126 - 2**-149, 2**-126, 0.5, 0.5 + 2**-24, 1 / 3, 1.0, -1.0, 3e38, -3e38]
+SPECIAL_64 = [*SPECIAL, 2**-1074, -(2**-1074), 2**-1022, 0.5 + 2**-53, 1e308, -1e308]
+USERS = {
+    "integers": st.sampled_from([0, 1, 2, 3, 5]),
+    "any integers": st.sampled_from([-(2**63), -7, 0, 2**31, 2**63 - 1]),
+    "text": st.sampled_from(["", "a", "b", "\N{SNOWMAN}", "a "]),
+    "one": st.just(4),
+}
+
+
+@st.composite
+def impressions(draw, dtype, users):
+    scores = st.sampled_from(SPECIAL_64 if dtype is np.float64 else SPECIAL)
+    scores |= st.floats(width=64 if dtype is np.float64 else 32, allow_nan=False, allow_infinity=False)
+    rows = draw(st.lists(st.tuples(USERS[users], st.booleans(), scores), min_size=1, max_size=40))
+    user, label, score = zip(*rows, strict=True)
+    return np.array(user), np.array(label), np.array(score, dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("users", USERS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_each_user_has_the_auc_of_scikit_learn(users, dtype, data):
+    user, label, score = data.draw(impressions(dtype, users))
+    codes = user_codes(user)
+    made = user_auc(codes, label, score)
+    assert made.user.tolist() == sorted(set(codes.tolist()))
+    assert len(set(codes.tolist())) == len(set(user.tolist()))
+    aucs, weights = [], []
+    for one, n, clicks, value in zip(made.user, made.impressions, made.clicks, made.auc, strict=True):
+        rows = codes == one
+        assert len(set(user[rows].tolist())) == 1
+        assert (n, clicks) == (rows.sum(), label[rows].sum())
+        if 0 < clicks < n:
+            # As ranks, since scikit-learn tells scores apart by differences, which overflow and vanish.
+            ranks = np.unique(score[rows], return_inverse=True)[1]
+            expected = roc_auc_score(label[rows], ranks)
+            assert value == pytest.approx(expected, abs=1e-12)
+            aucs.append(expected)
+            weights.append(n)
+        else:
+            assert np.isnan(value)
+    found = gauc(user, label, score)
+    assert (found.users_kept, found.users_dropped) == (len(aucs), len(made.user) - len(aucs))
+    if aucs:
+        assert found.value == pytest.approx(np.average(aucs, weights=weights), abs=1e-12)
+    else:
+        assert found.value is None
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int8, np.bool_, np.longdouble])
+def test_scores_of_other_types_are_compared_exactly(dtype):
+    if dtype is np.bool_:
+        low, high = False, True
+    elif dtype is np.longdouble:
+        low, high = np.longdouble(1), np.nextafter(np.longdouble(1), np.longdouble(2))
+    else:
+        high = np.iinfo(dtype).max
+        low = high - 1
+    score = np.array([high, low, low], dtype)
+    assert auc([1, 0, 0], score) == 1.0
+    assert auc([0, 1, 0], score) == 0.25
+
+
+@pytest.mark.parametrize("user", [["a", None], [1.0, float("nan")], [float("inf"), 1.0]])
+def test_users_without_a_value_raise(user):
+    with pytest.raises(ValueError, match="users without a value"):
+        gauc(np.array(user, object if user[0] == "a" else float), [1, 0], [0.1, 0.2])

@@ -128,7 +128,7 @@ def test_missing_columns_name_the_nearest(tmp_path):
     path = written(tmp_path, "csv", TABLE.rename({"click": "clicked"}))
     with pytest.raises(UserError, match=r"no column 'click', which should be the label.*--label.*'clicked'"):
         read(path)
-    with pytest.raises(UserError, match=r"no column 'dai' for --slice.*'day'"):
+    with pytest.raises(UserError, match=r"no column 'dai' for --by dai.*'day'"):
         read(written(tmp_path, "csv"), slices=["dai"])
 
 

@@ -81,6 +81,88 @@ def test_weight_by_clicks(tmp_path):
     assert "x: GAUC 0.7500" in run("--gauc", tmp_path / "x.csv", "--weight", "clicks").output
 
 
+def test_weight_by_users(tmp_path):
+    TABLE.vstack(TABLE.head(3)).write_csv(tmp_path / "x.csv")
+    said = run("--gauc", tmp_path / "x.csv", "--weight", "users", "--bootstrap", "0").output
+    assert "x: GAUC 0.7500; weighted by users; 2 users kept" in said
+    assert "averaged with equal weights over users" in said
+
+
+def test_a_baseline_may_be_a_file(tmp_path):
+    TABLE.write_csv(tmp_path / "good.csv")
+    WORSE.write_csv(tmp_path / "bad.csv")
+    out = tmp_path / "m.json"
+    for baseline in (tmp_path / "bad.csv", f"base={tmp_path / 'bad.csv'}"):
+        assert run(tmp_path / "good.csv", "--baseline", baseline, "--json", out).exit_code == 0
+        made = json.loads(out.read_text())
+        assert made["settings"]["baseline"] == made["order"]["variants"][1]
+        # bad: a's click beats one of two, so 0.5; b's is a tie. Gain 0.8 - 0.5; the baseline is at 0.5.
+        assert made["variants"]["good"]["all"]["gain"] == pytest.approx(0.3)
+        assert made["variants"]["good"]["all"]["r_gauc"] is None
+    both = run(tmp_path / "good.csv", tmp_path / "bad.csv", "--baseline", tmp_path / "bad.csv", "--json", out)
+    assert both.exit_code == 0
+    assert json.loads(out.read_text())["order"]["variants"] == ["good", "bad"]
+    assert "significant" in both.output
+
+
+def test_any_number_of_files_is_compared(tmp_path):
+    for name, score in (("a", 0.9), ("b", 0.2), ("c", 0.4), ("d", 0.05)):
+        TABLE.with_columns(score=pl.Series([score, 0.1, 0.5, 0.4, 0.4, 0.8])).write_csv(tmp_path / f"{name}.csv")
+    files = [tmp_path / f"{name}.csv" for name in "abcd"]
+    out = tmp_path / "m.json"
+
+    def pairs(*options):
+        result = run(*files, *options, "--bootstrap", "20", "--json", out)
+        assert result.exit_code == 0, result.output
+        return [c["better"] + c["worse"] for c in json.loads(out.read_text())["comparisons"]]
+
+    assert pairs("--compare", "all") == ["ab", "ac", "ad", "bc", "bd", "cd"]
+    assert pairs("--compare", "c,a,d") == ["ca", "cd", "ad"]
+    assert pairs("--compare", "a,b", "--compare", "d,b", "--compare", "a,b") == ["ab", "db"]
+    assert pairs() == []
+
+
+def test_slices_by_columns_and_built_in_ones(tmp_path):
+    table = TABLE.with_columns(
+        unseen_ad=pl.Series([True, True, False, True, True, False]), shop=pl.Series(list("xxyxxy"))
+    )
+    table.write_parquet(tmp_path / "x.parquet")
+    out = tmp_path / "m.json"
+    for option in ("--by", "--slice"):
+        assert run(tmp_path / "x.parquet", option, "shop", "--by", "unseen-ad", "--json", out).exit_code == 0
+        made = json.loads(out.read_text())
+        slices = made["variants"]["x"]["slices"]
+        assert made["order"]["slices"] == ["unseen_ad=true", "unseen_ad=false", "shop=x", "shop=y"]
+        assert slices["shop=x"] == slices["unseen_ad=true"]
+
+
+def test_slices_that_are_asked_for_are_shown_and_compared(tmp_path):
+    day = pl.Series(["2024-01-01", "2024-01-01", "2024-01-02", "2024-01-01", "2024-01-01", "2024-01-02"]).str.to_date()
+    for name, rows in (("good", TABLE), ("bad", WORSE)):
+        rows.with_columns(day=day).write_parquet(tmp_path / f"{name}.parquet")
+    files = [tmp_path / "good.parquet", tmp_path / "bad.parquet", "--compare", "good,bad", "--bootstrap", "9"]
+    assert "day=2024-01-01" not in run(*files).output
+    said = run(*files, "--by", "day").output
+    assert "GAUC by slice" in said
+    assert (
+        len([line for line in said.splitlines() if "good" in line and "bad" in line and "day=2024-01-01" in line]) == 1
+    )
+
+
+def test_what_other_programs_would_print(tmp_path):
+    TABLE.write_csv(tmp_path / "x.csv")
+    out = tmp_path / "m.json"
+    programs = ("fuxictr", "torcheasyrec", "recbole", "torchrec")
+    result = run(tmp_path / "x.csv", *(w for p in programs for w in ("--compat", p)), "--json", out)
+    assert result.exit_code == 0, result.output
+    made = json.loads(out.read_text())
+    assert made["settings"]["compat"] == list(programs)
+    found = {p: c["value"] for p, c in made["variants"]["x"]["compat"].items()}
+    # b's two scores are equal, so torchrec leaves b out: a's AUC of 1 remains.
+    assert found == pytest.approx({"fuxictr": 0.8, "torcheasyrec": 0.75, "recbole": 0.75, "torchrec": 1.0})
+    assert "RecBole 1.2.1 (GAUC)" in " ".join(result.output.split())
+
+
 def test_names_are_stems_folders_or_given(tmp_path):
     paths = []
     for name in ("one", "two"):
@@ -162,7 +244,14 @@ def test_mistakes(tmp_path):
     assert "compare 'x' is none of the files" in refused(2, good, "--compare", "good,x")
     assert "not of the form BETTER,WORSE" in refused(2, good, "--compare", "good")
     assert "Missing argument" in refused(2, "--gauc")
-    assert "'--weight'" in refused(2, good, "--weight", "users")
+    assert "'--weight'" in refused(2, good, "--weight", "rows")
+    assert "'--compat'" in refused(2, good, "--compat", "fuxi")
+    assert "two files" in refused(2, good, "--compare", "all")
+    assert "no column 'unseen_ad' for --by unseen-ad" in refused(1, good, "--by", "unseen-ad")
+    assert "baseline" in refused(2, good, "--baseline", tmp_path / "gone.csv")
+    (tmp_path / "other").mkdir()
+    TABLE.write_csv(tmp_path / "other" / "good.csv")
+    assert "both called 'good'" in refused(2, good, "--baseline", tmp_path / "other" / "good.csv")
     assert "--recipe" in refused(2, good, "--set", "eval.seed=1")
     TABLE.head(5).write_csv(tmp_path / "short.csv")
     said = refused(1, good, tmp_path / "short.csv", "--baseline", "short", "--json", out)
