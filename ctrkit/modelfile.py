@@ -82,15 +82,10 @@ def build(train: Train, schema: Schema, counts: Counts, pictures: PictureVectors
     torch.manual_seed(train.seed)
     network = make_model(plan)
     generator = torch.Generator().manual_seed(train.seed)
-    by_width: dict[int, list[str]] = {}
-    for name in plan.ids:
-        vocabs = by_width.setdefault(plan.width(name), [])
-        if schema.features[name].vocab not in vocabs:
-            vocabs.append(schema.features[name].vocab)
     expected = {name: with_unknown(n_V, train.unknown_rate) for name, n_V in counts.items()}
     tables = {
         width: Table({v: schema.vocab_sizes[v] for v in vocabs}, width, expected, generator)
-        for width, vocabs in sorted(by_width.items())
+        for width, vocabs in plan.vocabularies().items()
     }
     if train.model == "lr":
         tables[1].weight_VD.zero_()
@@ -126,7 +121,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
     settings = files.read_json(path)
-    train, schema = _settings(settings, path)
+    train, schema = read_settings(settings, path)
     here = Schema.read(groups)
     if schema.vocab_digest != here.vocab_digest:
         raise UserError(
@@ -150,7 +145,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
     return model
 
 
-def _settings(settings: Any, path: Path) -> tuple[Train, Schema]:
+def read_settings(settings: Any, path: Path) -> tuple[Train, Schema]:
     """Return the `[train]` table and the schema that `save` wrote."""
     try:
         return Train(**settings["train"]), Schema.from_json(settings["schema"])

@@ -32,7 +32,7 @@ from ctrkit.recipe import Recipe
 # The recipe tables whose change makes a stage's output stale.
 TABLES: dict[str, tuple[str, ...]] = {
     "simulate": ("simulate",),
-    "convert": ("convert", "split", "features", "daily"),
+    "convert": ("convert", "split", "features", "daily.window_days", "daily.behaviour_days"),
     "select-clicks": ("features", "select-clicks"),
     "tune-backbone": (
         "tune-backbone",
