@@ -5,6 +5,7 @@ pairs, U distinct rows of an embedding table, N distinct pictures, F features, D
 """
 
 import datetime
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,10 +219,27 @@ class GroupedData:
             raise UserError(f"{groups} has no {split} split; [split] in the recipe decides which days it has")
         self._blocks = [(f, start, n) for f in self._files for start, n in _row_groups(f, self.schema.block_groups)]
 
+    @functools.cached_property
+    def block_sizes(self) -> tuple[Ints, Ints]:
+        """([blocks] groups, [blocks] samples) of each block, those of other days left out."""
+        groups, samples = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for file in self._files:
+            rows = pl.scan_parquet(file).select(inside=self._in_days, n=pl.col("sample_id").list.len()).collect()
+            inside_R = np.broadcast_to(rows["inside"].to_numpy(), rows.height).astype(np.int64)
+            starts = [start for f, start, _ in self._blocks if f == file]
+            if starts:
+                groups.append(np.add.reduceat(inside_R, starts))
+                samples.append(np.add.reduceat(inside_R * rows["n"].to_numpy(), starts))
+        return np.concatenate(groups), np.concatenate(samples)
+
+    @property
+    def block_samples(self) -> Ints:
+        """[blocks]: the number of samples of each block."""
+        return self.block_sizes[1]
+
     def __len__(self) -> int:
         """The number of samples."""
-        scan = pl.scan_parquet(self._files).filter(self._in_days).select(pl.col("sample_id").list.len().sum())
-        return int(scan.collect().item())
+        return int(self.block_samples.sum())
 
     def frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         """Yield these columns of each block, in order."""
@@ -245,16 +263,26 @@ class GroupedData:
         wanted = dict.fromkeys([*columns, *self._in_days.meta.root_names()])
         return pl.scan_parquet(file).slice(start, n).select(*wanted).collect()
 
-    def epoch(self, batch: int, seed: Sequence[int] | None = None) -> Iterator[Block]:
+    def epoch(self, batch: int, seed: Sequence[int] | None = None, skip: int = 0) -> Iterator[Block]:
         """Yield the samples in batches of exactly `batch` (the last one shorter), each with its groups.
 
-        With a seed, blocks are shuffled and then the groups within each; samples of a group stay together.
+        With a seed, blocks are shuffled and then the groups within each; samples of a group stay together. The first
+        `skip` batches are left out, and blocks that only they need are not read.
         """
         rng = None if seed is None else np.random.default_rng(list(seed))
-        order = None if rng is None else list(rng.permutation(len(self._blocks)))
+        order = list(range(len(self._blocks))) if rng is None else rng.permutation(len(self._blocks)).tolist()
+        left_out = skip * batch
+        while skip and order and left_out >= self.block_samples[order[0]]:
+            n_groups, n_samples = (int(sizes[order[0]]) for sizes in self.block_sizes)
+            left_out -= n_samples
+            order.pop(0)
+            if rng is not None and n_groups:
+                rng.permutation(n_groups)
         waiting: list[Block] = []
         for block in self.blocks(order):
-            waiting.append(block if rng is None else block.take(rng.permutation(block.n_groups)))
+            shuffled = block if rng is None else block.take(rng.permutation(block.n_groups))
+            waiting.append(shuffled.samples(left_out, shuffled.n_samples) if left_out else shuffled)
+            left_out = 0
             if sum(b.n_samples for b in waiting) < batch:
                 continue
             merged = Block.concat(waiting)

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 
 from ctrkit.batches import Block, Column, Ragged
-from ctrkit.embedding import Table, unknown_mask
+from ctrkit.embedding import Table
+from ctrkit.id_masks import dropout_mask, unknown_mask
 from ctrkit.models.batch import Batch
 from ctrkit.models.plan import Plan
 from ctrkit.picture_vectors import PictureVectors
@@ -23,7 +24,7 @@ class Collator:
     plan: the model's inputs.
     tables: width → embedding table.
     pictures: the picture vectors, if the model looks at any.
-    unknown_rate: see `ctrkit.embedding.unknown_mask`; 0 outside training.
+    unknown_rate: see `ctrkit.id_masks.unknown_mask`; 0 outside training.
     """
 
     def __init__(
@@ -38,15 +39,20 @@ class Collator:
         self.counts, self.unknown_rate = counts or {}, unknown_rate
 
     def __call__(self, block: Block, seed: Sequence[int] | None = None) -> Batch:
-        """Return the batch of a block's samples; `seed` (say, the epoch) decides which ids become unknown."""
+        """Return the batch of a block's samples, for training where there is a seed.
+
+        `seed` (say, seed and epoch) decides which ids become unknown and which behaviours dropout discards.
+        """
         n = np.diff(block.sample_offsets)
         histories = np.diff(block.behaviour_offsets)
         group_S = np.repeat(np.arange(block.n_groups), n)
         pairs_S = histories[group_S]
         start_S = np.cumsum(pairs_S) - pairs_S
         shift_S = block.behaviour_offsets[:-1][group_S] - start_S
-        clicks = block.sample["click"]
+        place_P = np.arange(pairs_S.sum()) - np.repeat(start_S, pairs_S)
+        clicks, sample_id_S = block.sample["click"], block.sample["sample_id"]
         assert isinstance(clicks, np.ndarray)
+        assert isinstance(sample_id_S, np.ndarray)
         batch = Batch(
             click_S=torch.from_numpy(clicks.astype(np.float32)),
             group_S=torch.from_numpy(group_S),
@@ -59,6 +65,10 @@ class Collator:
             segment={},
         )
         self._ids(block, batch, seed)
+        train = self.plan.train
+        if seed is not None and train.regularisation == "dropout" and self.plan.behaviour:
+            keep_P = dropout_mask(np.repeat(sample_id_S, pairs_S), place_P, seed, train.dropout_rate)
+            batch.kept_P = torch.from_numpy(keep_P)
         for name in (self.plan.ad_image, self.plan.user_image):
             if name and self.pictures is not None:
                 column = (block.sample if name == self.plan.ad_image else block.behaviour)[name]

@@ -4,7 +4,7 @@ All vocabularies of one width lie in one matrix, each at its offset; row 0 is ev
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
-REGULARISATIONS = ("adaptive", "difacto", "l2", "none")
+REGULARISATIONS = ("adaptive", "difacto", "l2", "dropout", "filter", "none")
+"""Those of `[train] regularisation`. `dropout` and `filter` act on which ids a batch names (`ctrkit.id_masks`)."""
 
 
 class Table:
@@ -23,6 +24,7 @@ class Table:
     sizes: vocabulary → its number of indexes (0 and 1 included).
     width: D.
     counts: vocabulary → [size], n_i, the training samples that contain index i (DIN section 4.4).
+    frequent: vocabulary → [size] bool; where given, ids that are not frequent are unknown (DIN section 6.2, filter).
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Table:
         generator: torch.Generator,
         scale: float = 0.05,
         dtype: torch.dtype = torch.float32,
+        frequent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
     ) -> None:
         self.width = width
+        self.frequent = dict(frequent or {})
         self.offsets: dict[str, int] = {}
         end = 0
         for name, size in sizes.items():
@@ -57,7 +61,9 @@ class Table:
             setattr(self, name, getattr(self, name).to(device))
 
     def rows(self, vocab: str, index: Ints) -> Ints:
-        """Return the matrix rows of vocabulary indexes; padding (0) is row 0."""
+        """Return the matrix rows of vocabulary indexes; padding (0) is row 0, a filtered id the row of unknown."""
+        if vocab in self.frequent:
+            index = np.where(self.frequent[vocab][index], index, 1)
         return np.where(index == 0, 0, index + self.offsets[vocab])
 
     def gather(self, rows_U: Tensor) -> Tensor:
@@ -96,41 +102,3 @@ class Table:
         new_UD = w_UD.addcdiv(m_UD, v_UD.sqrt().add_(eps), value=-size)
         new_UD[rows_U == 0] = 0.0
         self.weight_VD.index_copy_(0, rows_U, new_UD)
-
-
-def unknown_mask(
-    key: Ints, seed: Sequence[int], index: Ints, count_i: npt.NDArray[np.float64], rate: float
-) -> npt.NDArray[np.bool_]:
-    """Say which ids of a batch are trained as unknown.
-
-    An id seen n times in training becomes unknown with probability rate + (1/2 − rate)/n: often if rare, so that
-    the unknown row learns what a new id looks like; `rate` 0 switches it off. The draw is a hash of `key` (the
-    sample or group), the id and `seed`, so that batching and grouping change nothing.
-    """
-    if rate == 0.0:
-        return np.zeros(len(index), np.bool_)
-    return (index > 1) & (_uniform(key, index, seed) < _unknown_chance(count_i, rate))
-
-
-def with_unknown(count_V: npt.NDArray[np.int64], rate: float) -> npt.NDArray[np.float64]:
-    """Return n_i with the samples that are expected to train the unknown row added to index 1."""
-    n_V = count_V.astype(np.float64)
-    if rate > 0.0:
-        n_V[1] += (n_V[2:] * _unknown_chance(n_V[2:], rate)).sum()
-    return n_V
-
-
-def _unknown_chance(count: npt.NDArray[np.float64], rate: float) -> npt.NDArray[np.float64]:
-    return np.asarray(rate + max(0.0, 0.5 - rate) / np.maximum(count, 1.0), np.float64)
-
-
-def _uniform(key: Ints, index: Ints, seed: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Hash to [0, 1) (splitmix64)."""
-    with np.errstate(over="ignore"):
-        z = key.astype(np.uint64)
-        for s in (index.astype(np.uint64), *(np.full(1, s, np.uint64) for s in seed)):
-            z = (z ^ s) + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z ^= z >> np.uint64(31)
-    return np.asarray(z >> np.uint64(11), np.float64) * 2.0**-53

@@ -13,8 +13,9 @@ from torch import nn
 
 from ctrkit import files, state_dict
 from ctrkit.batches import Schema
-from ctrkit.embedding import Table, with_unknown
+from ctrkit.embedding import Table
 from ctrkit.errors import UserError
+from ctrkit.id_masks import most_frequent, with_unknown
 from ctrkit.models import make_model
 from ctrkit.models.plan import Plan, make_plan
 from ctrkit.picture_vectors import PictureVectors
@@ -45,6 +46,8 @@ class TrainedModel:
         """Return every tensor that predicting needs, by name."""
         out = {f"network.{k}": v for k, v in self.network.state_dict().items()}
         out |= {f"table.{width}": table.weight_VD for width, table in self.tables.items()}
+        for table in self.tables.values():
+            out |= {f"frequent.{vocab}": torch.from_numpy(known_V) for vocab, known_V in table.frequent.items()}
         if self.pictures is not None:
             out |= {"pictures.mean": self.pictures.mean_W, "pictures.scale": self.pictures.scale}
         return out
@@ -59,6 +62,7 @@ class TrainedModel:
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         for width, table in self.tables.items():
             table.weight_VD.copy_(state[f"table.{width}"])
+            table.frequent = {vocab: state[f"frequent.{vocab}"].numpy() for vocab in table.frequent}
         if self.pictures is not None:
             self.pictures.mean_W, self.pictures.scale = state["pictures.mean"], state["pictures.scale"]
 
@@ -83,8 +87,20 @@ def build(train: Train, schema: Schema, counts: Counts, pictures: PictureVectors
     network = make_model(plan)
     generator = torch.Generator().manual_seed(train.seed)
     expected = {name: with_unknown(n_V, train.unknown_rate) for name, n_V in counts.items()}
+    filtered = {schema.features[n].vocab for n in schema.names(("behaviour",)) if train.regularisation == "filter"}
+    frequent = {
+        name: most_frequent(n_V, train.filter_top)
+        for name, n_V in counts.items()
+        if name in filtered and len(n_V) - 2 > train.filter_top
+    }
     tables = {
-        width: Table({v: schema.vocab_sizes[v] for v in vocabs}, width, expected, generator)
+        width: Table(
+            {v: schema.vocab_sizes[v] for v in vocabs},
+            width,
+            expected,
+            generator,
+            frequent={v: frequent[v] for v in vocabs if v in frequent},
+        )
         for width, vocabs in plan.vocabularies().items()
     }
     if train.model == "lr":

@@ -466,10 +466,15 @@ class Train(Table):
     decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     decay_steps: Annotated[int, Field(ge=1)] = 24000
     """The learning rate is multiplied by `decay` every `decay_steps` steps (DICM section VI)."""
-    regularisation: Literal["adaptive", "difacto", "l2", "none"] = "adaptive"
-    """On id tables: DIN eq. 9, eq. 10, plain L2 on the batch's rows, or nothing."""
+    regularisation: Literal["adaptive", "difacto", "l2", "dropout", "filter", "none"] = "adaptive"
+    """Of ids: DIN eq. 9, eq. 10, plain L2 on the batch's rows, a random part of each sample's behaviours, only the
+    most frequent ids of the behaviours' vocabularies (DIN section 6.2), or nothing."""
     regularisation_strength: Annotated[float, Field(ge=0)] = 0.01
-    """λ."""
+    """λ of adaptive, difacto and l2."""
+    dropout_rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Of dropout: the share of its behaviours' ids that a training sample does not see."""
+    filter_top: Annotated[int, Field(ge=1)] = 20_000_000
+    """Of filter: so many ids are kept of each vocabulary that behaviours have; the others are unknown."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """L2 on the weight matrices of the dense layers."""
     unknown_rate: Rate = 0.01

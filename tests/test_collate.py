@@ -131,3 +131,44 @@ def test_nothing_becomes_unknown_without_a_rate_or_outside_training(vectors: Pic
     plain = unknown(made, groups, None, 0.0)
     assert unknown(made, groups, (1, 0), 0.0) == plain
     assert unknown(made, groups, None, 0.9) == plain
+
+
+def kept(made: TrainedModel, groups: list[Group], seed: tuple[int, ...] | None) -> list[tuple[bool, ...]]:
+    """Return for each sample which behaviours of its history it sees."""
+    batch = Collator(made.plan, made.tables, made.pictures)(to_block(groups), seed)
+    if batch.kept_P is None:
+        return [tuple([True] * len(g.behaviours)) for g in groups for _ in g.samples]
+    found = list(zip(batch.sample_P.tolist(), batch.kept_P.tolist(), strict=True))
+    ids, _ = batch.id_pairs()
+    assert ids.tolist() == [s for s, keep in found if keep]
+    return [tuple(k for s, k in found if s == sample) for sample in range(batch.n_samples)]
+
+
+def test_dropout_does_not_depend_on_batching_or_grouping() -> None:
+    train = Train(model="din", regularisation="dropout", dropout_rate=0.3)
+    made, groups = build(train, SCHEMA, COUNTS, None), random_groups(3, [3, 0, 2] * 20, [4, 1, 0] * 20)
+    whole = kept(made, groups, (1, 0))
+    assert kept(made, alone(groups), (1, 0)) == whole
+    assert kept(made, groups[:17], (1, 0)) + kept(made, groups[17:], (1, 0)) == whole
+    assert kept(made, groups[::-1], (1, 0)) != whole
+    assert kept(made, groups, (1, 1)) != whole
+    draws = [k for sample in whole for k in sample]
+    assert abs(np.mean(draws) - 0.7) < 0.1
+    assert len(set(whole[:3])) > 1  # samples that share a history draw for themselves
+    assert all(all(sample) for sample in kept(made, groups, None))  # outside training nothing is discarded
+    plain = build(Train(model="din"), SCHEMA, COUNTS, None)
+    assert all(all(sample) for sample in kept(plain, groups, (1, 0)))
+
+
+def test_only_the_most_frequent_ids_of_behaviours_are_kept() -> None:
+    """Of every vocabulary that behaviours have, also where ads use it; in training and after."""
+    counts = COUNTS | {"goods": np.array([0, 9, 1, 5, 2, 7, 0, 5, 1]), "brand": np.array([0, 0, 1, 2, 3])}
+    made = build(Train(model="din", regularisation="filter", filter_top=3), SCHEMA, counts, None)
+    groups = random_groups(5, [3] * 20, [4] * 20)
+    batch = Collator(made.plan, made.tables, made.pictures, counts)(to_block(groups))
+    owners = {"ad": [s for g in groups for s in g.samples], "behaviour": [b for g in groups for b in g.behaviours]}
+    for name in ("goods", "ad_goods", "brand", "ad_brand", "ad_id"):
+        known = {"goods": {0, 1, 5, 3, 7}, "brand": {0, 1, 2, 3, 4}}.get(FEATURES[name].vocab, set(range(99)))
+        before = [row[name] for row in owners[FEATURES[name].of]]
+        assert index_of(made, batch, name) == [i if i in known else 1 for i in before]
+    assert [n for n in made.tensors() if n.startswith("frequent")] == ["frequent.goods"]

@@ -1,14 +1,13 @@
-"""Row-wise Adam against torch's SparseAdam and against loops; regularisers; which ids are trained as unknown."""
+"""Row-wise Adam against torch's SparseAdam and against loops; regularisers."""
 
 import math
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
-from ctrkit.embedding import REGULARISATIONS, Table, unknown_mask, with_unknown
+from ctrkit.embedding import REGULARISATIONS, Table
 
 SIZES = {"a": 6, "b": 4}
 COUNTS = {"a": np.array([0, 0, 7, 3, 1, 40]), "b": np.array([0, 2, 900, 5])}
@@ -81,7 +80,7 @@ def test_regularised_steps_against_loops(regularisation: str) -> None:
     for t_ in range(1, 11):
         rows, grad = gradients(t_, len(w), 3)
         for i, g in zip(rows.tolist(), grad.numpy(), strict=True):
-            factor = {"adaptive": 1 / n_V[i], "difacto": n_V[i], "l2": 1.0, "none": 0.0}[regularisation]
+            factor = {"adaptive": 1 / n_V[i], "difacto": n_V[i], "l2": 1.0}.get(regularisation, 0.0)
             for d in range(3):
                 full = g[d] + strength * factor * w[i, d]
                 m[i, d] = 0.9 * m[i, d] + 0.1 * full
@@ -115,58 +114,3 @@ def test_rows_without_a_gradient_are_left() -> None:
     rows = torch.tensor([1, 2])
     t.update(rows, t.gather(rows), 0.1, "l2", 1.0)
     assert torch.equal(t.weight_VD, before)
-
-
-# Which ids are trained as unknown.
-
-KEYS = np.arange(10_000, 210_000)
-
-
-def mask(index: int, count: float, rate: float, seed: tuple[int, ...] = (1, 0)) -> npt.NDArray[np.bool_]:
-    ones = np.ones(len(KEYS))
-    return unknown_mask(KEYS, seed, (index * ones).astype(np.int64), count * ones, rate)
-
-
-@pytest.mark.parametrize(
-    ("count", "rate", "chance"),
-    [(1, 0.01, 0.5), (2, 0.01, 0.255), (10, 0.01, 0.059), (1e9, 0.01, 0.01), (0, 0.01, 0.5), (1, 0.8, 0.8)],
-)
-def test_rate_of_unknown(count: float, rate: float, chance: float) -> None:
-    """rate + (1/2 − rate)/n: within five standard errors of 200,000 draws."""
-    found = mask(5, count, rate).mean()
-    assert abs(found - chance) < 5 * math.sqrt(chance * (1 - chance) / len(KEYS))
-
-
-def test_never_unknown() -> None:
-    assert not mask(5, 1, 0.0).any()
-    assert not mask(0, 1, 0.9).any()  # missing stays missing
-    assert not mask(1, 1, 0.9).any()  # and is not drawn again where it is unknown already
-
-
-def test_the_unknown_row_counts_the_samples_that_will_train_it() -> None:
-    count = np.array([0, 3, 1, 10, 100])
-    chances = [0.01 + 0.49 / n for n in (1, 10, 100)]
-    expected = 3 + sum(n * p for n, p in zip((1, 10, 100), chances, strict=True))
-    assert with_unknown(count, 0.01).tolist() == pytest.approx([0, expected, 1, 10, 100])
-    assert with_unknown(count, 0.0).tolist() == count.tolist()
-
-
-def test_the_draw_depends_on_key_id_and_seed_only() -> None:
-    rng = np.random.default_rng(0)
-    index, count = rng.integers(0, 9, len(KEYS)), rng.integers(1, 50, len(KEYS)).astype(np.float64)
-    whole = unknown_mask(KEYS, (1, 2, 3), index, count, 0.1)
-    order = rng.permutation(len(KEYS))
-    np.testing.assert_array_equal(unknown_mask(KEYS[order], (1, 2, 3), index[order], count[order], 0.1), whole[order])
-    cut = [unknown_mask(KEYS[p], (1, 2, 3), index[p], count[p], 0.1) for p in np.array_split(np.arange(len(KEYS)), 7)]
-    np.testing.assert_array_equal(np.concatenate(cut), whole)
-
-
-def test_draws_of_other_seeds_are_independent() -> None:
-    first = mask(5, 1, 0.01, (1, 0, 0))
-    for other in ((1, 0, 1), (1, 1, 0), (2, 0, 0)):
-        both = (first & mask(5, 1, 0.01, other)).mean()
-        assert abs(both - 0.25) < 0.01, other
-    # Neighbouring keys, too: no run is longer than chance allows.
-    runs = np.diff(np.flatnonzero(np.diff(first.astype(int)) != 0))
-    assert runs.max() < 40
-    assert abs((first[1:] & first[:-1]).mean() - 0.25) < 0.01

@@ -318,3 +318,14 @@ def test_samples_and_counts_of_chosen_days(tiny_run: TinyRun, tmp_path: Path) ->
     used = sorted({place[names[i]] for i in images if i > 1})
     np.testing.assert_allclose(model["pictures.mean"], vectors[used].mean(0), rtol=1e-5, atol=1e-6)
     assert len(used) < len(vectors)
+
+
+def test_an_epoch_of_chosen_days_goes_on_where_it_was(tiny_run: TinyRun) -> None:
+    """Batches after a skip are those of the whole epoch, though some blocks have no group of the day."""
+    days = training_days.days_of(tiny_run.groups, "train")
+    for day in days:
+        data = GroupedData(tiny_run.groups, "train", ["ad_id"], (day, day))
+        every = [np.asarray(b.sample["sample_id"]) for b in data.epoch(16, seed=(1, 0))]
+        for skip in (1, 3, len(every) - 1):
+            rest = [np.asarray(b.sample["sample_id"]) for b in data.epoch(16, seed=(1, 0), skip=skip)]
+            assert all(np.array_equal(a, b) for a, b in zip(every[skip:], rest, strict=True))

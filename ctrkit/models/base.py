@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ctrkit.models.batch import Batch, Lookup
-from ctrkit.models.layers import Discriminator, segment_sum
+from ctrkit.models.batch import Batch, Lookup, sum_of_ids
+from ctrkit.models.layers import Discriminator
 from ctrkit.models.plan import Plan
 
 
@@ -20,7 +20,7 @@ class Base(nn.Module):
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
         if self.plan.behaviour:
-            k_BD = look.behaviours_B(self.plan.behaviour)
-            parts.append(segment_sum(k_BD, batch.group_B, batch.n_groups).index_select(0, batch.group_S))
+            v_BD = look.behaviours_B(self.plan.behaviour)
+            parts.append(sum_of_ids(batch, v_BD, self.plan.train.dropout_rate))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out

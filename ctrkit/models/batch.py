@@ -33,6 +33,8 @@ class Batch:
     """Picture feature → [N, W] its distinct pictures' centred vectors."""
     picture_index: dict[str, Tensor] = field(default_factory=dict)
     """Picture feature → [S] or [B] positions in N."""
+    kept_P: Tensor | None = None
+    """[P] bool: whether the sample sees the ids of the behaviour (`regularisation = "dropout"`). None: it does."""
 
     def to(self, device: str) -> "Batch":
         """Return the batch with its tensors on a device; itself where they are there already."""
@@ -49,6 +51,12 @@ class Batch:
     @property
     def n_samples(self) -> int:
         return len(self.click_S)
+
+    def id_pairs(self) -> tuple[Tensor, Tensor]:
+        """Return (sample, behaviour) of the pairs [P] whose ids the model sees: all, or those that dropout keeps."""
+        if self.kept_P is None:
+            return self.sample_P, self.behaviour_P
+        return self.sample_P[self.kept_P], self.behaviour_P[self.kept_P]
 
 
 class Lookup:
@@ -78,3 +86,14 @@ class Lookup:
     def behaviours_B(self, names: Sequence[str]) -> Tensor:
         """Return [B, sum of D]: behaviour features' embeddings side by side."""
         return torch.cat([self.one(n, len(self.batch.group_B)) for n in names], 1)
+
+
+def sum_of_ids(batch: Batch, v_BD: Tensor, dropout_rate: float) -> Tensor:
+    """Return [S, D]: the sum of the behaviours' vectors of each sample; zero without a history.
+
+    Where dropout discards behaviours, those kept count 1 / (1 − rate) times, so that the sum has the same expectation.
+    """
+    if batch.kept_P is None:
+        return segment_sum(v_BD, batch.group_B, batch.n_groups).index_select(0, batch.group_S)
+    sample_P, behaviour_P = batch.id_pairs()
+    return segment_sum(v_BD.index_select(0, behaviour_P), sample_P, batch.n_samples) / (1.0 - dropout_rate)

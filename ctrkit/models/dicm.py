@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ctrkit.models.batch import Batch, Lookup
+from ctrkit.models.batch import Batch, Lookup, sum_of_ids
 from ctrkit.models.layers import Discriminator, PairMLP, mlp, segment_max, segment_softmax, segment_sum
 from ctrkit.models.plan import Plan
 
@@ -61,8 +61,8 @@ class DICM(nn.Module):
         context_SD = self.context_S(batch, look)
         parts = [context_SD]
         if self.plan.behaviour:
-            ids_GD = segment_sum(look.behaviours_B(self.plan.behaviour), batch.group_B, batch.n_groups)
-            parts.append(ids_GD.index_select(0, batch.group_S))
+            v_BD = look.behaviours_B(self.plan.behaviour)
+            parts.append(sum_of_ids(batch, v_BD, self.plan.train.dropout_rate))
         if self.usernet is not None:
             k_BD = self.user_pictures_BD(batch)
             if self.attention is not None:

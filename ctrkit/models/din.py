@@ -39,19 +39,22 @@ class DIN(nn.Module):
         self.discriminator = Discriminator(width, plan.train.tower, plan.train.activation, plan.train.batch_norm)
 
     def weights_P(self, batch: Batch, look: Lookup) -> Tensor:
-        """Return [P]: g(V_i, V_a) of every (sample, behaviour) pair."""
+        """Return [P]: g(V_i, V_a) of every (sample, behaviour) pair, or of those that dropout keeps."""
+        sample_P, behaviour_P = batch.id_pairs()
         q_SD = torch.cat(look.samples_S(list(self.partner.values())), 1)
         k_BD = look.behaviours_B(list(self.partner))
-        g_P: Tensor = self.unit(q_SD, k_BD, batch.sample_P, batch.behaviour_P)
+        g_P: Tensor = self.unit(q_SD, k_BD, sample_P, behaviour_P)
         if self.code:
-            return segment_softmax(g_P / math.sqrt(k_BD.shape[1]), batch.sample_P, batch.n_samples)
-        return g_P
+            return segment_softmax(g_P / math.sqrt(k_BD.shape[1]), sample_P, batch.n_samples)
+        # Weights that are not normalised are scaled as dropout does: their sum keeps its expectation.
+        return g_P if batch.kept_P is None else g_P / (1.0 - self.plan.train.dropout_rate)
 
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
         w_P = self.weights_P(batch, look)
         v_BD = look.behaviours_B(self.plan.behaviour)
-        v_PD = v_BD.index_select(0, batch.behaviour_P) * w_P.unsqueeze(1)
-        parts.append(segment_sum(v_PD, batch.sample_P, batch.n_samples))
+        sample_P, behaviour_P = batch.id_pairs()
+        v_PD = v_BD.index_select(0, behaviour_P) * w_P.unsqueeze(1)
+        parts.append(segment_sum(v_PD, sample_P, batch.n_samples))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out
