@@ -103,7 +103,8 @@ def lines(name: str, width: int = 28) -> str:
     return "\n".join(rows)
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """Return a table without rows, in the looks of all of ours."""
     looks = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     looks.padding = (0, 1, 0, 0)
     return looks
@@ -112,7 +113,7 @@ def _table(title: str) -> Table:
 def overall_table(metrics: dict[str, Any]) -> Table:
     """Return files × metrics, over all impressions."""
     baseline = metrics["settings"]["baseline"]
-    table = _table("All impressions")
+    table = plain_table("All impressions")
     table.add_column("variant", overflow="fold")
     table.add_column("GAUC")
     if baseline:
@@ -135,7 +136,7 @@ def overall_table(metrics: dict[str, Any]) -> Table:
 def slice_table(metrics: dict[str, Any]) -> Table:
     """Return files × slices, days left out: GAUC."""
     slices = [s for s in metrics["order"]["slices"] if not s.startswith("day=")]
-    table = _table("GAUC by slice")
+    table = plain_table("GAUC by slice")
     table.add_column("variant", overflow="fold")
     for s in slices:
         table.add_column(Text(s), justify="right", overflow="fold")
@@ -151,7 +152,7 @@ def slice_table(metrics: dict[str, Any]) -> Table:
 
 def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
     """Return the paired comparisons over the named slices."""
-    table = _table("Differences in GAUC, paired")
+    table = plain_table("Differences in GAUC, paired")
     for column in ("better", "worse", "impressions", "difference", "95% interval", "excludes 0"):
         table.add_column(column, overflow="fold")
     for c in metrics["comparisons"]:

@@ -51,6 +51,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "predict": ("predict",),
     "eval": ("eval",),
     "report": ("report", "name", "about", "simulate", "extract-images", "predict"),
+    "tables": ("tables", "curves", "eval", "name", "about"),
+    "daily": ("daily", "eval", "name"),
 }
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
 """Input → the stage that makes such a folder. Where it has a sidecar, it must be as that stage left it."""

@@ -108,8 +108,11 @@ def command(
                 warming.optimiser_state(model, trainer.adam, source, vocabularies)
             trainer.run()
         work.path.mkdir()
-        told = {split: {"first": str(first), "last": str(last)} for split, (first, last) in seen.items()}
-        modelfile.save(model, work.path, {"pictures": backbone, "days": told})
+        days_seen: dict[str, dict[str, object]] = {
+            split: {"first": str(first), "last": str(last)} for split, (first, last) in seen.items()
+        }
+        days_seen["train"]["samples"] = len(train)
+        modelfile.save(model, work.path, {"pictures": backbone, "days": days_seen})
         (work.path / "history.jsonl").write_text(training.history_lines(trainer.history), encoding="utf-8")
         if tensorboard is not None:
             training.write_tensorboard(trainer.history, tensorboard)

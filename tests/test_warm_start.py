@@ -193,7 +193,9 @@ def test_models_of_days_that_are_not_earlier(tiny_run: TinyRun, early: Path, tmp
     assert "was validated on days up to 2024-03-03" in said
     assert "train.validation = false" in said
     settings = json.loads((early / "settings.json").read_text())
+    samples = settings["days"]["train"].pop("samples")
     assert settings["days"] == {"train": {"first": "2024-03-01", "last": "2024-03-01"}}
+    assert samples == json.loads(early.with_name("model.json").read_text())["counts"]["samples"] > 50
     shutil.copytree(early, tmp_path / "old")
     (tmp_path / "old" / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "days"}))
     said = refused(tiny_run, out, *words("full"), "--warm-start", tmp_path / "old")
