@@ -5,7 +5,6 @@ pairs, U distinct rows of an embedding table, N distinct pictures, F features, D
 """
 
 import datetime
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,33 +218,16 @@ class GroupedData:
             raise UserError(f"{groups} has no {split} split; [split] in the recipe decides which days it has")
         self._blocks = [(f, start, n) for f in self._files for start, n in _row_groups(f, self.schema.block_groups)]
 
-    @functools.cached_property
-    def block_sizes(self) -> tuple[Ints, Ints]:
-        """([blocks] groups, [blocks] samples) of each block, those of other days left out."""
-        groups, samples = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for file in self._files:
-            rows = pl.scan_parquet(file).select(inside=self._in_days, n=pl.col("sample_id").list.len()).collect()
-            inside_R = np.broadcast_to(rows["inside"].to_numpy(), rows.height).astype(np.int64)
-            starts = [start for f, start, _ in self._blocks if f == file]
-            if starts:
-                groups.append(np.add.reduceat(inside_R, starts))
-                samples.append(np.add.reduceat(inside_R * rows["n"].to_numpy(), starts))
-        return np.concatenate(groups), np.concatenate(samples)
-
-    @property
-    def block_samples(self) -> Ints:
-        """[blocks]: the number of samples of each block."""
-        return self.block_sizes[1]
-
     def __len__(self) -> int:
         """The number of samples."""
-        return int(self.block_samples.sum())
+        scan = pl.scan_parquet(self._files).filter(self._in_days).select(pl.col("sample_id").list.len().sum())
+        return int(scan.collect().item())
 
-    def frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """Yield these columns of each block, in order."""
+    def frames(self, columns: Sequence[str], order: Sequence[int] | None = None) -> Iterator[pl.DataFrame]:
+        """Yield these columns of each block, in file order or in the order given."""
         shared = [c for c in columns if c in self.schema.features and self.schema.features[c].of in _SHARED]
-        for file, start, n in self._blocks:
-            frame = self._read(file, start, n, ["common", *columns])
+        for i in range(len(self._blocks)) if order is None else order:
+            frame = self._read(*self._blocks[i], ["common", *columns])
             yield _resolve(frame, shared).filter(self._in_days).select(columns)
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
@@ -271,15 +253,16 @@ class GroupedData:
         """
         rng = None if seed is None else np.random.default_rng(list(seed))
         order = list(range(len(self._blocks))) if rng is None else rng.permutation(len(self._blocks)).tolist()
-        left_out = skip * batch
-        while skip and order and left_out >= self.block_samples[order[0]]:
-            n_groups, n_samples = (int(sizes[order[0]]) for sizes in self.block_sizes)
-            left_out -= n_samples
-            order.pop(0)
-            if rng is not None and n_groups:
-                rng.permutation(n_groups)
+        begin, left_out = 0, skip * batch
+        while left_out and begin < len(order):
+            samples_G = next(self.frames(["sample_id"], order[begin : begin + 1]))["sample_id"].list.len()
+            if samples_G.sum() > left_out:
+                break
+            begin, left_out = begin + 1, left_out - int(samples_G.sum())
+            if rng is not None and len(samples_G):
+                rng.permutation(len(samples_G))
         waiting: list[Block] = []
-        for block in self.blocks(order):
+        for block in self.blocks(order[begin:]):
             shuffled = block if rng is None else block.take(rng.permutation(block.n_groups))
             waiting.append(shuffled.samples(left_out, shuffled.n_samples) if left_out else shuffled)
             left_out = 0

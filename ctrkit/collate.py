@@ -68,7 +68,7 @@ class Collator:
         train = self.plan.train
         if seed is not None and train.regularisation == "dropout" and self.plan.behaviour:
             keep_P = dropout_mask(np.repeat(sample_id_S, pairs_S), place_P, seed, train.dropout_rate)
-            batch.kept_P = torch.from_numpy(keep_P)
+            batch.kept_P, batch.dropout_rate = torch.from_numpy(keep_P), train.dropout_rate
         for name in (self.plan.ad_image, self.plan.user_image):
             if name and self.pictures is not None:
                 column = (block.sample if name == self.plan.ad_image else block.behaviour)[name]

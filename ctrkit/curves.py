@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from ctrkit.charts import COLOURS
 from ctrkit.errors import UserError
 from ctrkit.recipe import PaperCurves
-from ctrkit.report import read_history
 
 Points = list[dict[str, Any]]
 """The evaluations of a training, in order: `step`, `epoch`, `valid_gauc`, `valid_loss`, …"""
@@ -54,6 +54,18 @@ def read_points(model: Path, variant: str) -> Points:
             "needs validation days, and train.validation must be on"
         )
     return points
+
+
+def read_history(model: Path) -> list[dict[str, Any]]:
+    """Read the evaluations of a model directory's metrics.jsonl, a dictionary each; none if there is no such file."""
+    path = model / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [record for record in records if "valid_gauc" in record]
+    except ValueError as e:
+        raise UserError(f"{path} has a line that is not JSON: {e}") from None
 
 
 def first_step(points: Points, value: float) -> int | None:

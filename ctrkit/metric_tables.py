@@ -1,6 +1,6 @@
 """What eval prints: metrics.json as text and rich tables. The report uses the same words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -103,8 +103,7 @@ def lines(name: str, width: int = 28) -> str:
     return "\n".join(rows)
 
 
-def plain_table(title: str) -> Table:
-    """Return a table without rows, in the looks of all of ours."""
+def _table(title: str) -> Table:
     looks = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     looks.padding = (0, 1, 0, 0)
     return looks
@@ -113,7 +112,7 @@ def plain_table(title: str) -> Table:
 def overall_table(metrics: dict[str, Any]) -> Table:
     """Return files × metrics, over all impressions."""
     baseline = metrics["settings"]["baseline"]
-    table = plain_table("All impressions")
+    table = _table("All impressions")
     table.add_column("variant", overflow="fold")
     table.add_column("GAUC")
     if baseline:
@@ -136,7 +135,7 @@ def overall_table(metrics: dict[str, Any]) -> Table:
 def slice_table(metrics: dict[str, Any]) -> Table:
     """Return files × slices, days left out: GAUC."""
     slices = [s for s in metrics["order"]["slices"] if not s.startswith("day=")]
-    table = plain_table("GAUC by slice")
+    table = _table("GAUC by slice")
     table.add_column("variant", overflow="fold")
     for s in slices:
         table.add_column(Text(s), justify="right", overflow="fold")
@@ -152,7 +151,7 @@ def slice_table(metrics: dict[str, Any]) -> Table:
 
 def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
     """Return the paired comparisons over the named slices."""
-    table = plain_table("Differences in GAUC, paired")
+    table = _table("Differences in GAUC, paired")
     for column in ("better", "worse", "impressions", "difference", "95% interval", "excludes 0"):
         table.add_column(column, overflow="fold")
     for c in metrics["comparisons"]:
@@ -162,4 +161,14 @@ def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
         cells = [lines(c["better"], 33), lines(c["worse"], 33), c["slice"], number(c["difference"], sign=True)]
         cells += [interval(c["low"], c["high"], sign=True), sure]
         table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return cells as a table for the terminal."""
+    table = _table(title)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
     return table

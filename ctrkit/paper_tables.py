@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from ctrkit.evaluation import evaluate
-from ctrkit.metric_tables import computed_how, covered_how, number, percent, plain_table, with_interval
+from ctrkit.metric_tables import computed_how, covered_how, number, percent, with_interval
 from ctrkit.recipe import Eval, PaperTable, Recipe
 
 Table = dict[str, Any]
@@ -120,16 +118,6 @@ def comparison_cells(table: Table) -> tuple[list[str], list[list[str]]]:
         here = with_interval(c["difference"], c["low"], c["high"], sign=True)
         rows.append([label[c["better"]], label[c["worse"]], said, here, c["verdict"]])
     return heads, rows
-
-
-def rich_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
-    """Return cells as a table for the terminal."""
-    table = plain_table(title)
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
 
 
 def markdown(recipe: Recipe, tables: Mapping[str, Table], figures: Mapping[str, Any]) -> str:

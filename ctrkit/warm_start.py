@@ -44,6 +44,7 @@ KIND = (
     "batch_norm",
 )
 """Keys of [train] that say what a model is, for messages."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 Ints = npt.NDArray[np.int64]
 
 
@@ -205,7 +206,7 @@ def _full(model: TrainedModel, source: Source, warmed: Warmed, vocabularies: tup
     """Take over the network, the pictures' mean and scale, and the rows of ids that both vocabularies have."""
     _check_features(model.plan, source)
     state = source.state()
-    network = {name: t for name, t in model.tensors().items() if not name.startswith(("table.", "pictures."))}
+    network = {name: t for name, t in model.tensors().items() if name.startswith("network.")}
     _check_shapes(network, state, model.plan, source)
     for name, tensor in network.items():
         _copy(tensor, state[name])
@@ -311,7 +312,11 @@ def _check_vocabularies(plan: Plan, source: Source, vocabularies: tuple[Path | N
 def optimiser_state(
     model: TrainedModel, adam: torch.optim.Adam, source: Source, vocabularies: tuple[Path | None, Path | None]
 ) -> None:
-    """Take over the state of Adam on the dense layers, and of row-wise Adam on the rows that were taken over."""
+    """Take over the state of Adam on the dense layers, and of row-wise Adam on the rows that were taken over.
+
+    Rows that start fresh have no moments; the bias correction goes on counting all steps. The learning rate's decay
+    begins anew.
+    """
     path = source.folder / "optimiser.pt"
     if not path.is_file():
         raise UserError(
@@ -320,15 +325,12 @@ def optimiser_state(
         )
     state = state_dict.read(path)
     for name, parameter in model.network.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            saved = state.get(f"adam.{name}.{key}")
-            if saved is None or (key != "step" and saved.shape != parameter.shape):
-                raise UserError(
-                    f"{path} does not fit {source.folder / 'model.pt'}: 'adam.{name}.{key}' is missing or of "
-                    "another shape. Train the model again."
-                )
-            device = parameter.device
-            adam.state[parameter][key] = saved.clone().to(device, torch.float32 if key == "step" else parameter.dtype)
+        saved = {key: state[f"adam.{name}.{key}"] for key in MOMENTS if f"adam.{name}.{key}" in state}
+        if any(t.ndim and t.shape != parameter.shape for t in saved.values()):
+            raise UserError(
+                f"{path} does not fit {source.folder / 'model.pt'}: the moments of {name!r} have another shape"
+            )
+        adam.state[parameter] = {key: t.clone().to(parameter.device) for key, t in saved.items()}
     for width, rows in table_rows(model.plan, source, vocabularies).items():
         table: Table = model.tables[width]
         old_R, new_R = rows.pairs()
@@ -371,8 +373,9 @@ def _differing(plan: Plan, source: Source) -> str:
 
 def _take_pictures(model: TrainedModel, state: dict[str, Tensor]) -> None:
     if model.pictures is not None:
-        model.pictures.mean_W = state["pictures.mean"].clone()
-        model.pictures.scale = state["pictures.scale"].clone()
+        dtype = model.pictures.scale.dtype
+        model.pictures.mean_W = state["pictures.mean"].clone().to(dtype)
+        model.pictures.scale = state["pictures.scale"].clone().to(dtype)
 
 
 def _copy(to: Tensor, of: Tensor) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ctrkit import files, provenance
+from ctrkit.metric_tables import text_table
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import console, say
 from ctrkit.recipe import Recipe
@@ -49,9 +50,7 @@ def command(recipe: Recipe, tested: tuple[tuple[str, str, Path, Path], ...], out
         files.write_json(work.path / "daily.json", table)
         (work.path / "daily.md").write_text(day_table.markdown(recipe, table), encoding="utf-8")
         work.counts.update(rows=len(table["rows"]))
-    from ctrkit.paper_tables import rich_table
-
-    console().print(rich_table(f"{recipe.name}, day by day", day_table.HEADS, day_table.cells(table)))
+    console().print(text_table(f"{recipe.name}, day by day", day_table.HEADS, day_table.cells(table)))
     for said in day_table.further(table):
         say(f"daily: {said}")
     say(f"daily: {len(table['rows'])} rows -> {out / 'daily.md'}")

@@ -10,6 +10,7 @@ import click
 
 from ctrkit import files, provenance
 from ctrkit.errors import UsageError, UserError
+from ctrkit.metric_tables import text_table
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import console, say
 from ctrkit.recipe import Recipe
@@ -58,9 +59,9 @@ def command(recipe: Recipe, predictions: tuple[str, ...], models: tuple[str, ...
         work.counts.update(tables=len(tables), curves=len(figures))
     shown = console()
     for table in tables.values():
-        shown.print(paper_tables.rich_table(table["title"], *paper_tables.cells(table)))
+        shown.print(text_table(table["title"], *paper_tables.cells(table)))
         if table["comparisons"]:
-            shown.print(paper_tables.rich_table("", *paper_tables.comparison_cells(table)))
+            shown.print(text_table("", *paper_tables.comparison_cells(table)))
     for figure in figures.values():
         for said in figure["reach"]:
             say(f"tables: {said['text']}")

@@ -21,7 +21,7 @@ from ctrkit.recipe import Recipe
 @path_option("--convert", "Folder that `ctrkit convert` wrote, for models that look at pictures.", required=False)
 @path_option("--warm-start", "Model folder to start from, as train.warm_start says.", required=False)
 @path_option("--warm-convert", "Folder of `ctrkit convert` with that model's vocabulary, if another.", required=False)
-@path_option("--tensorboard", "Folder for TensorBoard scalars.", required=False)
+@path_option("--tensorboard", "Folder for TensorBoard scalars, written while training goes on.", required=False)
 @path_option("--out", "Model folder to write.")
 def command(
     recipe: Recipe,
@@ -36,10 +36,13 @@ def command(
     """Train DICM, DIN, base or LR.
 
     Reads groups/ (train and valid), and features.h5 and convert/vocab/image.parquet where the model looks at
-    pictures. Writes a model folder: model.pt (tensors), settings.json, history.jsonl. The model that is kept is the
-    one with the best validation GAUC. With --warm-start it starts from a model of strictly earlier days: with
-    train.warm_start = "extractors" from its picture extractors, with "full" from all of it, ids found by their values
-    (where the vocabulary is another one, --convert and --warm-convert tell both).
+    pictures. Writes a model folder: model.pt (tensors), settings.json, metrics.jsonl, and with train.save_optimiser
+    optimiser.pt. The model that is kept is the one with the best validation GAUC. A run that was killed goes on from
+    its last checkpoint (train.checkpoint_minutes, each epoch, each best model) when the same command is run again.
+
+    With --warm-start it starts from a model of strictly earlier days: with train.warm_start = "extractors" from its
+    picture extractors, with "full" from all of it, ids found by their values (where the vocabulary is another one,
+    --convert and --warm-convert tell both).
 
     \b
     ctrkit train --recipe demo --variant din --groups runs/demo/groups --out runs/demo/din/model
@@ -70,10 +73,13 @@ def command(
         "vocabulary of warm start": vocabularies[0],
         "vocabulary": vocabularies[1],
     }
+    bad_batch = out.with_name(f"{out.name}.bad-batch.parquet")
     with provenance.output("train", recipe, inputs, out) as work:
+        import time
+
         import torch
 
-        from ctrkit import devices, modelfile, training, training_days
+        from ctrkit import checkpoints, devices, modelfile, training, training_days
         from ctrkit import warm_start as warming
         from ctrkit.batches import GroupedData, Schema
 
@@ -86,9 +92,16 @@ def command(
         span = training_days.choose(config, days)
         whole = span == (days[0], days[-1])
         counts = modelfile.read_counts(groups, schema) if whole else training_days.read_counts(groups, schema, span)
-        if pictures is not None:
-            pictures.fit(None if whole else counts["image"])
         model = modelfile.build(config, schema, counts, pictures)
+        decides = [
+            config.model_dump(mode="json", exclude={"checkpoint_minutes", "save_optimiser", "device"}),
+            [torch.device(device).type, work.inputs, recipe.tables("features")],
+            [provenance.code_digest("train"), provenance.versions()],
+        ]
+        kept = checkpoints.Checkpoints(checkpoints.folder(out, decides))
+        last = kept.latest()
+        if pictures is not None and last is None:
+            pictures.fit(None if whole else counts["image"])
         backbone = pictures.store.attributes if pictures else None
         warmed = source = None
         if warm_start is not None:
@@ -103,22 +116,27 @@ def command(
             seen["valid"] = held_out[0], held_out[-1]
         users = training.sample_users(valid) if valid else None
         with devices.lock(device):
-            trainer = training.Trainer(model, counts, train, valid, users)
+            trainer = training.Trainer(model, counts, train, valid, users, kept, tensorboard, bad_batch)
             if source is not None and config.warm_optimiser:
                 warming.optimiser_state(model, trainer.adam, source, vocabularies)
+            if last is not None:
+                trainer.resume(last)
+            begun, samples = time.monotonic(), trainer.samples
             trainer.run()
+            rate = (trainer.samples - samples) / (time.monotonic() - begun)
         work.path.mkdir()
         days_seen: dict[str, dict[str, object]] = {
             split: {"first": str(first), "last": str(last)} for split, (first, last) in seen.items()
         }
         days_seen["train"]["samples"] = len(train)
         modelfile.save(model, work.path, {"pictures": backbone, "days": days_seen})
-        (work.path / "history.jsonl").write_text(training.history_lines(trainer.history), encoding="utf-8")
-        if tensorboard is not None:
-            training.write_tensorboard(trainer.history, tensorboard)
+        if config.save_optimiser:
+            modelfile.save_optimiser(trainer.optimiser_state(), work.path)
+        (work.path / "metrics.jsonl").write_text(training.metrics_lines(trainer.records), encoding="utf-8")
         judged = [r for r in trainer.history if r["valid_gauc"] is not None]
         best = max(judged, key=lambda r: r["valid_gauc"], default=None)
         work.counts.update(samples=len(train), steps=trainer.steps, best=best)
+        work.counts["samples a second"] = round(rate, 1)
         if warmed is not None:
             work.counts["warm start"] = warmed.counts()
             say(f"train: {out}: started from {warmed}")
@@ -126,6 +144,8 @@ def command(
             work.counts["pictures without a vector"] = pictures.missing
             if pictures.missing:
                 say(f"train: {pictures.missing:,} pictures have no vector in {features} and count as missing")
+    checkpoints.remove(out)
+    bad_batch.unlink(missing_ok=True)
     if best is not None:
         say(f"train: {out}: validation GAUC {best['valid_gauc']:.4f} at step {best['step']} of {trainer.steps}")
     else:

@@ -169,14 +169,34 @@ def test_what_is_recorded(noise: Path) -> None:
     assert [r["samples"] for r in made.history] == [20 * 64, 40 * 64, n]
     assert [r["epoch"] for r in made.history] == [1, 1, 1]
     assert [r["learning_rate"] for r in made.history] == [0.01 * 0.5 ** ((r["step"] - 1) // 8) for r in made.history]
-    lines = training.history_lines(made.history).splitlines()
-    assert [json.loads(line) for line in lines] == made.history
+    lines = training.metrics_lines(made.records).splitlines()
+    assert [json.loads(line) for line in lines] == made.records == made.history
+
+
+def test_lines_between_the_validations(noise: Path) -> None:
+    """The mean loss since the line before, whatever was validated in between."""
+    every = trainer(noise, model="lr", epochs=2, log_every=1)
+    every.run()
+    losses = [r["loss"] for r in every.records if "valid_gauc" not in r]
+    made = trainer(noise, model="lr", epochs=2, log_every=15, evaluate_every=20, patience=0)
+    made.run()
+    steps = math.ceil(500 * 6 / 64)
+    lines = [r for r in made.records if "valid_gauc" not in r]
+    assert [r["step"] for r in lines] == list(range(15, 2 * steps, 15))
+    assert list(lines[0]) == ["step", "epoch", "samples", "loss", "learning_rate"]
+    last = 500 * 6 - 64 * (steps - 1)
+    weights = np.array(([64] * (steps - 1) + [last]) * 2)
+    for r in lines:
+        window = slice(r["step"] - 15, r["step"])
+        assert r["loss"] == pytest.approx(np.average(losses[window], weights=weights[window]), rel=1e-6)
+        assert (r["epoch"], r["samples"]) == (1 + (r["step"] - 1) // steps, weights[: r["step"]].sum())
 
 
 def test_the_loss_before_the_first_step(noise: Path) -> None:
     """Logistic regression starts at zero, so its first batch costs ln 2."""
-    made = trainer(noise, model="lr", evaluate_every=1, epochs=1)
-    assert next(made._losses(training.Meter("", None, ""))) == pytest.approx(math.log(2), rel=1e-6)
+    made = trainer(noise, model="lr", log_every=1, epochs=1)
+    made.run()
+    assert made.records[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_validation_is_loss_and_gauc_of_the_scores(noise: Path) -> None:
@@ -211,17 +231,6 @@ def test_users_are_told_apart_by_their_raw_id(tmp_path: Path) -> None:
     assert users.tolist() == [2, 2, 1, 2, 2, 2]
 
 
-def test_tensorboard(noise: Path, tmp_path: Path) -> None:
-    history = [{"step": 3, "loss": 0.5, "valid_gauc": None}, {"step": 6, "loss": 0.25, "valid_gauc": 0.75}]
-    training.write_tensorboard(history, tmp_path / "board")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.5), (6, 0.25)]
-    assert [(e.step, e.value) for e in events.Scalars("valid_gauc")] == [(6, 0.75)]
-    assert history[0]["step"] == 3
-
-
 # What is kept, and when training stops.
 
 
@@ -233,7 +242,7 @@ def final_gauc(made: training.Trainer) -> float | None:
 
 
 def test_the_best_of_the_validations_is_kept(noise: Path) -> None:
-    made = trainer(noise, evaluate_every=10, epochs=2, regularisation="none", learning_rate=0.01)
+    made = trainer(noise, evaluate_every=10, epochs=2, regularisation="none", learning_rate=0.01, patience=0)
     made.run()
     found = [r["valid_gauc"] for r in made.history]
     assert np.argmax(found) < len(found) - 1  # on noise, the last is not the best
@@ -242,7 +251,7 @@ def test_the_best_of_the_validations_is_kept(noise: Path) -> None:
 
 def test_patience(noise: Path) -> None:
     every = {"evaluate_every": 10, "epochs": 4, "learning_rate": 0.01}
-    whole = trainer(noise, **every)
+    whole = trainer(noise, **every, patience=0)
     whole.run()
     curve = [r["valid_gauc"] for r in whole.history]
     for patience in (1, 3):
@@ -286,7 +295,7 @@ def test_without_validation_the_last_model_is_kept(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite(noise: Path) -> None:
     made = trainer(noise, learning_rate=1e30, batch_norm=False)
-    with pytest.raises(UserError, match=r"not finite by step \d+. Lower \[train\] learning_rate"):
+    with pytest.raises(UserError, match=r"stopped at step 2, in epoch 1: the loss is .* Lower \[train\] learning_rate"):
         made.run()
 
 

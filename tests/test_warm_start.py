@@ -1,5 +1,6 @@
 """Starting from a trained model, through the command line: what is taken over, what is fresh, what is refused."""
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -173,6 +174,37 @@ def test_another_vocabulary_has_to_be_given(tiny_run: TinyRun, early: Path, tmp_
     other.train(tmp_path / "part", *words("extractors"), "--warm-start", early)
 
 
+def test_the_optimiser_goes_on_with_the_rows_that_were_taken_over(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Steps go on counting; moments of rows that are not trained again lie where their values went."""
+    more = ["--set", "train.user_ids=true", "--set", "train.save_optimiser=true"]
+    old = tiny_run.train(tmp_path / "old", *EARLY, *more)
+    other = reversed_vocabulary(tiny_run, tmp_path / "other")
+    warm = [*words("full"), *more, "--warm-start", old, "--warm-convert", tiny_run.convert]
+    without = other.train(tmp_path / "without", *warm)
+    new = other.train(tmp_path / "new", *warm, "--set", "train.warm_optimiser=true")
+    a, b, c = (torch.load(m / "optimiser.pt", weights_only=True) for m in (old, new, without))
+    assert a.keys() == b.keys()
+    steps = [name for name in a if name.endswith(".step")]
+    assert {"table.12.step", "adam.discriminator.layers.0.weight.step"} & set(steps)
+    for name in steps:
+        assert float(b[name]) == float(a[name]) + float(c[name]) > float(c[name]) > 0, name
+    span = training_days.choose(Train(first_day=2), days_of_training(other))
+    trained = training_days.read_counts(other.groups, Schema.read(other.groups), span)
+    compared = 0
+    for vocab in ("ad_id", "goods"):
+        begin = offset(tiny_run, old, vocab)
+        before, after = (
+            dict(pl.read_parquet(run.convert / "vocab" / f"{vocab}.parquet").select("value", "index").iter_rows())
+            for run in (tiny_run, other)
+        )
+        for value, index in after.items():
+            if trained[vocab][index] == 0 and value in before:
+                for key in ("table.12.m", "table.12.v"):
+                    assert b[key][begin + index].equal(a[key][begin + before[value]])
+                    compared += bool(a[key][begin + before[value]].any())
+    assert compared > 0
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +289,10 @@ def test_options_that_need_each_other(tiny_run: TinyRun, early: Path, tmp_path: 
     assert "has no settings.json" in refused(tiny_run, out, *words("full"), "--warm-start", tmp_path)
     more = [*words("full"), "--set", "train.warm_optimiser=true", "--warm-start", early]
     assert "has no optimiser.pt" in refused(tiny_run, out, *more)
+
+
+def days_of_training(run: TinyRun) -> list[datetime.date]:
+    return training_days.days_of(run.groups, "train")
 
 
 # --- the days that are trained on ------------------------------------------------------------------------------------

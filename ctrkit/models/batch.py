@@ -35,6 +35,8 @@ class Batch:
     """Picture feature → [S] or [B] positions in N."""
     kept_P: Tensor | None = None
     """[P] bool: whether the sample sees the ids of the behaviour (`regularisation = "dropout"`). None: it does."""
+    dropout_rate: float = 0.0
+    """The share of pairs that `kept_P` was drawn to leave out."""
 
     def to(self, device: str) -> "Batch":
         """Return the batch with its tensors on a device; itself where they are there already."""
@@ -88,7 +90,7 @@ class Lookup:
         return torch.cat([self.one(n, len(self.batch.group_B)) for n in names], 1)
 
 
-def sum_of_ids(batch: Batch, v_BD: Tensor, dropout_rate: float) -> Tensor:
+def sum_of_ids(batch: Batch, v_BD: Tensor) -> Tensor:
     """Return [S, D]: the sum of the behaviours' vectors of each sample; zero without a history.
 
     Where dropout discards behaviours, those kept count 1 / (1 − rate) times, so that the sum has the same expectation.
@@ -96,4 +98,4 @@ def sum_of_ids(batch: Batch, v_BD: Tensor, dropout_rate: float) -> Tensor:
     if batch.kept_P is None:
         return segment_sum(v_BD, batch.group_B, batch.n_groups).index_select(0, batch.group_S)
     sample_P, behaviour_P = batch.id_pairs()
-    return segment_sum(v_BD.index_select(0, behaviour_P), sample_P, batch.n_samples) / (1.0 - dropout_rate)
+    return segment_sum(v_BD.index_select(0, behaviour_P), sample_P, batch.n_samples) / (1.0 - batch.dropout_rate)

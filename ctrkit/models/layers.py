@@ -12,7 +12,8 @@ class Dice(nn.Module):
     a is learned per channel, E and Var are the batch's in training and running averages in evaluation:
     m ← 0.99·m + 0.01·batch with bias correction, since eqs. 6 and 7 as printed grow without bound.
     ε, open in the paper, bounds the gradient of channels that are constant over a batch (or have one row).
-    Input and output [rows, H]; rows are real rows, never padding.
+    Input and output [rows, H]; rows are real rows, never padding. `count` [rows] says how often each row counts
+    where equal rows are given once; without it each counts once.
     """
 
     mean_H: Tensor
@@ -27,9 +28,14 @@ class Dice(nn.Module):
         self.register_buffer("var_H", torch.zeros(width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Tensor, count: Tensor | None = None) -> Tensor:
         if self.training and len(y):
-            mean_H, var_H = y.mean(0), y.var(0, unbiased=False)
+            if count is None:
+                mean_H, var_H = y.mean(0), y.var(0, unbiased=False)
+            else:
+                share_R1 = (count / count.sum()).unsqueeze(1)
+                mean_H = (share_R1 * y).sum(0)
+                var_H = (share_R1 * (y - mean_H) ** 2).sum(0)
             with torch.no_grad():
                 self.mean_H.lerp_(mean_H.detach(), self.momentum)
                 self.var_H.lerp_(var_H.detach(), self.momentum)
@@ -57,14 +63,23 @@ def activation(name: str, width: int) -> nn.Module:
     return Dice(width) if name == "dice" else PReLU(width)
 
 
-def mlp(widths: Sequence[int], act: str) -> nn.Sequential:
+class MLP(nn.Sequential):
+    """Layers one after the other; `count` [rows] goes to those that count rows, as in `Dice`."""
+
+    def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, count) if isinstance(layer, Dice) else layer(x)
+        return x
+
+
+def mlp(widths: Sequence[int], act: str) -> MLP:
     """Return fully connected layers of these widths, an activation between them and none after the last."""
     layers: list[nn.Module] = []
     for i in range(1, len(widths)):
         layers.append(nn.Linear(widths[i - 1], widths[i]))
         if i < len(widths) - 1:
             layers.append(activation(act, widths[i]))
-    return nn.Sequential(*layers)
+    return MLP(*layers)
 
 
 class Discriminator(nn.Module):
