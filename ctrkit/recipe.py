@@ -682,8 +682,9 @@ class Recipe(Table):
     predict: Predict = Predict()
     eval: Eval = Eval()
     report: Report = Report()
-    variants: dict[VariantName, dict[str, dict[str, Any] | bool]] = {}
-    """Overrides, table by table. With `extra = true`, one that only `make tables` makes."""
+    variants: dict[VariantName, dict[str, dict[str, Any] | bool | str]] = {}
+    """Overrides, table by table, on top of those of the variant that `like` names. With `extra = true`, its own or that
+    one's, a variant that only `make tables` makes."""
     paper_tables: dict[VariantName, PaperTable] = Field(default={}, alias="tables")
     curves: dict[VariantName, PaperCurves] = {}
 
@@ -753,7 +754,9 @@ class Recipe(Table):
 
     def is_extra(self, variant: str) -> bool:
         """Say whether a variant is made for tables only."""
-        return self.variants[variant].get("extra") is True
+        like = self.variants[variant].get("like")
+        extra = self.variants[variant].get("extra", self.is_extra(like) if isinstance(like, str) else False)
+        return extra is True
 
     def select(self, *, of: str, kind: str = "id") -> dict[str, Feature]:
         """Return the features of one owner and kind, in the recipe's order. A number's bucket is an id."""
@@ -803,7 +806,7 @@ def load(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = (
         variants = data.get("variants", {})
         if variant not in variants:
             raise UsageError(f"{path} has no variant {variant!r}{nearest(variant, variants)}")
-        data = _merge(data, _tables_of(variants[variant]))
+        data = _merge(data, _overrides(variants, variant, str(path)))
         for override in overrides:
             data = _merge(data, override)
     return _validate(data, str(path))
@@ -826,17 +829,27 @@ def _check_variants(data: dict[str, Any], where: str) -> None:
     if key in _checked:
         return
     base = {k: v for k, v in data.items() if k not in NAMING_VARIANTS}
-    for name, override in _validate(data, where).variants.items():
+    variants = _validate(data, where).variants
+    for name in variants:
         try:
-            Recipe.model_validate(_merge(base, _tables_of(override)))
+            Recipe.model_validate(_merge(base, _overrides(variants, name, where)))
         except ValidationError as e:
             raise UsageError(f"{where}, variant {name!r}: {_explain(e)}") from None
     _checked.add(key)
 
 
-def _tables_of(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a variant's overrides, without what is said of the variant itself."""
-    return {k: v for k, v in variant.items() if k != "extra"}
+def _overrides(variants: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """Return a variant's overrides, on top of those of the variant that it is like."""
+    chain = [name]
+    while (like := variants[chain[-1]].get("like")) is not None:
+        if like in chain or like not in variants:
+            fault = "is like itself" if like in chain else f"is like {like!r}, which is none{nearest(like, variants)}"
+            raise UsageError(f"{where}: variant {name!r} {fault}")
+        chain.append(like)
+    out: dict[str, Any] = {}
+    for one in reversed(chain):
+        out = _merge(out, {k: v for k, v in variants[one].items() if k not in ("extra", "like")})
+    return out
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
