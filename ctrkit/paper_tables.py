@@ -39,7 +39,7 @@ def make_table(table: PaperTable, predictions: Mapping[str, Path], settings: Eva
         paper = {
             "gauc": row.paper_gauc,
             "gain": _minus(row.paper_gauc, gauc[table.baseline]),
-            "r_gauc": None if row.paper_r_gauc is None else row.paper_r_gauc / 100,
+            "r_gauc": None if row.paper_r_gauc is None else round(row.paper_r_gauc / 100, 6),
         }
         rows.append(
             {"variant": row.variant, "label": row.label or row.variant, **{k: one[k] for k in kept}, "paper": paper}
@@ -49,7 +49,7 @@ def make_table(table: PaperTable, predictions: Mapping[str, Path], settings: Eva
         if c["slice"] != "all":
             continue
         points, gap = (_minus(of[c["better"]], of[c["worse"]]) for of in (r_gauc, gauc))
-        paper = {"gauc": gap, "r_gauc": None if points is None else points / 100}
+        paper = {"gauc": gap, "r_gauc": None if points is None else round(points / 100, 6)}
         comparisons.append(
             {**{k: c[k] for k in ("better", "worse", "difference", "low", "high")}, "paper": paper}
             | {"verdict": verdict(c["difference"], c["low"], c["high"])}
