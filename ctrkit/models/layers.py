@@ -33,6 +33,7 @@ class Dice(nn.Module):
             if count is None:
                 mean_H, var_H = y.mean(0), y.var(0, unbiased=False)
             else:
+                count = count.to(torch.promote_types(y.dtype, torch.float32))
                 share_R1 = (count / count.sum()).unsqueeze(1)
                 mean_H = (share_R1 * y).sum(0)
                 var_H = (share_R1 * (y - mean_H) ** 2).sum(0)

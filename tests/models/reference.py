@@ -43,9 +43,8 @@ def make(train: Mapping[str, Any], vectors: PictureVectors, seed: int = 1) -> Tr
     """Return a small model in float64 whose every parameter and statistic is random."""
     config = Train(**{**SMALL, **train, "seed": seed})
     counts = {vocab: np.arange(size) for vocab, size in SIZES.items()}
-    model = build(config, SCHEMA, counts, vectors if config.looks_at_pictures else None)
+    model = build(config, SCHEMA, counts, vectors if config.looks_at_pictures else None, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    model.network.double()
     with torch.no_grad():
         for name, tensor in model.network.state_dict().items():
             if name.endswith("seen"):
@@ -57,8 +56,6 @@ def make(train: Mapping[str, Any], vectors: PictureVectors, seed: int = 1) -> Tr
     for table in model.tables.values():
         table.weight_VD = torch.randn(table.weight_VD.shape, generator=generator, dtype=torch.float64)
         table.weight_VD[0] = 0.0
-        for name in ("count_V", "m_VD", "v_VD"):
-            setattr(table, name, getattr(table, name).double())
     return model
 
 
@@ -66,7 +63,6 @@ def collate(model: TrainedModel, groups: Sequence[Group], seed: Sequence[int] | 
     """Return the groups as a batch in float64, for training where there is a seed."""
     batch = Collator(model.plan, model.tables, model.pictures)(to_block(groups), seed)
     batch.click_S = batch.click_S.double()
-    batch.picture_NW = {name: x.double() for name, x in batch.picture_NW.items()}
     return batch
 
 
