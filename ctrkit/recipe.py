@@ -468,6 +468,8 @@ class Train(Table):
     """Hidden widths of DICM's attention network."""
     din: Literal["din-v1", "din-code"] = "din-code"
     """`din-v1`: g over [V_i; V_a; V_i-V_a], weights not normalised. `din-code`: as in the authors' code."""
+    din_activation: Literal["sigmoid", "prelu", "dice"] = "sigmoid"
+    """Between the layers of `din-code`'s unit; `din-v1`'s has `activation`."""
     activation: Literal["prelu", "dice"] = "prelu"
     batch_norm: bool = True
     # How it learns.

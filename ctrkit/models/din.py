@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrkit.errors import UsageError
-from ctrkit.models.activation_unit import ActivationUnit, weighted_sum
+from ctrkit.models.activation_unit import ActivationUnit
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.layers import Discriminator
 from ctrkit.models.plan import Plan
@@ -26,26 +26,23 @@ class DIN(nn.Module):
                 "model 'din' compares behaviours with the ad, but no behaviour feature shares its vocabulary with an "
                 "ad feature. Give one of each the same `vocab` in [features]."
             )
-        self.unit = ActivationUnit(plan.total_width(list(self.partner)), plan.train.din, plan.train.activation)
+        self.unit = ActivationUnit(plan.total_width(list(self.partner)), plan.train)
         width = plan.total_width([*plan.user, *plan.sample, *plan.behaviour])
         self.discriminator = Discriminator(width, plan.train.tower, plan.train.activation, plan.train.batch_norm)
 
     def weights_P(self, batch: Batch, look: Lookup) -> Tensor:
         """Return [P]: g(V_i, V_a) of every (sample, behaviour) pair, or of those that dropout keeps."""
-        return id_weights(self.unit, self.plan, batch, look)
+        return self.unit.weights_P(*compared(self.plan, look), batch.id_pairs(), batch.dropout_rate)
 
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
-        w_P = self.weights_P(batch, look)
         v_BD = look.behaviours_B(self.plan.behaviour)
-        parts.append(weighted_sum(v_BD, w_P, batch.id_pairs(), batch.n_samples))
+        parts.append(self.unit.pool(*compared(self.plan, look), v_BD, batch.id_pairs(), batch.dropout_rate))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out
 
 
-def id_weights(unit: ActivationUnit, plan: Plan, batch: Batch, look: Lookup) -> Tensor:
-    """Return [P]: the unit's weights, from the behaviours' ids and the ad's of the same vocabularies."""
+def compared(plan: Plan, look: Lookup) -> tuple[Tensor, Tensor]:
+    """Return ([S, D], [B, D]): the ad's ids and the behaviours' of the same vocabularies, side by side."""
     partner = plan.partners()
-    q_SD = torch.cat(look.samples_S(list(partner.values())), 1)
-    k_BD = look.behaviours_B(list(partner))
-    return unit.weights_P(q_SD, k_BD, batch.id_pairs(), batch.dropout_rate)
+    return torch.cat(look.samples_S(list(partner.values())), 1), look.behaviours_B(list(partner))

@@ -28,6 +28,18 @@ class Dice(nn.Module):
         self.register_buffer("var_H", torch.zeros(width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
 
+    @torch.no_grad()
+    def observe(self, mean_H: Tensor, var_H: Tensor) -> None:
+        """Take a batch's statistics into the running averages."""
+        self.mean_H.lerp_(mean_H.to(self.mean_H.dtype), self.momentum)
+        self.var_H.lerp_(var_H.to(self.var_H.dtype), self.momentum)
+        self.seen += 1
+
+    def running(self) -> tuple[Tensor, Tensor]:
+        """Return (E, Var), the bias-corrected averages."""
+        correction = (1.0 - (1.0 - self.momentum) ** self.seen).clamp(min=self.momentum).to(self.mean_H.dtype)
+        return self.mean_H / correction, self.var_H / correction
+
     def forward(self, y: Tensor, count: Tensor | None = None) -> Tensor:
         if self.training and len(y):
             if count is None:
@@ -37,13 +49,9 @@ class Dice(nn.Module):
                 share_R1 = (count / count.sum()).unsqueeze(1)
                 mean_H = (share_R1 * y).sum(0)
                 var_H = (share_R1 * (y - mean_H) ** 2).sum(0)
-            with torch.no_grad():
-                self.mean_H.lerp_(mean_H.detach(), self.momentum)
-                self.var_H.lerp_(var_H.detach(), self.momentum)
-                self.seen += 1
+            self.observe(mean_H.detach(), var_H.detach())
         else:
-            correction = (1.0 - (1.0 - self.momentum) ** self.seen).clamp(min=self.momentum).to(y.dtype)
-            mean_H, var_H = self.mean_H / correction, self.var_H / correction
+            mean_H, var_H = self.running()
         # √ has no slope at 0: a constant channel passes no gradient through its deviation.
         deviation_H = torch.where(var_H > 0, var_H, 1.0).sqrt() * (var_H > 0)
         p = torch.sigmoid((y - mean_H) / (deviation_H + self.eps))
@@ -121,38 +129,3 @@ def segment_softmax(logits_P: Tensor, segment_P: Tensor, n: int) -> Tensor:
     top_n = logits_P.detach().new_full((n,), -torch.inf).scatter_reduce(0, segment_P, logits_P.detach(), "amax")
     e_P = torch.exp(logits_P - top_n.index_select(0, segment_P))
     return e_P / segment_sum(e_P, segment_P, n).index_select(0, segment_P)
-
-
-class PairMLP(nn.Module):
-    """A network on a pair (query of a sample, key of a behaviour) → [P], without building the concatenation.
-
-    The input is [q; k], or [q; k; q − k; q∘k] restricted to the named `parts`. The first layer is split:
-    W[q; k; q−k; q∘k] = (W_q + W_d)·q + (W_k − W_d)·k + W_p·(q∘k), so q is projected once a sample and k once a
-    behaviour. Exact.
-    """
-
-    def __init__(self, q: int, k: int, hidden: Sequence[int], act: str, parts: str = "qk") -> None:
-        super().__init__()
-        self.parts = parts
-        if parts != "qk" and q != k:
-            raise ValueError(f"q − k and q∘k need equal widths, not {q} and {k}")
-        width = {"q": q, "k": k, "d": q, "p": q}
-        first = nn.Linear(sum(width[p] for p in parts), hidden[0])
-        weight = dict(zip(parts, torch.split(first.weight.detach(), [width[p] for p in parts], dim=1), strict=True))
-        self.weight = nn.ParameterDict({p: nn.Parameter(w.clone()) for p, w in weight.items()})
-        self.bias = nn.Parameter(first.bias.detach().clone())
-        self.act = activation(act, hidden[0])
-        self.rest = mlp([*hidden, 1], act)
-
-    def forward(self, q_SD: Tensor, k_BD: Tensor, sample_P: Tensor, behaviour_P: Tensor) -> Tensor:
-        w_q, w_k = self.weight["q"], self.weight["k"]
-        if "d" in self.parts:
-            w_q, w_k = w_q + self.weight["d"], w_k - self.weight["d"]
-        h_SH = nn.functional.linear(q_SD, w_q, self.bias)
-        h_BH = nn.functional.linear(k_BD, w_k)
-        h_PH = h_SH.index_select(0, sample_P) + h_BH.index_select(0, behaviour_P)
-        if "p" in self.parts:
-            product_PD = q_SD.index_select(0, sample_P) * k_BD.index_select(0, behaviour_P)
-            h_PH = h_PH + nn.functional.linear(product_PD, self.weight["p"])
-        out_P: Tensor = self.rest(self.act(h_PH)).squeeze(1)
-        return out_P

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ctrkit.models.layers import (
     Dice,
     Discriminator,
-    PairMLP,
     PReLU,
     mlp,
     segment_max,
     segment_softmax,
     segment_sum,
 )
+from ctrkit.models.pairs import PairMLP
 from tests.models.reference import dice
 
 
