@@ -63,7 +63,8 @@ class Checkpoints:
         except OSError as e:
             raise files.cannot_write(path, e) from None
         value = {"step": step, "best": best, "progress": dict(progress), "size": size, "digest": digest}
-        files.write_json(self._record(step), {**value, "check": _check(value)})
+        # Keys stay in their order, since lines of metrics.jsonl are among the values.
+        files.write_text(self._record(step), json.dumps({**value, "check": _check(value)}, allow_nan=False))
         self._prune()
 
     def latest(self) -> Checkpoint | None:
@@ -138,7 +139,7 @@ class Checkpoints:
 
 
 def _check(value: Mapping[str, Any]) -> str:
-    return digests.text(json.dumps(value, sort_keys=True))
+    return digests.text(json.dumps(value))
 
 
 def folder(target: Path, decides: Any) -> Path:
