@@ -45,6 +45,8 @@ CHAIN = "by-day"
 """Folder of the days of `make daily`, each of which starts from the model of the day before."""
 DAY_SPLIT = ("split.test=1", "split.valid=0")
 """Of the days of `make daily`: a day tests, and all before it in the window may train."""
+NO_WARM_START = ("train.warm_start=", "train.warm_from=")
+"""Of a day's model from scratch, whatever the variant says."""
 SCRATCH = "scratch"
 """Folder, beside a day's model, of the same one trained from scratch."""
 
@@ -127,6 +129,10 @@ class Graph:
         self._chains: dict[str | None, Chain] = {}
         self._begun: list[str | None] = []
         self._day: datetime.date | None = None
+        if setting.until is not None and setting.since is None:
+            raise UsageError(
+                f"the days up to {setting.until} begin where? Give FROM=… (make) or --from (ctrkit run) too"
+            )
         if setting.since is not None:
             self._by_day(setting.since, setting.until or setting.since)
             return
@@ -158,9 +164,7 @@ class Graph:
             circle = " -> ".join(repr(n) for n in (*self._begun[self._begun.index(name) :], name))
             raise UsageError(f"variants start from each other in a circle: {circle}; change a train.warm_from")
         self._begun.append(name)
-        recipe = load(self.setting.recipe, name, self.setting.sets)
-        if recipe.simulate != self._base.simulate:
-            raise UsageError(f"variant {name!r} overrides [simulate]: all variants of a recipe share one world")
+        recipe = self._load(name)
         earlier = None
         if recipe.train.warm_start:
             source = recipe.train.warm_from
@@ -182,6 +186,13 @@ class Graph:
         self._chains[name] = self._model(name, recipe, data, earlier)
         self._begun.pop()
         return self._chains[name]
+
+    def _load(self, name: str | None, sets: tuple[str, ...] = ()) -> Recipe:
+        """Return the recipe with a variant's overrides, the user's and further ones."""
+        recipe = load(self.setting.recipe, name, (*self.setting.sets, *sets))
+        if recipe.simulate != self._base.simulate:
+            raise UsageError(f"variant {name!r} overrides [simulate]: all variants of a recipe share one world")
+        return recipe
 
     def _tables(self) -> None:
         """Add the papers' tables and curves, after the variants in them."""
@@ -205,7 +216,7 @@ class Graph:
         if self.setting.today is not None:
             raise UsageError("TODAY is one day and FROM and TO a range of days: give one or the other")
         names: list[str | None] = list(self._base.daily.variants) or self._names
-        self._base = load(self.setting.recipe, None, (*self.setting.sets, *DAY_SPLIT))
+        self._base = self._load(None, DAY_SPLIT)
         base_before = self._left_by_earlier_day(None, since, own=False)
         earlier: dict[str | None, Earlier] = {}
         options: list[str] = []
@@ -232,17 +243,17 @@ class Graph:
     def _one_day(self, name: str | None, label: str, before: Earlier | None) -> dict[str, Chain]:
         """Return a day's steps of a variant by their label: from the day before and, where asked, from scratch."""
         assert self._day is not None
-        plain = load(self.setting.recipe, name, (*self.setting.sets, *DAY_SPLIT))
+        cold = (*DAY_SPLIT, *NO_WARM_START)
+        plain = self._load(name, cold)
         before = before or self._left_by_earlier_day(name, self._day, own=not self._converts_as_base(plain))
         data = self._data(name, plain, before, DAY_SPLIT)
         if before is None or before.model is None:
-            return {label: self._model(name, plain, data, None, DAY_SPLIT)}
+            return {label: self._model(name, plain, data, None, cold)}
         keys = [f"train.{key}={json.dumps(value)}" for key, value in self._base.daily.train.items()]
-        sets = (*DAY_SPLIT, *keys, "train.first_day=-1", "train.warm_start=full")
-        warm = load(self.setting.recipe, name, (*self.setting.sets, *sets))
-        out = {label: self._model(name, warm, data, before, sets)}
+        sets = (*cold, *keys, "train.first_day=-1", "train.warm_start=full")
+        out = {label: self._model(name, self._load(name, sets), data, before, sets)}
         if self._base.daily.scratch:
-            out[f"{label}, from scratch"] = self._model(name, plain, data, None, DAY_SPLIT, SCRATCH)
+            out[f"{label}, from scratch"] = self._model(name, plain, data, None, cold, SCRATCH)
         return out
 
     def _left_by_earlier_day(self, name: str | None, day: datetime.date, *, own: bool) -> Earlier | None:

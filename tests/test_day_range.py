@@ -213,12 +213,25 @@ def test_ranges_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     some = Days(tmp_path / "some", monkeypatch)
     with pytest.raises(UsageError, match="FROM comes after TO"):
         some.graph(5, 4)
+    with pytest.raises(UsageError, match="begin where"):
+        Graph(Setting(str(tmp_path / "some/tiny.toml"), None, None, (), tmp_path, until=day(4)))
     with pytest.raises(UsageError, match="one or the other"):
         Graph(Setting(str(tmp_path / "some/tiny.toml"), None, None, (), tmp_path, day(4), since=day(4)))
     with pytest.raises(UsageError, match="table \\[train\\] has no key 'epoch'; did you mean 'epochs'"):
         some.graph(4, 5, ("daily.train.epoch=2",))
     with pytest.raises(UsageError, match=r"daily.variants: there is no variant 'dim'; did you mean 'din'"):
         some.graph(4, 5, ("daily.variants=['dim']",))
+
+
+def test_a_variant_that_starts_from_another_starts_from_the_day_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = Days(tmp_path / "some", monkeypatch)
+    sets = ("variants.din.train.warm_start=full", "variants.din.train.warm_from=pictures", "daily.variants=['din']")
+    trained = [step for step in some.graph(4, 5, sets).steps if step.stage == "train"]
+    assert ["--warm-start" in step.options for step in trained] == [False, True, False]
+    assert str(some.model(4)) in trained[1].options
+    assert all("train.warm_from=" in step.sets for step in trained)
 
 
 def test_make_names_the_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
