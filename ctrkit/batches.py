@@ -214,10 +214,11 @@ class GroupedData:
         scan = pl.scan_parquet(self._files).select(pl.col("sample_id").list.len().sum())
         return int(scan.collect().item())
 
-    def frames(self, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
-        """Yield these columns of each block, in order."""
+    def frames(self, columns: Sequence[str], order: Sequence[int] | None = None) -> Iterator[pl.DataFrame]:
+        """Yield these columns of each block, in file order or in the order given."""
         shared = [c for c in columns if c in self.schema.features and self.schema.features[c].of in _SHARED]
-        for file, start, n in self._blocks:
+        for i in range(len(self._blocks)) if order is None else order:
+            file, start, n = self._blocks[i]
             frame = pl.scan_parquet(file).slice(start, n).select("common", *columns).collect()
             yield _resolve(frame, shared).select(columns)
 
@@ -230,16 +231,27 @@ class GroupedData:
             frame = pl.scan_parquet(file).slice(start, n).select(wanted).collect()
             yield _block(_resolve(frame, [*by_owner[("user",)], *by_owner[("behaviour",)]]), by_owner, self.schema)
 
-    def epoch(self, batch: int, seed: Sequence[int] | None = None) -> Iterator[Block]:
+    def epoch(self, batch: int, seed: Sequence[int] | None = None, skip: int = 0) -> Iterator[Block]:
         """Yield the samples in batches of exactly `batch` (the last one shorter), each with its groups.
 
-        With a seed, blocks are shuffled and then the groups within each; samples of a group stay together.
+        With a seed, blocks are shuffled and then the groups within each; samples of a group stay together. The first
+        `skip` batches are left out, and blocks that only they need are not read.
         """
         rng = None if seed is None else np.random.default_rng(list(seed))
-        order = None if rng is None else list(rng.permutation(len(self._blocks)))
+        order = list(range(len(self._blocks))) if rng is None else rng.permutation(len(self._blocks)).tolist()
+        begin, left_out = 0, skip * batch
+        while left_out and begin < len(order):
+            samples_G = next(self.frames(["sample_id"], order[begin : begin + 1]))["sample_id"].list.len()
+            if samples_G.sum() > left_out:
+                break
+            begin, left_out = begin + 1, left_out - int(samples_G.sum())
+            if rng is not None:
+                rng.permutation(len(samples_G))
         waiting: list[Block] = []
-        for block in self.blocks(order):
-            waiting.append(block if rng is None else block.take(rng.permutation(block.n_groups)))
+        for block in self.blocks(order[begin:]):
+            shuffled = block if rng is None else block.take(rng.permutation(block.n_groups))
+            waiting.append(shuffled.samples(left_out, shuffled.n_samples) if left_out else shuffled)
+            left_out = 0
             if sum(b.n_samples for b in waiting) < batch:
                 continue
             merged = Block.concat(waiting)

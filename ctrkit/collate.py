@@ -1,5 +1,6 @@
 """Blocks of columns to a model's batch: distinct embedding rows, distinct pictures, (sample, behaviour) pairs."""
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -37,6 +38,8 @@ class Collator:
     ) -> None:
         self.plan, self.tables, self.pictures = plan, tables, pictures
         self.counts, self.unknown_rate = counts or {}, unknown_rate
+        self._place_V: dict[int, npt.NDArray[np.int32]] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, block: Block, seed: Sequence[int] | None = None) -> Batch:
         """Return the batch of a block's samples, for training where there is a seed.
@@ -68,7 +71,7 @@ class Collator:
         train = self.plan.train
         if seed is not None and train.regularisation == "dropout" and self.plan.behaviour:
             keep_P = dropout_mask(np.repeat(sample_id_S, pairs_S), place_P, seed, train.dropout_rate)
-            batch.kept_P = torch.from_numpy(keep_P)
+            batch.kept_P, batch.dropout_rate = torch.from_numpy(keep_P), train.dropout_rate
         for name in (self.plan.ad_image, self.plan.user_image):
             if name and self.pictures is not None:
                 column = (block.sample if name == self.plan.ad_image else block.behaviour)[name]
@@ -98,8 +101,22 @@ class Collator:
             width = self.plan.width(name)
             named.setdefault(width, []).append((name, self.tables[width].rows(feature.vocab, index)))
         for width, parts in named.items():
-            distinct, inverse = np.unique(np.concatenate([rows for _, rows in parts]), return_inverse=True)
-            batch.rows[width] = torch.from_numpy(distinct)
+            distinct_U, place = self._distinct(width, np.concatenate([rows for _, rows in parts]))
+            batch.rows[width] = torch.from_numpy(distinct_U)
             ends = np.cumsum([len(rows) for _, rows in parts])[:-1]
-            for (name, _), position_ in zip(parts, np.split(inverse.reshape(-1), ends), strict=True):
-                batch.index[name] = torch.from_numpy(position_)
+            for (name, _), places in zip(parts, np.split(place, ends), strict=True):
+                batch.index[name] = torch.from_numpy(places)
+
+    def _distinct(self, width: int, rows: Ints) -> tuple[Ints, Ints]:
+        """Return the distinct rows, rising, and the place of each row in them: `np.unique` with an inverse, in a third
+        of its time, by a table that has room for a place of each row of the embedding table."""
+        ordered = np.sort(rows.astype(np.int32 if len(self.tables[width].weight_VD) < 1 << 31 else np.int64))
+        first = np.ones(len(ordered), np.bool_)
+        np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+        distinct_U = ordered[first].astype(np.int64)
+        with self._lock:
+            if width not in self._place_V:
+                self._place_V[width] = np.empty(len(self.tables[width].weight_VD), np.int32)
+            place_V = self._place_V[width]
+            place_V[distinct_U] = np.arange(len(distinct_U), dtype=np.int32)
+            return distinct_U, place_V[rows].astype(np.int64)

@@ -25,6 +25,7 @@ class Table:
     width: D.
     counts: vocabulary → [size], n_i, the training samples that contain index i (DIN section 4.4).
     frequent: vocabulary → [size] bool; where given, ids that are not frequent are unknown (DIN section 6.2, filter).
+    dtype: of weights and moments. The first weights are drawn in float32, whatever it is.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Table:
         for name, size in sizes.items():
             self.offsets[name] = end
             end += size
-        self.weight_VD = torch.randn(end + 1, width, generator=generator, dtype=dtype) * scale
+        self.weight_VD = (torch.randn(end + 1, width, generator=generator) * scale).to(dtype)
         self.weight_VD[0] = 0.0
         n_V = torch.ones(end + 1, dtype=dtype)
         for name, size in sizes.items():

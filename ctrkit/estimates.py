@@ -38,6 +38,8 @@ ENOUGH = 1000
 PICKED_BYTES = 3.0
 SAMPLE_SECONDS, AD_PICTURE_SECONDS, BEHAVIOUR_SECONDS, USER_PICTURE_SECONDS = 50e-6, 20e-6, 4e-6, 25e-6
 """Training, of a sample; of its ad's picture, 4,096 wide; of each of its behaviours (DIN), and of its picture."""
+TIER_SECONDS = 1e-6
+"""Of SimTier, a behaviour."""
 SCORING_SHARE = 1 / 3
 """Of training's time: there is nothing to go back for."""
 EVALUATION_SECONDS = 20e-6
@@ -355,15 +357,16 @@ def _models(variants: Mapping[str, Recipe], trial: Trial, grown: Growth, width: 
     for one in variants.values():
         options = one.train
         each = SAMPLE_SECONDS
-        if options.model == "din":
+        if options.model == "din" or (options.model == "dicm" and options.user_ids == "din"):
             each += BEHAVIOUR_SECONDS * grown.length
         size = float(MODEL_BYTES)
         for name in dict.fromkeys(f.vocab for f in one.features.values() if f.kind != "image"):
             size += 4 * next(f.width for f in one.features.values() if f.vocab == name) * rows.get(name, 0.0)
         if options.looks_at_pictures:
             each += AD_PICTURE_SECONDS * width / WIDTH if options.ad_image else 0
-            each += USER_PICTURE_SECONDS * grown.length * width / WIDTH if options.user_images else 0
-            extractors = 1 if options.share_extractors else options.ad_image + options.user_images
+            each += USER_PICTURE_SECONDS * grown.length * width / WIDTH if options.pools_pictures else 0
+            each += TIER_SECONDS * grown.length * width / WIDTH if options.counts_tiers else 0
+            extractors = 1 if options.share_extractors else options.ad_image + options.pools_pictures
             size += 4 * extractors * width * (options.extractor[0] if options.extractor else 1)
         train.seconds += START_SECONDS + options.epochs * learned * each
         train.size += size

@@ -212,9 +212,11 @@ def is_ours(path: Path) -> bool:
 
 
 def leftovers(path: Path, *, parts: bool) -> list[Path]:
-    """Return what killed makers of an output left beside it: temporary files, and with `parts` finished parts."""
+    """Return what killed makers of an output left beside it: temporary files, and with `parts` finished parts and
+    checkpoints."""
     beside = path.parent.glob(f".{path.name}.*")
-    return sorted(p for p in beside if ".tmp-" in p.name or (parts and ".parts-" in p.name))
+    kept = (".parts-", ".checkpoint")
+    return sorted(p for p in beside if ".tmp-" in p.name or (parts and any(name in p.name for name in kept)))
 
 
 def tidy(path: Path) -> None:

@@ -46,7 +46,8 @@ class Case:
 def attends(model: Path) -> bool:
     """Say whether a model directory holds a model with attention over pictures."""
     train = files.read_json(model / "settings.json").get("train", {})
-    return bool(train.get("model") == "dicm" and train.get("user_images") and train.get("pooling") == "attentive")
+    pools = train.get("user_images") in (True, "simtier+pooled")
+    return bool(train.get("model") == "dicm" and pools and train.get("pooling") == "attentive")
 
 
 def choose_variant(recipe: Recipe, models: Mapping[str, Path]) -> str | None:

@@ -55,6 +55,8 @@ def _describer(path: Path) -> Callable[[Path, Console], None] | None:
             return _show_convert
         if any(path.glob("day=*/*.parquet")):
             return _show_days
+        if any(path.glob("step-*.json")):
+            return _show_checkpoints
         inner = list(path.iterdir())
         if inner and all(p.suffix == ".parquet" for p in inner):
             return _show_parquet_folder
@@ -66,8 +68,8 @@ def _describer(path: Path) -> Callable[[Path, Console], None] | None:
         return _show_sidecar
     elif path.suffix == ".json" and files.sidecar_path(path).is_file():
         return _show_json
-    elif path.name == "history.jsonl":
-        return _show_history
+    elif path.name == "metrics.jsonl":
+        return _show_metrics
     return _show_size if files.sidecar_path(path).is_file() else None
 
 
@@ -198,15 +200,36 @@ def _show_model(path: Path, console: Console) -> None:
     rows = [(name, list(t.shape), str(t.dtype).removeprefix("torch."), t.numel()) for name, t in state.items()]
     total = sum(row[3] for row in rows)
     _print(console, f"model.pt: {total:,} numbers", ["tensor", "shape", "type", "numbers"], rows, right=["numbers"])
-    if (path / "history.jsonl").is_file():
-        _show_history(path / "history.jsonl", console)
+    if (path / "metrics.jsonl").is_file():
+        _show_metrics(path / "metrics.jsonl", console)
 
 
-def _show_history(path: Path, console: Console) -> None:
+def _show_metrics(path: Path, console: Console) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     if lines:
         last = json.loads(lines[-1])
-        _pairs(console, f"last of {len(lines)} evaluations", [(k, _short(v)) for k, v in last.items()])
+        _pairs(console, f"last of {len(lines)} records", [(k, _short(v)) for k, v in last.items()])
+
+
+def _show_checkpoints(path: Path, console: Console) -> None:
+    from ctrkit.checkpoints import Checkpoints
+
+    found = Checkpoints(path)
+    rows: list[tuple[object, ...]] = []
+    described = {step: found.describe(step) for step in found.steps()}
+    best = next((one.best for one in reversed(described.values()) if one is not None), None)
+    for step, one in described.items():
+        if one is None:
+            rows.append((step, "damaged", "", "", ""))
+            continue
+        progress = one.progress
+        seen = [record["valid_gauc"] for record in progress["records"] if "valid_gauc" in record]
+        last = _cell(seen[-1]) if seen else ""
+        rows.append(
+            (step, progress["epoch"] + 1, progress["samples"], one.size, f"{last} best" if step == best else last)
+        )
+    columns = ["step", "in epoch", "samples", "bytes", "last validation GAUC"]
+    _print(console, f"checkpoints: {len(rows):,}", columns, rows, right=columns[:-1])
 
 
 def _show_json(path: Path, console: Console) -> None:

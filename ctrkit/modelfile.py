@@ -1,5 +1,6 @@
 """A trained model on disk: `settings.json` and `model.pt`, tensors only."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from ctrkit.id_masks import most_frequent, with_unknown
 from ctrkit.models import make_model
 from ctrkit.models.plan import Plan, make_plan
 from ctrkit.picture_vectors import PictureVectors
-from ctrkit.recipe import Train
+from ctrkit.recipe import NOT_THE_MODEL, Train
 
 Counts = dict[str, npt.NDArray[np.int64]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""[train] precision → the dtype of parameters, tables and picture vectors."""
 
 
 @dataclass
@@ -56,15 +59,31 @@ class TrainedModel:
         """Return a copy of `tensors`, on the CPU."""
         return {k: v.detach().clone().cpu() for k, v in self.tensors().items()}
 
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Return the state of the tables' Adam, by name: `table.WIDTH.m` and `.v` [rows, width], `.step` []."""
+        out: dict[str, torch.Tensor] = {}
+        for width, table in self.tables.items():
+            out |= {f"table.{width}.m": table.m_VD, f"table.{width}.v": table.v_VD}
+            out[f"table.{width}.step"] = torch.tensor(table.step)
+        return out
+
+    def load_moments(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what `moments` returned."""
+        for width, table in self.tables.items():
+            table.m_VD.copy_(state[f"table.{width}.m"])
+            table.v_VD.copy_(state[f"table.{width}.v"])
+            table.step = int(state[f"table.{width}.step"])
+
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over the tensors that `state` returned."""
         prefix = "network."
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         for width, table in self.tables.items():
             table.weight_VD.copy_(state[f"table.{width}"])
-            table.frequent = {vocab: state[f"frequent.{vocab}"].numpy() for vocab in table.frequent}
+            table.frequent = {vocab: state[f"frequent.{vocab}"].clone().numpy() for vocab in table.frequent}
         if self.pictures is not None:
-            self.pictures.mean_W, self.pictures.scale = state["pictures.mean"], state["pictures.scale"]
+            self.pictures.mean_W = state["pictures.mean"].clone()
+            self.pictures.scale = state["pictures.scale"].clone()
 
 
 def read_counts(groups: Path, schema: Schema) -> Counts:
@@ -80,11 +99,26 @@ def read_counts(groups: Path, schema: Schema) -> Counts:
     return counts
 
 
-def build(train: Train, schema: Schema, counts: Counts, pictures: PictureVectors | None) -> TrainedModel:
-    """Return a model with fresh parameters, drawn from `[train] seed`."""
+def build(
+    train: Train,
+    schema: Schema,
+    counts: Counts,
+    pictures: PictureVectors | None,
+    dtype: torch.dtype | None = None,
+) -> TrainedModel:
+    """Return a model with fresh parameters, drawn from `[train] seed`.
+
+    dtype: of network, tables and pictures; default: that of `[train] precision`. All start from the same numbers, drawn
+    in float32.
+    """
+    dtype = dtype or DTYPES[train.precision]
     plan = make_plan(train, schema, pictures.width if pictures else 0)
     torch.manual_seed(train.seed)
     network = make_model(plan)
+    if dtype != torch.float32:
+        network.to(dtype)
+    if pictures is not None:
+        pictures.to(dtype)
     generator = torch.Generator().manual_seed(train.seed)
     by_width: dict[int, list[str]] = {}
     for name in plan.ids:
@@ -104,6 +138,7 @@ def build(train: Train, schema: Schema, counts: Counts, pictures: PictureVectors
             width,
             expected,
             generator,
+            dtype=dtype,
             frequent={v: frequent[v] for v in vocabs if v in frequent},
         )
         for width, vocabs in sorted(by_width.items())
@@ -123,17 +158,41 @@ def open_pictures(train: Train, features: Path | None, convert: Path | None) -> 
 
 
 def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
-    """Write `settings.json` and `model.pt` into a folder."""
+    """Write `settings.json` and `model.pt` into a folder. Raises OSError where there is no room."""
     train = model.plan.train
     later = set() if train.has_picture else {"has_picture"}  # left out where off, as before there was the switch
     settings = {
-        "train": train.model_dump(mode="json", exclude=later),
+        "train": train.model_dump(mode="json", exclude=later | {"checkpoint_minutes"}),
         "schema": model.plan.schema.to_json(),
         **extra,
     }
     settings["picture_width"] = model.plan.picture_width
     files.write_json(folder / "settings.json", settings)
-    torch.save(model.state(), folder / "model.pt")
+    state_dict.write(folder / "model.pt", state_dict.plain(model.tensors()))
+
+
+def save_optimiser(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write `optimiser.pt` into a model folder: `adam.PARAMETER.exp_avg`, `.exp_avg_sq` and `.step` of the network's
+    parameters, `table.WIDTH.m`, `.v` and `.step` of the ID tables."""
+    state_dict.write(folder / "optimiser.pt", state_dict.plain(state))
+
+
+def check_recipe(folder: Path, recipe: Train) -> None:
+    """Refuse a model that was trained with another `[train]` table than the recipe's, another variant's say."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        return  # `load` says what is wrong with the folder
+    trained, _ = _settings(files.read_json(path), path)
+    was, now = (t.model_dump(mode="json", exclude=set(NOT_THE_MODEL)) for t in (trained, recipe))
+    differ = [
+        f"train.{key} = {json.dumps(was[key])}, not {json.dumps(now[key])}" for key in was if was[key] != now[key]
+    ]
+    if differ:
+        more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
+        raise UserError(
+            f"{folder} was not trained as the recipe says: with {'; '.join(differ[:3])}{more}. Give the --variant and "
+            "the --set options that it was trained with, or the model of this variant."
+        )
 
 
 def load(folder: Path, groups: Path, features: Path | None, convert: Path | None) -> TrainedModel:

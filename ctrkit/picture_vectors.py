@@ -55,6 +55,10 @@ class PictureVectors:
         self.mean_W = torch.zeros(self.store.width)
         self.scale = torch.ones(())
 
+    def to(self, dtype: torch.dtype) -> None:
+        """Give vectors, mean and scale in this dtype from now on; float32 at first."""
+        self.mean_W, self.scale = self.mean_W.to(dtype), self.scale.to(dtype)
+
     @property
     def width(self) -> int:
         """Numbers a picture, W: the file's, and the flag where there is one."""
@@ -78,9 +82,10 @@ class PictureVectors:
             square += (x * x).sum(0)
         mean = total / len(rows)
         variance = np.maximum(square / len(rows) - mean * mean, 0.0).mean()
-        self.mean_W = torch.from_numpy(mean.astype(np.float32))
+        dtype = self.scale.dtype
+        self.mean_W = torch.from_numpy(mean).to(dtype)
         scale = NORM / np.sqrt(variance * self.store.width) if variance > 0 else 1.0
-        self.scale = torch.tensor(scale, dtype=torch.float32)
+        self.scale = torch.tensor(scale, dtype=dtype)
 
     def _read(self, rows: npt.NDArray[np.int64]) -> Tensor:
         if self._matrix is not None:
@@ -91,9 +96,9 @@ class PictureVectors:
         """Return ([N, W] distinct vectors, [len(index)] positions in N) for indexes of the vocabulary `image`."""
         rows = np.where(index < len(self.row_V), self.row_V[np.minimum(index, len(self.row_V) - 1)], -1)
         distinct, position = np.unique(rows, return_inverse=True)
-        x_NW = self._read(np.maximum(distinct, 0)).sub_(self.mean_W).mul_(self.scale)
+        x_NW = self._read(np.maximum(distinct, 0)).to(self.scale.dtype).sub_(self.mean_W).mul_(self.scale)
         if len(distinct) and distinct[0] < 0:
             x_NW[0] = 0.0
         if self.has_picture:
-            x_NW = torch.cat([x_NW, torch.from_numpy(distinct >= 0).float().unsqueeze(1)], 1)
+            x_NW = torch.cat([x_NW, torch.from_numpy(distinct >= 0).to(x_NW.dtype).unsqueeze(1)], 1)
         return x_NW, torch.from_numpy(position.reshape(-1).astype(np.int64))

@@ -40,11 +40,12 @@ class Meter:
     label: what is done, such as "extract-images".
     total: how many units there are, or None where that is unknown.
     unit: what is counted, such as "pictures".
+    done: how many were done before, by another process; they do not count for the rate.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.done = self._before = done
         self.note = ""
         self._begun = self._last = time.monotonic()
         self._bar: Progress | None = None
@@ -62,7 +63,7 @@ class Meter:
                 console=Console(stderr=True),
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, rate="")
+            self._task = self._bar.add_task(self.label, total=self.total, rate="", completed=self.done)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -82,15 +83,15 @@ class Meter:
             self._line(now)
 
     def _rate(self, now: float) -> str:
-        rate = self.done / max(now - self._begun, 1e-9)
+        rate = (self.done - self._before) / max(now - self._begun, 1e-9)
         return f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.1f} {self.unit}/s"
 
     def _line(self, now: float) -> None:
         self._last = now
         of = f"/{self.total:,}" if self.total is not None else ""
         left = ""
-        if self.total and 0 < self.done < self.total:
-            left = f", {(now - self._begun) * (self.total - self.done) / self.done:.0f} s left"
+        if self.total and self._before < self.done < self.total:
+            left = f", {(now - self._begun) * (self.total - self.done) / (self.done - self._before):.0f} s left"
         note = f", {self.note}" if self.note else ""
         say(f"{self.label}: {self.done:,}{of} {self.unit}, {self._rate(now)}{left}{note}")
 

@@ -293,7 +293,7 @@ def output(
                 files.remove(parts)
             raise
         except KeyboardInterrupt:
-            if parts.is_dir():
+            if files.leftovers(target, parts=True):
                 say(f"{stage}: stopped; run the same command again, and it goes on from what was done")
             raise
         except Exception as e:

@@ -50,6 +50,12 @@ Days = Annotated[
     _needs("a number of days, a share between 0 and 1, or a list of dates, such as [2024-03-20]"),
 ]
 Names = Annotated[str | tuple[str, ...], _needs("a name or a list of names")]
+Widths = tuple[Annotated[int, Field(ge=1)], ...]
+SomeWidths = Annotated[Widths, Field(min_length=1)]
+UserIds = Annotated[bool | Literal["din"], _needs('true, false or "din"')]
+UserImages = Annotated[
+    bool | Literal["simtier", "simtier+pooled"], _needs('true, false, "simtier" or "simtier+pooled"')
+]
 Column = Annotated[str | Annotated[int, Field(ge=1)], _needs("a column's name, or its position from 1")]
 MOST_DAYS = 100_000
 """Of a window; `"all"` is more."""
@@ -418,19 +424,26 @@ class Train(Table):
     # What DICM looks at (its Table I).
     ad_id: bool = True
     ad_image: bool = True
-    user_ids: bool = False
-    user_images: bool = True
-    pooling: Literal["attentive", "sum", "max"] = "attentive"
-    """The aggregator of Usernet."""
-    extractor: tuple[int, ...] = (256, 64, 12)
+    user_ids: UserIds = False
+    """Ids of the behaviours: true sums them, `din` weighs them by DIN's activation unit."""
+    user_images: UserImages = True
+    """Pictures of the behaviours: true is Usernet, `simtier` counts of similarities to the ad's picture (SimTier),
+    `simtier+pooled` both."""
+    pooling: Literal["attentive", "sum", "max", "din"] = "attentive"
+    """The aggregator of Usernet; `din` is DIN's activation unit between the ad's picture and the behaviour's."""
+    tiers: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Of SimTier: equal tiers of the cosine's range [-1, 1]."""
+    extractor: SomeWidths = (256, 64, 12)
     """Layer widths of the trainable part (DICM Table III)."""
+    extractor_activation: Literal["prelu", "dice"] = "prelu"
+    """Between the layers of the extractors."""
     share_extractors: bool = False
     """One extractor for Adnet and Usernet instead of two."""
     has_picture: bool = False
     """Give the extractors one more number beside a picture's vector: 1 where there is a picture, 0 where not."""
-    tower: tuple[int, ...] = (200, 80)
+    tower: Widths = (200, 80)
     """Hidden widths of the discriminator, before the two outputs."""
-    attention: tuple[int, ...] = (80, 40)
+    attention: SomeWidths = (80, 40)
     """Hidden widths of DICM's attention network."""
     din: Literal["din-v1", "din-code"] = "din-code"
     """`din-v1`: g over [V_i; V_a; V_i-V_a], weights not normalised. `din-code`: as in the authors' code."""
@@ -462,19 +475,46 @@ class Train(Table):
     """Chance that a frequent id is trained as unknown: r; that of one seen n times is r + (1/2 − r)/n."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     """Steps between validations; 0: at the end of each epoch."""
-    patience: Annotated[int, Field(ge=0)] = 0
+    patience: Annotated[int, Field(ge=0)] = 3
     """Validations without a better GAUC before training stops; 0: never stop early. The best is kept."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of a step's gradient, over dense parameters and table rows together; 0: no limit."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16: mixed precision in training (autocast), with float32 weights. float64: everything, for proofs."""
+    compile: bool = False
+    """Train through torch.compile, where there is a compiler."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads. Fixed, since sums depend on it in the last bits."""
     device: str = "cpu"
     """`cpu`, `cuda` or `auto`, of train and predict. Bit-identical reruns are promised on the CPU only."""
+    # What it writes.
+    log_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between lines of metrics.jsonl and points of TensorBoard, besides those of the validations; 0: none."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """A run that is killed loses at most so much; the end of an epoch and the best so far are always kept."""
+    save_optimiser: bool = False
+    """Write optimiser.pt, Adam's moments, into the model folder, for a full warm start."""
     shuffle_pictures: bool = False
     """A control: give each picture another picture's vector. Nothing visual can be learned then."""
 
     @property
     def looks_at_pictures(self) -> bool:
         """Whether the model needs `features.h5`."""
-        return self.model == "dicm" and (self.ad_image or self.user_images)
+        return self.model == "dicm" and (self.ad_image or bool(self.user_images))
+
+    @property
+    def pools_pictures(self) -> bool:
+        """Whether the model has Usernet: pictures of the behaviours, extracted and pooled."""
+        return self.model == "dicm" and self.user_images in (True, "simtier+pooled")
+
+    @property
+    def counts_tiers(self) -> bool:
+        """Whether the model has SimTier."""
+        return self.model == "dicm" and self.user_images in ("simtier", "simtier+pooled")
+
+
+NOT_THE_MODEL = frozenset(["device", "threads", "log_every", "checkpoint_minutes", "save_optimiser"])
+"""Keys of [train] that say where a model is trained and what is written besides, not what model it is."""
 
 
 class Predict(Table):

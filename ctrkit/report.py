@@ -130,12 +130,13 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def read_history(model: Path) -> list[dict[str, Any]]:
-    """Read a model directory's history.jsonl: one dictionary an evaluation; none if there is no such file."""
-    path = model / "history.jsonl"
+    """Read the evaluations of a model directory's metrics.jsonl, a dictionary each; none if there is no such file."""
+    path = model / "metrics.jsonl"
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [record for record in records if "valid_gauc" in record]
     except ValueError as e:
         raise UserError(f"{path} has a line that is not JSON: {e}") from None
 

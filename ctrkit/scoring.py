@@ -132,4 +132,4 @@ def attention_weights(
 
 def has_attention(plan: Plan) -> bool:
     """Say whether the model attends to the users' pictures."""
-    return plan.train.model == "dicm" and bool(plan.user_image) and plan.train.pooling == "attentive"
+    return plan.train.pools_pictures and plan.train.pooling == "attentive"

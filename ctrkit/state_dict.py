@@ -1,9 +1,12 @@
 """State dicts: files of named tensors, and nothing that could run."""
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from ctrkit.errors import UserError
@@ -22,3 +25,47 @@ def read(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} is not a state dict: it does not map names to tensors")
     return state
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors detached and on the CPU, none as a part of a larger storage, which would be written whole.
+
+    Nothing is copied that need not be.
+    """
+    out = {}
+    for name, tensor in tensors.items():
+        there = tensor.detach().cpu().contiguous()
+        whole = there.untyped_storage().nbytes() == there.numel() * there.element_size()
+        out[name] = there if whole else there.clone()
+    return out
+
+
+def write(path: Path, value: Mapping[str, Any]) -> str:
+    """Write what `torch.load` reads; return the file's digest, as `ctrkit.digests` computes it.
+
+    Raises OSError where it cannot be written, which torch hides in a RuntimeError.
+    """
+    with open(path, "wb") as f:
+        digesting = _Digesting(f)
+        try:
+            torch.save(value, digesting)  # type: ignore[arg-type]
+        except RuntimeError as e:
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from None
+            raise
+    return digesting.digest.hexdigest()
+
+
+class _Digesting:
+    """Writes to a file, and keeps the digest of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = xxhash.xxh3_128()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()

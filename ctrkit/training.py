@@ -1,9 +1,14 @@
-"""The training loop: Adam on the dense layers, row-wise Adam on the ID tables, validation by GAUC."""
+"""The training loop: Adam on the dense layers, row-wise Adam on the ID tables, validation by GAUC, checkpoints.
 
-import copy
+What a step does depends on parameters, moments and batch alone, and the batch on the seed, the epoch and its number in
+the epoch. So a run that goes on from a checkpoint ends, on a CPU, in the same bytes as one that was never stopped.
+"""
+
+import contextlib
 import json
-import math
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +18,49 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from ctrkit import compiling
+from ctrkit.ahead import ahead
+from ctrkit.bad_batches import BadBatch
 from ctrkit.batches import GroupedData
+from ctrkit.checkpoints import Checkpoint, Checkpoints
 from ctrkit.collate import Collator
 from ctrkit.errors import UserError
 from ctrkit.gauc import gauc
 from ctrkit.modelfile import Counts, TrainedModel
 from ctrkit.models.batch import Batch, Lookup
-from ctrkit.progress import Meter
+from ctrkit.progress import Meter, say
 from ctrkit.scoring import scores
+from ctrkit.tensorboard import Board
+
+CHECK_STEPS = 50
+"""Steps on a GPU between looks at whether loss and gradient were finite, each of which waits for the device."""
+VALIDATION_BATCH = 4096
+AHEAD = 3
+"""Batches that are made while one is trained on."""
+
+
+@dataclass
+class Mean:
+    """A mean over samples, summed up on the model's device."""
+
+    total: Tensor
+    """[] float64."""
+    samples: int = 0
+
+    @property
+    def value(self) -> float:
+        """The mean. Waits for the device."""
+        return float(self.total) / self.samples
+
+    def add(self, loss: Tensor, samples: int) -> None:
+        """Count the mean loss [] of so many samples more."""
+        self.total += loss * samples
+        self.samples += samples
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.total.zero_()
+        self.samples = 0
 
 
 @dataclass
@@ -33,7 +73,14 @@ class Trainer:
     valid: GroupedData | None
     valid_users: np.ndarray[Any, Any] | None
     """The raw user of each validation sample, in order; integers or text."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: Checkpoints | None = None
+    """Where the state is kept. Default: a temporary folder, which goes when training ends."""
+    tensorboard: Path | None = None
+    """Folder for scalars."""
+    bad_batch: Path | None = None
+    """Parquet file to be written if loss or gradient are not finite: the batch whose were not."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
         self.config = self.model.plan.train
@@ -48,99 +95,303 @@ class Trainer:
             {"params": others},
         ]
         self.adam = torch.optim.Adam([g for g in groups if g["params"]], lr=self.config.learning_rate, fused=True)
+        self.network: nn.Module = self.model.network
+        if self.config.compile:
+            self.network = compiling.compiled(self.model.network, self.model.device)
         self.steps = self.samples = 0
+        self.epoch = self.batch = 0
+        """Epochs that are done, and batches of the present one."""
+        self.best: tuple[int, float] | None = None
+        """Step and validation GAUC of the best model so far."""
+        self.waited = 0
+        """Validations since."""
+        self.check_steps = 1 if self._device.type == "cpu" else CHECK_STEPS
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self._device)
+        """The first step whose loss or gradient was not finite; from then on nothing is updated."""
+        self.gradient_norm = self._zero()
+        self.loss, self.logged = Mean(self._zero()), Mean(self._zero())
+        """Since the last validation, and since the last line of metrics.jsonl that is none."""
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The records of the validations."""
+        return [record for record in self.records if "valid_gauc" in record]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience is at its end."""
+        return self.epoch >= self.config.epochs or 0 < self.config.patience <= self.waited
 
     def run(self) -> TrainedModel:
-        """Train for the recipe's epochs; return the model with the best validation GAUC (the last without one)."""
-        best: tuple[float, dict[str, Tensor]] | None = None
-        waited = 0
-        total = len(self.train) * self.config.epochs
-        with Meter("train", total, "samples") as meter:
-            for loss in self._losses(meter):
-                record = self._evaluate(loss)
-                value = record["valid_gauc"]
-                if value is None:
-                    continue
-                if best is None or value > best[0]:
-                    best, waited = (value, self.model.state()), 0
-                else:
-                    waited += 1
-                    if self.config.patience and waited >= self.config.patience:
+        """Train to the end; return the model with the best validation GAUC (the last without one).
+
+        Raises UserError for a loss or a gradient that is not finite, Resumable where a checkpoint finds no room.
+        """
+        n_samples = len(self.train)
+        batches = -(-n_samples // self.config.batch)
+        if not batches:
+            raise UserError("the training days have no sample; [split] in the recipe decides which days train")
+        with (
+            self._somewhere(),
+            Meter("train", n_samples * self.config.epochs, "samples", done=self.samples) as meter,
+            Board(self.tensorboard, self.steps) as board,
+        ):
+            self._saved = time.monotonic()
+            self._told = self._saved, self.samples
+            while not self.finished:
+                for batch in self._batches():
+                    self._count(self.step(batch), batch.n_samples)
+                    meter.add(batch.n_samples)
+                    ended = self.batch == batches
+                    if self.steps % self.check_steps == 0:
+                        self._check_finite()
+                    if _due(self.steps, self.config.log_every):
+                        self._log(board, meter)
+                    better = False
+                    if ended or _due(self.steps, self.config.evaluate_every):
+                        better = self._evaluate(board)
+                    if ended:
+                        self.epoch, self.batch = self.epoch + 1, 0
+                    minutes = (time.monotonic() - self._saved) / 60
+                    if ended or better or minutes >= self.config.checkpoint_minutes:
+                        self._save()
+                    if self.finished:
                         break
-        if best is not None:
-            self.model.load_state(best[1])
+            if self.best is not None and self.best[0] != self.steps:
+                assert self.checkpoints is not None
+                self._take_over(self.checkpoints.read(self.best[0]))
         return self.model
 
-    def _losses(self, meter: Meter) -> Iterator[float]:
-        """Train, and yield the mean loss since the last time whenever an evaluation is due."""
-        total_loss, n_samples = self._nothing(), 0
-        self.model.network.train()
-        for epoch in range(self.config.epochs):
-            self.epoch = epoch
-            for block in self.train.epoch(self.config.batch, seed=(self.config.seed, epoch)):
-                batch = self.collate(block, seed=(self.config.seed, epoch)).to(self.model.device)
-                total_loss += self.step(batch) * batch.n_samples
-                n_samples += batch.n_samples
-                meter.add(batch.n_samples)
-                every = self.config.evaluate_every
-                if every and self.steps % every == 0:
-                    yield self._mean(total_loss, n_samples)
-                    total_loss, n_samples = self._nothing(), 0
-                    self.model.network.train()
-            if n_samples:
-                yield self._mean(total_loss, n_samples)
-                total_loss, n_samples = self._nothing(), 0
-                self.model.network.train()
-
-    def _nothing(self) -> Tensor:
-        return torch.zeros((), dtype=torch.float64, device=self.model.device)
-
-    def _mean(self, total: Tensor, n: int) -> float:
-        loss = float(total) / n
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss is not finite by step {self.steps}. Lower [train] learning_rate, or look for "
-                "extreme values in the picture features with `ctrkit inspect`."
-            )
-        return loss
+    def resume(self, last: Checkpoint) -> None:
+        """Go on from a checkpoint, bit for bit. Call before `run`."""
+        assert self.checkpoints is not None
+        self._take_over(self.checkpoints.read(last.step))
+        progress = last.progress
+        self.steps, self.samples = last.step, progress["samples"]
+        self.epoch, self.batch = progress["epoch"], progress["batch"]
+        self.best = None if last.best is None else (last.best, progress["best"])
+        self.waited, self.records = progress["waited"], progress["records"]
+        for mean, (total, samples) in ((self.loss, progress["loss"]), (self.logged, progress["logged"])):
+            mean.total.fill_(total)
+            mean.samples = samples
+        say(f"train: going on after step {self.steps:,}, in epoch {self.epoch + 1} of {self.config.epochs}")
 
     def step(self, batch: Batch) -> Tensor:
-        """Take one optimiser step on a batch; return its mean loss."""
+        """Take one optimiser step on a batch; return its mean loss []. Does not wait for the device."""
         learning_rate = self.config.learning_rate * self.config.decay ** (self.steps // self.config.decay_steps)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         tables = self.model.tables
         rows = {w: tables[w].gather(r) for w, r in batch.rows.items()}
-        logit_S = self.model.network(batch, Lookup(batch, rows, self.widths))
-        loss = nn.functional.binary_cross_entropy_with_logits(logit_S, batch.click_S)
+        logit_S = self._forward_S(batch, rows)
+        loss = nn.functional.binary_cross_entropy_with_logits(logit_S, batch.click_S.to(logit_S.dtype))
         self.adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.adam.step()
-        for w, r in batch.rows.items():
-            tables[w].update(r, rows[w], learning_rate, self.config.regularisation, self.config.regularisation_strength)
         self.steps += 1
         self.samples += batch.n_samples
+        # The gradient of the data: the regularisers join it later, in the optimisers.
+        with_gradient = [p for p in (*self.model.network.parameters(), *rows.values()) if p.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        frozen = self._freeze(loss, self.gradient_norm)
+        if self.config.clip_norm:
+            nn.utils.clip_grads_with_norm_(with_gradient, self.config.clip_norm, self.gradient_norm)
+        self.adam.found_inf = frozen.float()  # type: ignore[attr-defined]
+        self.adam.step()
+        for w, r in batch.rows.items():
+            # Row 0 is padding, and stays zero whatever the gradient.
+            own_or_none = torch.where(frozen, 0, r)
+            how = self.config.regularisation, self.config.regularisation_strength
+            tables[w].update(own_or_none, rows[w], learning_rate, *how)
         return loss.detach()
 
-    def _evaluate(self, loss: float) -> dict[str, Any]:
+    def _forward_S(self, batch: Batch, rows: Mapping[int, Tensor]) -> Tensor:
+        """Return the log-odds [S] of a batch, in training."""
+        mixed = self.config.precision == "bfloat16"
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=mixed):
+            logit_S: Tensor = self.network(batch, Lookup(batch, rows, self.widths))
+        return logit_S.float() if mixed else logit_S
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield what is left of the epoch, on the model's device."""
+        self.model.network.train()
+        for batch in ahead(self._made((self.config.seed, self.epoch), self.batch), AHEAD):
+            yield batch.to(self.model.device)
+
+    def _made(self, seed: tuple[int, int], skip: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch, on the CPU, in a thread of their own."""
+        torch.set_num_threads(1)  # of this thread: the others are training
+        for block in self.train.epoch(self.config.batch, seed, skip=skip):
+            yield self.collate(block, seed)
+
+    def _count(self, loss: Tensor, samples: int) -> None:
+        self.batch += 1
+        self.loss.add(loss, samples)
+        self.logged.add(loss, samples)
+
+    def _freeze(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """Return [] bool, on the device: whether this step or an earlier one had a loss or a gradient that is not
+        finite. Nothing may be updated then, so that the bad batch can be looked at as it was seen."""
+        bad = ~(torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm))
+        self.bad_step = torch.where((self.bad_step < 0) & bad, self.steps, self.bad_step)
+        return self.bad_step >= 0
+
+    def _check_finite(self) -> None:
+        """Raise UserError if some step's loss or gradient was not finite. Waits for the device."""
+        step = int(self.bad_step)
+        if step < 0:
+            return
+        seed = (self.config.seed, self.epoch)
+        number = self.batch - 1 - (self.steps - step)  # in the epoch: checked at its end at the latest
+        block = next(self.train.epoch(self.config.batch, seed, skip=number))
+        batch = self.collate(block, seed).to(self.model.device)
+        self.model.network.train()
+        self.adam.zero_grad()
+        rows = {w: self.model.tables[w].gather(r) for w, r in batch.rows.items()}
+        logit_S = self._forward_S(batch, rows)
+        click_S = batch.click_S.to(logit_S.dtype)
+        loss_S = nn.functional.binary_cross_entropy_with_logits(logit_S, click_S, reduction="none")
+        loss_S.mean().backward()  # type: ignore[no-untyped-call]
+        gradients = {name: p.grad for name, p in self.model.network.named_parameters() if p.grad is not None}
+        gradients |= {f"the ids of width {w}": row.grad for w, row in rows.items() if row.grad is not None}
+        seen = (logit_S.detach().cpu(), loss_S.detach().cpu())
+        raise BadBatch(step, self._epoch_number, block, *seen, gradients).error(self.config, self.bad_batch)
+
+    def _log(self, board: Board, meter: Meter) -> None:
+        """Write a line of metrics.jsonl and points of TensorBoard on the training since the last."""
+        self._check_finite()
+        now, (then, samples_then) = time.monotonic(), self._told
+        record = {
+            "step": self.steps,
+            "epoch": self._epoch_number,
+            "samples": self.samples,
+            "loss": self.logged.value,
+            "learning_rate": self.adam.param_groups[0]["lr"],
+        }
+        self.records.append(record)
+        self.logged.clear()
+        meter.add(0, f"loss {record['loss']:.4f}")
+        point = {"train/loss": record["loss"], "train/learning_rate": record["learning_rate"]}
+        point |= {"train/gradient_norm": float(self.gradient_norm), "train/epoch": record["epoch"]}
+        rate = (self.samples - samples_then) / max(now - then, 1e-9)
+        board.add(self.steps, {**point, "train/samples_per_second": rate})
+        self._told = now, self.samples
+
+    def _evaluate(self, board: Board) -> bool:
+        """Validate; say whether this is the best model so far."""
+        self._check_finite()
         record: dict[str, Any] = {
             "step": self.steps,
-            "epoch": self.epoch + 1,
+            "epoch": self._epoch_number,
             "samples": self.samples,
-            "loss": loss,
+            "loss": self.loss.value,
             "valid_loss": None,
             "valid_gauc": None,
             "learning_rate": self.adam.param_groups[0]["lr"],
         }
         if self.valid is not None and self.valid_users is not None:
-            parts = list(scores(self.model, self.valid, 4096))
-            click = np.concatenate([np.asarray(b.sample["click"]) for b, _ in parts])
-            score = np.concatenate([s for _, s in parts])
+            record["valid_loss"], record["valid_gauc"] = self._validate(self.valid, self.valid_users)
+            self.model.network.train()
+        self.loss.clear()
+        self.records.append(record)
+        board.add(self.steps, {"valid/loss": record["valid_loss"], "valid/gauc": record["valid_gauc"]})
+        value = record["valid_gauc"]
+        if value is None:
+            return False
+        if self.best is None or value > self.best[1]:
+            self.best, self.waited = (self.steps, value), 0
+            return True
+        self.waited += 1
+        return False
+
+    def _validate(self, data: GroupedData, users_S: np.ndarray[Any, Any]) -> tuple[float, float | None]:
+        """Return mean log loss and GAUC over a split. Holds 9 bytes a sample: its user, click and score."""
+        click_S, score_S = np.zeros(len(users_S), np.int8), np.zeros(len(users_S), np.float32)
+        loss, end = 0.0, 0
+        for block, score in scores(self.model, data, VALIDATION_BATCH):
+            begin, end = end, end + block.n_samples
+            click_S[begin:end], score_S[begin:end] = np.asarray(block.sample["click"]), score
             p = np.clip(score.astype(np.float64), 1e-7, 1 - 1e-7)
-            record["valid_loss"] = float(-np.mean(np.where(click == 1, np.log(p), np.log1p(-p))))
-            record["valid_gauc"] = gauc(self.valid_users, click, score).value
-        self.history.append(record)
-        return record
+            loss -= float(np.where(click_S[begin:end] == 1, np.log(p), np.log1p(-p)).sum())
+        if not np.isfinite(score_S).all():
+            raise UserError(
+                f"some validation scores of step {self.steps} are not finite. Lower [train] learning_rate (now "
+                f"{self.config.learning_rate:g}), or look for extreme values in the picture features with "
+                "`ctrkit inspect`."
+            )
+        return loss / len(users_S), gauc(users_S, click_S, score_S).value
+
+    def _save(self) -> None:
+        """Write a checkpoint: all that later steps depend on."""
+        self._check_finite()
+        assert self.checkpoints is not None
+        progress = {
+            "samples": self.samples,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "best": None if self.best is None else self.best[1],
+            "waited": self.waited,
+            "loss": [float(self.loss.total), self.loss.samples],
+            "logged": [float(self.logged.total), self.logged.samples],
+            "records": self.records,
+        }
+        tensors = {**self.model.tensors(), **self.optimiser_state(), **self._random_state()}
+        self.checkpoints.save(self.steps, tensors, progress, None if self.best is None else self.best[0])
+        self._saved = time.monotonic()
+
+    def optimiser_state(self) -> dict[str, Tensor]:
+        """Return the optimisers' state by name: `adam.PARAMETER.exp_avg`, `.exp_avg_sq`, `.step`, and
+        `table.WIDTH.m`, `.v`, `.step`."""
+        out = {
+            f"adam.{name}.{kind}": tensor
+            for name, p in self.model.network.named_parameters()
+            for kind, tensor in self.adam.state.get(p, {}).items()
+        }
+        return out | self.model.moments()
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"random.cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
+
+    def _take_over(self, state: Mapping[str, Tensor]) -> None:
+        """Set model, optimisers and random state to those of a checkpoint."""
+        self.model.load_state(dict(state))
+        self.model.load_moments(dict(state))
+        for name, p in self.model.network.named_parameters():
+            kinds = [kind for kind in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{kind}" in state]
+            self.adam.state[p] = {kind: state[f"adam.{name}.{kind}"].clone().to(p.device) for kind in kinds}
+        torch.set_rng_state(state["random.cpu"].clone())
+        if "random.cuda" in state and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["random.cuda"].clone(), self._device)
+
+    @contextlib.contextmanager
+    def _somewhere(self) -> Iterator[None]:
+        """Have a folder for checkpoints within the block."""
+        if self.checkpoints is not None:
+            yield
+            return
+        with tempfile.TemporaryDirectory(prefix="ctrkit-") as folder:
+            self.checkpoints = Checkpoints(Path(folder))
+            try:
+                yield
+            finally:
+                self.checkpoints = None
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def _epoch_number(self) -> int:
+        return self.epoch + 1
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self._device)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def sample_users(data: GroupedData) -> np.ndarray[Any, Any]:
@@ -151,20 +402,6 @@ def sample_users(data: GroupedData) -> np.ndarray[Any, Any]:
     return np.repeat(codes, table["n"].to_numpy())
 
 
-def history_lines(history: list[dict[str, Any]]) -> str:
-    """Return `history.jsonl`: one JSON object an evaluation."""
-    return "".join(json.dumps(record) + "\n" for record in history)
-
-
-def write_tensorboard(history: list[dict[str, Any]], folder: Path) -> None:
-    """Write the history as TensorBoard scalars."""
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
-    with SummaryWriter(log_dir=str(folder)) as writer:
-        for record in copy.deepcopy(history):
-            step = record.pop("step")
-            for name, value in record.items():
-                if value is not None:
-                    writer.add_scalar(name, value, step)
+def metrics_lines(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return `metrics.jsonl`: one JSON object a record."""
+    return "".join(json.dumps(record) + "\n" for record in records)

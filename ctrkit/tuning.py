@@ -476,7 +476,7 @@ class Tuner:
     def _write(self, name: str, value: dict[str, Any]) -> None:
         try:
             with files.atomic(self.folder / name) as tmp:
-                _write_tensors(tmp, value)
+                state_dict.write(tmp, value)
         except OSError as e:
             raise files.cannot_write(self.folder / name, e) from None
 
@@ -506,23 +506,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
-def _write_tensors(path: Path, value: dict[str, Any]) -> None:
-    """Write what torch.load reads. Raises OSError where it cannot be written, which torch hides in a RuntimeError."""
-    with open(path, "wb") as f:
-        try:
-            torch.save(value, f)
-        except RuntimeError as e:
-            if isinstance(e.__context__, OSError):
-                raise e.__context__ from None
-            raise
-
-
 def write(folder: Path, tuner: Tuner, state: dict[str, Tensor]) -> None:
     """Write the output (see docs/formats.md): `MODEL.pth`, `head.pth`, the categories, the pictures, the metrics."""
     folder.mkdir()
     body = {name: tensor for name, tensor in state.items() if name not in tuner.head}
-    _write_tensors(folder / f"{tuner.options.model}.pth", body)
-    _write_tensors(folder / "head.pth", {name: state[name] for name in tuner.head})
+    state_dict.write(folder / f"{tuner.options.model}.pth", body)
+    state_dict.write(folder / "head.pth", {name: state[name] for name in tuner.head})
     tuner.split.per_category().write_parquet(folder / "categories.parquet")
     tuner.split.table.write_parquet(folder / "pictures.parquet")
     lines = "".join(json.dumps(record) + "\n" for record in tuner.history)

@@ -24,10 +24,11 @@ def command(recipe: Recipe, model: Path, groups: Path, features: Path | None, co
     """Score the impressions of a split with a trained model.
 
     Reads a model folder, groups/, and features.h5 and convert/vocab/image.parquet where the model looks at pictures.
-    Writes sample_id, user, ad, day, click, score, history_length, unseen_ad.
+    Writes sample_id, user, ad, day, click, score, history_length, unseen_ad. The recipe's [train] table, with --variant
+    and --set, has to be the one that the model was trained with.
 
     \b
-    ctrkit predict --recipe demo --model runs/demo/din/model --groups runs/demo/groups \\
+    ctrkit predict --recipe demo --variant din --model runs/demo/din/model --groups runs/demo/groups \\
         --out runs/demo/din/predictions.parquet
     """
     inputs = {
@@ -43,6 +44,7 @@ def command(recipe: Recipe, model: Path, groups: Path, features: Path | None, co
 
         device = devices.resolve(recipe.train.device, "train.device")
         torch.set_num_threads(recipe.train.threads)
+        modelfile.check_recipe(model, recipe.train)
         trained = modelfile.load(model, groups, features, convert).to(device)
         with devices.lock(device):
             table = scoring.predict(trained, groups, recipe.predict.split, recipe.predict.batch)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,32 @@ def test_the_order_does_not_depend_on_the_batch(folder: Path) -> None:
     data = GroupedData(folder, "train", ["ad_id"])
     orders = {tuple(i for b in data.epoch(batch, (3, 2)) for i in ids(b)) for batch in (1, 5, 64, 1000)}
     assert len(orders) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 7, 30, 10_000])
+@pytest.mark.parametrize("seed", [None, (1, 0)])
+def test_an_epoch_goes_on_after_any_batch(folder: Path, batch: int, seed: tuple[int, ...] | None) -> None:
+    """The rest is the same to the number, and blocks before it are not read."""
+
+    class Watched(GroupedData):
+        asked: Sequence[int] | None = None
+
+        def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
+            self.asked = order
+            return super().blocks(order)
+
+    data = Watched(folder, "train", ALL)
+    whole = list(data.epoch(batch, seed))
+    order = data.asked
+    assert order is not None
+    for skip in {*range(0, len(whole), 1 + len(whole) // 9), len(whole) - 1, len(whole)}:
+        rest = list(data.epoch(batch, seed, skip=skip))
+        assert len(rest) == len(whole) - skip
+        for found, expected in zip(rest, whole[skip:], strict=True):
+            equal(found, expected)
+        sizes = [sum(f["sample_id"].list.len()) for f in data.frames(["sample_id"], order)]
+        before = np.cumsum(sizes)
+        assert data.asked == list(order)[int((before <= skip * batch).sum()) :]
 
 
 def test_every_group_can_come_first(folder: Path, many: list[Group]) -> None:

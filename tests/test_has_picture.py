@@ -151,7 +151,7 @@ def test_the_switch_is_the_models(world: Path, tmp_path: Path) -> None:
     assert settings["picture_width"] == 6
     assert state["network.adnet.0.weight"].shape == (8, 6)
     saved("off", "train.has_picture=false")
-    for file in ("model.pt", "settings.json", "history.jsonl"):
+    for file in ("model.pt", "settings.json", "metrics.jsonl"):
         assert (tmp_path / "plain/model" / file).read_bytes() == (tmp_path / "off/model" / file).read_bytes()
 
 

@@ -93,9 +93,9 @@ def test_features(tmp_path: Path) -> None:
 def test_model(tmp_path: Path) -> None:
     torch.save({"tower.0.weight": torch.zeros(7, 11)}, tmp_path / "model.pt")
     (tmp_path / "settings.json").write_text('{"train": {"model": "din"}}')
-    (tmp_path / "history.jsonl").write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.625}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.625}\n')
     text = shown(tmp_path)
-    for part in ("tower.0.weight │ [7, 11] │ float32 │ 77", '"model": "din"', "last of 2 evaluations", "0.625"):
+    for part in ("tower.0.weight │ [7, 11] │ float32 │ 77", '"model": "din"', "last of 2 records", "0.625"):
         assert part in text
     assert "0.7" not in text
     (tmp_path / "model.pt").write_bytes(b"broken")

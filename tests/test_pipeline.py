@@ -76,7 +76,7 @@ def test_a_setting_changed_and_set_back(run: Run) -> None:
     run.make("predict", "SET=variants.basic.train.epochs=2")
     there = run.contents()
     assert {name for name in there if there[name] != before[name]} == {
-        "basic/model/history.jsonl",
+        "basic/model/metrics.jsonl",
         "basic/model/model.pt",
         "basic/model/settings.json",
         "basic/predictions.parquet",

@@ -253,9 +253,11 @@ def test_facts_of_the_pictures(tmp_path):
 
 def test_histories(tmp_path):
     assert report.read_history(tmp_path) == []
-    (tmp_path / "history.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
+    lines = ['{"step": 1, "loss": 0.5, "valid_gauc": null}', '{"step": 2, "loss": 0.45}']
+    lines += ['{"step": 2, "loss": 0.4, "valid_gauc": 0.6}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     assert [e["loss"] for e in report.read_history(tmp_path)] == [0.5, 0.4]
-    (tmp_path / "history.jsonl").write_text('{"step": 1,\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1,\n')
     with pytest.raises(UserError, match="not JSON"):
         report.read_history(tmp_path)
 

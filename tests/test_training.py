@@ -17,6 +17,7 @@ from ctrkit.embedding import REGULARISATIONS
 from ctrkit.errors import UserError
 from ctrkit.gauc import gauc
 from ctrkit.modelfile import build, open_pictures, read_counts
+from ctrkit.models.batch import Batch, Lookup
 from ctrkit.recipe import Feature, Recipe, Train
 from ctrkit.scoring import scores
 from tests.models.reference import log_loss, sigmoid
@@ -169,14 +170,34 @@ def test_what_is_recorded(noise: Path) -> None:
     assert [r["samples"] for r in made.history] == [20 * 64, 40 * 64, n]
     assert [r["epoch"] for r in made.history] == [1, 1, 1]
     assert [r["learning_rate"] for r in made.history] == [0.01 * 0.5 ** ((r["step"] - 1) // 8) for r in made.history]
-    lines = training.history_lines(made.history).splitlines()
-    assert [json.loads(line) for line in lines] == made.history
+    lines = training.metrics_lines(made.records).splitlines()
+    assert [json.loads(line) for line in lines] == made.records == made.history
+
+
+def test_lines_between_the_validations(noise: Path) -> None:
+    """The mean loss since the line before, whatever was validated in between."""
+    every = trainer(noise, model="lr", epochs=2, log_every=1)
+    every.run()
+    losses = [r["loss"] for r in every.records if "valid_gauc" not in r]
+    made = trainer(noise, model="lr", epochs=2, log_every=15, evaluate_every=20, patience=0)
+    made.run()
+    steps = math.ceil(500 * 6 / 64)
+    lines = [r for r in made.records if "valid_gauc" not in r]
+    assert [r["step"] for r in lines] == list(range(15, 2 * steps, 15))
+    assert list(lines[0]) == ["step", "epoch", "samples", "loss", "learning_rate"]
+    last = 500 * 6 - 64 * (steps - 1)
+    weights = np.array(([64] * (steps - 1) + [last]) * 2)
+    for r in lines:
+        window = slice(r["step"] - 15, r["step"])
+        assert r["loss"] == pytest.approx(np.average(losses[window], weights=weights[window]), rel=1e-6)
+        assert (r["epoch"], r["samples"]) == (1 + (r["step"] - 1) // steps, weights[: r["step"]].sum())
 
 
 def test_the_loss_before_the_first_step(noise: Path) -> None:
     """Logistic regression starts at zero, so its first batch costs ln 2."""
-    made = trainer(noise, model="lr", evaluate_every=1, epochs=1)
-    assert next(made._losses(training.Meter("", None, ""))) == pytest.approx(math.log(2), rel=1e-6)
+    made = trainer(noise, model="lr", log_every=1, epochs=1)
+    made.run()
+    assert made.records[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_validation_is_loss_and_gauc_of_the_scores(noise: Path) -> None:
@@ -211,17 +232,6 @@ def test_users_are_told_apart_by_their_raw_id(tmp_path: Path) -> None:
     assert users.tolist() == [2, 2, 1, 2, 2, 2]
 
 
-def test_tensorboard(noise: Path, tmp_path: Path) -> None:
-    history = [{"step": 3, "loss": 0.5, "valid_gauc": None}, {"step": 6, "loss": 0.25, "valid_gauc": 0.75}]
-    training.write_tensorboard(history, tmp_path / "board")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(3, 0.5), (6, 0.25)]
-    assert [(e.step, e.value) for e in events.Scalars("valid_gauc")] == [(6, 0.75)]
-    assert history[0]["step"] == 3
-
-
 # What is kept, and when training stops.
 
 
@@ -233,7 +243,7 @@ def final_gauc(made: training.Trainer) -> float | None:
 
 
 def test_the_best_of_the_validations_is_kept(noise: Path) -> None:
-    made = trainer(noise, evaluate_every=10, epochs=2, regularisation="none", learning_rate=0.01)
+    made = trainer(noise, evaluate_every=10, epochs=2, regularisation="none", learning_rate=0.01, patience=0)
     made.run()
     found = [r["valid_gauc"] for r in made.history]
     assert np.argmax(found) < len(found) - 1  # on noise, the last is not the best
@@ -242,7 +252,7 @@ def test_the_best_of_the_validations_is_kept(noise: Path) -> None:
 
 def test_patience(noise: Path) -> None:
     every = {"evaluate_every": 10, "epochs": 4, "learning_rate": 0.01}
-    whole = trainer(noise, **every)
+    whole = trainer(noise, **every, patience=0)
     whole.run()
     curve = [r["valid_gauc"] for r in whole.history]
     for patience in (1, 3):
@@ -284,10 +294,157 @@ def test_without_validation_the_last_model_is_kept(tmp_path: Path) -> None:
         assert all(torch.equal(t, kept[n]) for n, t in last[0].items() if not n.endswith("seen"))
 
 
-def test_a_loss_that_is_not_finite(noise: Path) -> None:
+# Gradients: clipped, and not finite.
+
+
+def step_gradients(made: training.Trainer, batch: Batch) -> dict[str, torch.Tensor]:
+    """Return the data gradient of a batch by parameter, of table rows too, changing nothing."""
+    rows = {w: made.model.tables[w].gather(r) for w, r in batch.rows.items()}
+    logit_S = made.model.network(batch, Lookup(batch, rows, made.widths))
+    torch.nn.functional.binary_cross_entropy_with_logits(logit_S, batch.click_S).backward()
+    found = {n: p.grad.clone() for n, p in made.model.network.named_parameters() if p.grad is not None}
+    made.model.network.zero_grad()
+    return found | {f"table.{w}": row.grad.clone() for w, row in rows.items() if row.grad is not None}
+
+
+def test_clipping_sees_the_data_gradient_of_dense_parameters_and_rows_together(noise: Path) -> None:
+    """From the first moments after one step: m = 0.1·(c·g + regulariser), c the same for all."""
+    how: dict[str, Any] = {"batch_norm": False, "weight_decay": 0.3, "regularisation": "l2"}
+    for clip in (0.0, 1e-3, 1e9):
+        made = trainer(noise, **how, clip_norm=clip)
+        block = next(made.train.epoch(64, (1, 0)))
+        batch = made.collate(block, (1, 0))
+        gradients = step_gradients(made, batch)
+        before = {n: p.detach().clone() for n, p in made.model.network.named_parameters()}
+        weight_UD = made.model.tables[12].weight_VD[batch.rows[12]].clone()
+        norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
+        factor = min(1.0, clip / norm) if clip else 1.0
+        assert (factor < 1) == (clip == 1e-3)
+        made.step(batch)
+        assert float(made.gradient_norm) == pytest.approx(norm, rel=1e-5)
+        for name, p in made.model.network.named_parameters():
+            expected = factor * gradients[name] + (0.3 * before[name] if p.ndim > 1 else 0)
+            torch.testing.assert_close(made.adam.state[p]["exp_avg"], 0.1 * expected, rtol=2e-3, atol=1e-8)
+        expected = factor * gradients["table.12"] + 0.01 * weight_UD
+        found = made.model.tables[12].m_VD[batch.rows[12]]
+        torch.testing.assert_close(found[1:], 0.1 * expected[1:], rtol=2e-3, atol=1e-8)
+
+
+def test_a_loss_that_is_not_finite(noise: Path, tmp_path: Path) -> None:
+    """The batch is kept with the scores that its samples had before the step."""
     made = trainer(noise, learning_rate=1e30, batch_norm=False)
-    with pytest.raises(UserError, match=r"not finite by step \d+. Lower \[train\] learning_rate"):
+    made.bad_batch = tmp_path / "bad.parquet"
+    with pytest.raises(UserError, match=r"at step 2, in epoch 1: the loss is .* bad.parquet has the batch") as error:
         made.run()
+    assert "Lower [train] learning_rate (now 1e+30), set clip_norm, or" in str(error.value)
+    table = pl.read_parquet(tmp_path / "bad.parquet")
+    blocks = made.train.epoch(64, (made.config.seed, 0))
+    next(blocks)
+    block = next(blocks)
+    ids = np.asarray(block.sample["sample_id"])
+    assert table["sample_id"].to_list() == ids.tolist()
+    assert table["click"].to_list() == np.asarray(block.sample["click"]).tolist()
+    assert not table["loss"].is_finite().all()
+    assert table.columns[:5] == ["sample_id", "click", "score", "loss", "group_id"]
+    assert set(table.columns[5:]) == {"gender", "ad_id", "ad_goods", "goods"}
+    truth = pl.concat(list(made.train.frames(["sample_id", "gender", "ad_goods", "goods"])))
+    one = truth.filter(pl.col("sample_id").list.contains(int(ids[9])))
+    place = one["sample_id"][0].to_list().index(ids[9])
+    found = table.row(9, named=True)
+    assert (found["gender"], found["ad_goods"]) == (one["gender"][0], one["ad_goods"][0][place])
+    assert found["goods"] == one["goods"][0].to_list()
+
+
+@pytest.mark.parametrize("look_every", [1, 7, 1000])
+def test_a_gradient_that_is_not_finite_is_found_whenever_one_looks(
+    look_every: int, noise: Path, tmp_path: Path
+) -> None:
+    """Also some steps later, as on a GPU: by then nothing has moved, and the step and its batch are told exactly."""
+    bad = 30
+    plain = trainer(noise)
+    plain.check_steps = 1
+    made = trainer(noise)
+    made.check_steps = look_every
+    made.bad_batch = tmp_path / "bad.parquet"
+    ids: list[int] = []
+    for one in (plain, made):
+        spoil(one, bad)
+    states: list[dict[str, torch.Tensor]] = []
+    for one in (plain, made):
+        with pytest.raises(UserError) as error:
+            one.run()
+        assert f"at step {bad}, in epoch 1: the gradient of discriminator.layers.0.bias is not finite" in str(
+            error.value
+        )
+        states.append({n: t for n, t in one.model.state().items() if "running" not in n and "tracked" not in n})
+    assert made.steps == {1: 30, 7: 35, 1000: math.ceil(500 * 6 / 64)}[look_every]
+    assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+    for number, block in enumerate(plain.train.epoch(64, (1, 0)), 1):
+        if number == bad:
+            ids = np.asarray(block.sample["sample_id"]).tolist()
+    table = pl.read_parquet(tmp_path / "bad.parquet")
+    assert table["sample_id"].to_list() == ids
+    assert table["score"].is_between(0, 1).all()
+    batch = made.collate(next(made.train.epoch(64, (1, 0), skip=bad - 1)), (1, 0))
+    rows = {w: made.model.tables[w].gather(r) for w, r in batch.rows.items()}
+    made.model.network.train()
+    score = torch.sigmoid(made.model.network(batch, Lookup(batch, rows, made.widths)))
+    np.testing.assert_array_equal(table["score"].to_numpy(), score.detach().numpy())
+
+
+def spoil(made: training.Trainer, step: int) -> None:
+    """Make a gradient infinite, in one step (and where it is looked at again) and not in the loss."""
+    bias = made.model.network.get_parameter("discriminator.layers.0.bias")
+    wanted = np.asarray(next(made.train.epoch(64, (1, 0), skip=step - 1)).sample["sample_id"])
+    collate, seen = made.collate, {"now": False}
+
+    def collate_and_see(block: Any, seed: Any) -> Batch:
+        seen["now"] = np.array_equal(np.asarray(block.sample["sample_id"]), wanted)
+        return collate(block, seed)
+
+    made.collate = collate_and_see  # type: ignore[assignment]
+    bias.register_hook(lambda gradient: gradient / 0 if seen["now"] else gradient)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("model", ["lr", "base", "din"])
+def test_float64_from_end_to_end(model: str, noise: Path) -> None:
+    """The same start, and the same course to float32's rounding."""
+    made = {p: trainer(noise, model=model, precision=p, epochs=1, batch=250) for p in ("float32", "float64")}
+    first = {p: t.model.state() for p, t in made.items()}
+    assert all(torch.equal(t.double(), first["float64"][n].double()) for n, t in first["float32"].items())
+    for one in made.values():
+        one.run()
+    wide = made["float64"]
+    last = wide.model.state() | wide.optimiser_state()
+    assert {t.dtype for n, t in last.items() if t.is_floating_point() and not n.endswith(".step")} == {torch.float64}
+    narrow = made["float32"].model.state()
+    for name, tensor in narrow.items():
+        torch.testing.assert_close(tensor.double(), last[name].double(), rtol=1e-3, atol=2e-5)
+    assert made["float32"].history[0]["loss"] == pytest.approx(wide.history[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["base", "din", "dicm"])
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+def test_bfloat16_learns_as_float32_does(model: str, activation: str, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(200, 8))
+    images = [f"p{i}" for i in range(200)]
+    write_features(tmp_path / "features.h5", images, range(200), vectors)
+    write_image_vocabulary(tmp_path / "convert", images, [1] * 100 + [0] * 100)
+    folder = world(tmp_path / "groups", lambda rng, ad, goods: 0.95 if ad["ad_id"] % 2 else 0.05, n=300)
+    how: dict[str, Any] = {"model": model, "activation": activation, "learning_rate": 0.01, "extractor": (16, 6)}
+    pictures = tmp_path if model == "dicm" else None
+    made = {p: trainer(folder, pictures, precision=p, epochs=2, **how) for p in ("float32", "bfloat16")}
+    for one in made.values():
+        one.run()
+    best = {p: max(r["valid_gauc"] for r in one.history) for p, one in made.items()}
+    assert best["bfloat16"] == pytest.approx(best["float32"], abs=0.05)
+    assert made["bfloat16"].history[0]["loss"] == pytest.approx(made["float32"].history[0]["loss"], abs=0.02)
+    assert made["bfloat16"].history[0]["loss"] != made["float32"].history[0]["loss"]
+    state = made["bfloat16"].model.state()
+    assert {t.dtype for t in state.values() if t.is_floating_point()} <= {torch.float32, torch.float64}
 
 
 # Known answers.

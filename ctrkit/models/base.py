@@ -20,7 +20,6 @@ class Base(nn.Module):
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
         if self.plan.behaviour:
-            v_BD = look.behaviours_B(self.plan.behaviour)
-            parts.append(sum_of_ids(batch, v_BD, self.plan.train.dropout_rate))
+            parts.append(sum_of_ids(batch, look.behaviours_B(self.plan.behaviour)))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out

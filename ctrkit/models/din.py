@@ -1,14 +1,12 @@
 """DIN: the user's vector depends on the ad, V_u = Σ g(V_i, V_a)·V_i (DIN section 4.2, eq. 2)."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from ctrkit.errors import UsageError
+from ctrkit.models.activation_unit import ActivationUnit
 from ctrkit.models.batch import Batch, Lookup
-from ctrkit.models.layers import Discriminator, segment_softmax
-from ctrkit.models.pairs import PairMLP, attend
+from ctrkit.models.layers import Discriminator
 from ctrkit.models.plan import Plan
 
 
@@ -17,8 +15,6 @@ class DIN(nn.Module):
 
     The unit compares behaviour features with the ad's features of the same vocabulary (goods with goods, category
     with category); behaviour features without such a partner are weighted along but not compared.
-    `din-v1`: g over [V_i; V_a; V_i − V_a], 36 hidden units, weights as they come (the paper's text).
-    `din-code`: [q; k; q − k; q∘k], 80-40 with sigmoid, logits over √d, softmax (the authors' released code).
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -30,37 +26,41 @@ class DIN(nn.Module):
                 "model 'din' compares behaviours with the ad, but no behaviour feature shares its vocabulary with an "
                 "ad feature. Give one of each the same `vocab` in [features]."
             )
-        d = plan.total_width(list(self.partner))
-        self.code = plan.train.din == "din-code"
-        if self.code:
-            self.unit = PairMLP(d, d, (80, 40), plan.train.din_activation, "qkdp")
-        else:
-            self.unit = PairMLP(d, d, (36,), plan.train.activation, "qkd")
+        self.unit = id_unit(plan)
         width = plan.total_width([*plan.user, *plan.sample, *plan.behaviour])
         self.discriminator = Discriminator(width, plan.train.tower, plan.train.activation, plan.train.batch_norm)
 
     def weights_P(self, batch: Batch, look: Lookup) -> Tensor:
         """Return [P]: g(V_i, V_a) of every (sample, behaviour) pair, or of those that dropout keeps."""
-        sample_P, behaviour_P = batch.id_pairs()
-        q_SD = torch.cat(look.samples_S(list(self.partner.values())), 1)
-        k_BD = look.behaviours_B(list(self.partner))
-        g_P: Tensor = self.unit(q_SD, k_BD, sample_P, behaviour_P)
-        g_P = g_P * self._scale(batch, k_BD.shape[1])
-        return segment_softmax(g_P, sample_P, batch.n_samples) if self.code else g_P
-
-    def _scale(self, batch: Batch, d: int) -> float:
-        """Return what g is multiplied by."""
-        if self.code:
-            return 1.0 / math.sqrt(d)
-        # Weights that are not normalised are scaled as dropout does: their sum keeps its expectation.
-        return 1.0 if batch.kept_P is None else 1.0 / (1.0 - self.plan.train.dropout_rate)
+        return id_weights(self.unit, self.plan, batch, look)
 
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
-        q_SD = torch.cat(look.samples_S(list(self.partner.values())), 1)
-        k_BD = look.behaviours_B(list(self.partner))
-        v_BD = look.behaviours_B(self.plan.behaviour)
-        pairs, scale = batch.id_pairs(), self._scale(batch, k_BD.shape[1])
-        parts.append(attend(self.unit, q_SD, k_BD, v_BD, *pairs, softmax=self.code, scale=scale))
+        parts.append(pool_ids(self.unit, self.plan, batch, look))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out
+
+
+def id_unit(plan: Plan) -> ActivationUnit:
+    """Return a fresh unit that compares the behaviours' ids with the ad's of the same vocabularies."""
+    train = plan.train
+    return ActivationUnit(plan.total_width(list(plan.partners())), train.din, train.activation, train.din_activation)
+
+
+def id_weights(unit: ActivationUnit, plan: Plan, batch: Batch, look: Lookup) -> Tensor:
+    """Return [P]: the unit's weights of the behaviours."""
+    return unit.weights_P(*_compared(plan, look), batch.id_pairs(), batch.dropout_rate)
+
+
+def pool_ids(unit: ActivationUnit, plan: Plan, batch: Batch, look: Lookup) -> Tensor:
+    """Return [S, sum of D]: the behaviours' ids, weighed by the unit."""
+    q_SD, k_BD = _compared(plan, look)
+    same = list(plan.partners()) == plan.behaviour
+    v_BD = k_BD if same else look.behaviours_B(plan.behaviour)
+    return unit.pool(q_SD, k_BD, v_BD, batch.id_pairs(), batch.dropout_rate)
+
+
+def _compared(plan: Plan, look: Lookup) -> tuple[Tensor, Tensor]:
+    """Return (the ad's ids [S, D], the behaviours' ids of the same vocabularies [B, D])."""
+    partner = plan.partners()
+    return torch.cat(look.samples_S(list(partner.values())), 1), look.behaviours_B(list(partner))

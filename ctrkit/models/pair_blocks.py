@@ -220,7 +220,7 @@ class Pairs:
         """Return [P], the network's outputs; leave in `into` what goes into each activation, where kept or needed."""
         if keep or len(self.sweeps) > 1:
             self.into = [self.h_SH.new_empty(self.n_pairs, width) for width in self.widths[:-1]]
-        logit_P1 = self.h_SH.new_empty(self.n_pairs, 1)
+        logit_P1: Tensor = self.h_SH.new_empty(self.n_pairs, 1)
         for begin, end in self.sweeps:
             moments = self.sweep(begin, end, logit_P1)
             if end < self.depth:

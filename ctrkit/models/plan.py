@@ -19,8 +19,9 @@ class Plan:
     """Ad and scene features."""
     behaviour: list[str]
     ad_image: str
-    """The ad's picture feature; "" if the model does not look at it."""
+    """The ad's picture feature, for Adnet or SimTier; "" if the model does not look at it."""
     user_image: str
+    """The behaviours' picture feature, for Usernet or SimTier."""
     picture_width: int
     """Numbers that an extractor gets of a picture, `has_picture` included."""
 
@@ -59,15 +60,15 @@ def make_plan(train: Train, schema: Schema, picture_width: int) -> Plan:
         if switch == "ad_id":
             return train.ad_id
         if switch == "user_ids":
-            return train.user_ids if dicm else train.model != "lr"
+            return bool(train.user_ids) if dicm else train.model != "lr"
         return True
 
-    def picture(of: str, key: str, on: bool) -> str:
+    def picture(of: str, *wants: str) -> str:
         names = schema.names((of,), "image")
-        if not (dicm and on):
+        if not (dicm and wants):
             return ""
         if not names:
-            raise UsageError(f"[train] {key} is on, but [features] has no feature of = {of!r} with kind = 'image'")
+            raise UsageError(f"[train] {wants[0]}, but [features] has no feature of = {of!r} with kind = 'image'")
         return names[0]
 
     user = [n for n in schema.names(("user",)) if wanted(n)]
@@ -75,13 +76,36 @@ def make_plan(train: Train, schema: Schema, picture_width: int) -> Plan:
     behaviour = [n for n in schema.names(("behaviour",)) if wanted(n) and train.model != "lr"]
     if not user and not sample:
         raise UsageError("the model has no ID feature of user, ad or scene; [features] must declare at least one")
-    return Plan(
+    compares = [f'user_images = "{train.user_images}" compares pictures with the ad\'s'] * train.counts_tiers
+    plan = Plan(
         train,
         schema,
         user,
         sample,
         behaviour,
-        picture("ad", "ad_image", train.ad_image),
-        picture("behaviour", "user_images", train.user_images),
+        picture("ad", *(["ad_image is on"] * train.ad_image), *compares),
+        picture("behaviour", *(["user_images is on"] * bool(train.user_images))),
         picture_width,
     )
+    _check_dicm(plan)
+    return plan
+
+
+def _check_dicm(plan: Plan) -> None:
+    """Refuse what DICM cannot be built from."""
+    train = plan.train
+    if train.model != "dicm":
+        return
+    if train.pools_pictures and train.pooling == "din" and not train.ad_image:
+        raise UsageError(
+            '[train] pooling = "din" weighs each picture of the user by the extracted picture of the ad, but ad_image '
+            'is off. Set ad_image = true, or another pooling: "attentive", "sum" or "max".'
+        )
+    if train.user_ids and not plan.behaviour:
+        raise UsageError("[train] user_ids is on, but [features] has no ID feature of = 'behaviour'")
+    if train.user_ids == "din" and not plan.partners():
+        raise UsageError(
+            '[train] user_ids = "din" compares behaviours with the ad, but no behaviour feature shares its vocabulary '
+            "with an ad feature that the model reads. Give one of each the same `vocab` in [features] (and leave "
+            "ad_id on, if the ad's has that switch), or set user_ids = true, which sums them."
+        )

@@ -43,9 +43,8 @@ def make(train: Mapping[str, Any], vectors: PictureVectors, seed: int = 1) -> Tr
     """Return a small model in float64 whose every parameter and statistic is random."""
     config = Train(**{**SMALL, **train, "seed": seed})
     counts = {vocab: np.arange(size) for vocab, size in SIZES.items()}
-    model = build(config, SCHEMA, counts, vectors if config.looks_at_pictures else None)
+    model = build(config, SCHEMA, counts, vectors if config.looks_at_pictures else None, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    model.network.double()
     with torch.no_grad():
         for name, tensor in model.network.state_dict().items():
             if name.endswith("seen"):
@@ -57,16 +56,13 @@ def make(train: Mapping[str, Any], vectors: PictureVectors, seed: int = 1) -> Tr
     for table in model.tables.values():
         table.weight_VD = torch.randn(table.weight_VD.shape, generator=generator, dtype=torch.float64)
         table.weight_VD[0] = 0.0
-        for name in ("count_V", "m_VD", "v_VD"):
-            setattr(table, name, getattr(table, name).double())
     return model
 
 
-def collate(model: TrainedModel, groups: Sequence[Group]) -> Batch:
-    """Return the groups as a batch in float64."""
-    batch = Collator(model.plan, model.tables, model.pictures)(to_block(groups))
+def collate(model: TrainedModel, groups: Sequence[Group], seed: Sequence[int] | None = None) -> Batch:
+    """Return the groups as a batch in float64, for training where there is a seed."""
+    batch = Collator(model.plan, model.tables, model.pictures)(to_block(groups), seed)
     batch.click_S = batch.click_S.double()
-    batch.picture_NW = {name: x.double() for name, x in batch.picture_NW.items()}
     return batch
 
 
@@ -78,11 +74,13 @@ class Run:
     loss: float
     gradients: dict[str, Array]
     """Of the mean log loss: by the network's parameter names, and `table VOCAB` [size, D]."""
+    kept: list[list[bool]]
+    """For each sample, which behaviours' ids it sees."""
 
 
-def run(model: TrainedModel, groups: Sequence[Group], training: bool) -> Run:
+def run(model: TrainedModel, groups: Sequence[Group], training: bool, seed: Sequence[int] | None = None) -> Run:
     """Run the real model on groups."""
-    batch = collate(model, groups)
+    batch = collate(model, groups, seed)
     rows = {w: model.tables[w].gather(r) for w, r in batch.rows.items()}
     model.network.train(training)
     model.network.zero_grad()
@@ -97,7 +95,9 @@ def run(model: TrainedModel, groups: Sequence[Group], training: bool) -> Run:
         here = (row_U > start) & (row_U < start + size)
         assert grad_UD is not None
         out[row_U[here] - start] = grad_UD.numpy()[here]
-    return Run(logit_S.detach().numpy(), float(loss.detach()), gradients)
+    left = iter([True] * len(batch.sample_P) if batch.kept_P is None else batch.kept_P.tolist())
+    kept = [[next(left) for _ in g.behaviours] for g in groups for _ in g.samples]
+    return Run(logit_S.detach().numpy(), float(loss.detach()), gradients, kept)
 
 
 def vocabularies(model: TrainedModel) -> dict[str, Table]:
@@ -140,10 +140,23 @@ def dice(y_RH: Array, a_H: Array, mean_H: Array, var_H: Array) -> Array:
 
 
 class Reference:
-    """A model of `[train]` over `tests.small_groups.FEATURES`, with the numbers of `weights`."""
+    """A model of `[train]` over `tests.small_groups.FEATURES`, with the numbers of `weights`.
 
-    def __init__(self, train: Train, weight: dict[str, Array], picture: Array, training: bool) -> None:
+    `kept` says for each sample which behaviours' ids it sees; all of them without it.
+    """
+
+    def __init__(
+        self,
+        train: Train,
+        weight: dict[str, Array],
+        picture: Array,
+        training: bool,
+        kept: list[list[bool]] | None = None,
+    ) -> None:
         self.train, self.w, self.picture, self.training = train, weight, picture, training
+        self.kept = kept
+        self.ad_vector: dict[int, Array] = {}
+        self.user_vector: dict[int, Array] = {}
 
     def activate(self, x_RH: Array, name: str, prefix: str) -> Array:
         if name == "sigmoid":
@@ -176,14 +189,25 @@ class Reference:
     def names(self, *owners: str) -> list[str]:
         """The names of the ID features that the model looks at."""
         dicm, lr = self.train.model == "dicm", self.train.model == "lr"
-        on = {"": True, "ad_id": self.train.ad_id, "user_ids": self.train.user_ids if dicm else not lr}
+        on = {"": True, "ad_id": self.train.ad_id, "user_ids": bool(self.train.user_ids) if dicm else not lr}
         return [n for n, f in FEATURES.items() if f.of in owners and f.kind == "id" and on[f.switch]]
 
-    def extract(self, index: int, net: str) -> Array:
-        """The trainable part of the extractor on one picture."""
-        if self.train.share_extractors and self.train.ad_image and self.train.user_images:
-            net = "adnet"
-        return self.mlp(self.picture[[index]], net, len(self.train.extractor), "prelu")[0]
+    def extract(self, groups: Sequence[Group]) -> None:
+        """The trainable part of the extractors: on the ad's picture of every sample, on each it has in its history."""
+        if self.train.model != "dicm":
+            return
+        ads = [s["ad_image"] for _, s in self.pairs(groups)] * self.train.ad_image
+        users = [b["image"] for g, _ in self.pairs(groups) for b in g.behaviours] * self.train.pools_pictures
+
+        def net(prefix: str, rows: list[int]) -> list[Array]:
+            return [*self.mlp(self.picture[rows], prefix, len(self.train.extractor), self.train.extractor_activation)]
+
+        if self.train.share_extractors and self.train.ad_image and self.train.pools_pictures:
+            found = net("adnet", ads + users)
+        else:
+            found = (net("adnet", ads) if ads else []) + (net("usernet", users) if users else [])
+        self.ad_vector = dict(zip(ads, found[: len(ads)], strict=True))
+        self.user_vector = dict(zip(users, found[len(ads) :], strict=True))
 
     def pairs(self, groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, Any]]]:
         for group in groups:
@@ -214,58 +238,102 @@ class Reference:
         ids = [self.vector(n, group.user[n]) for n in self.names("user")]
         return ids + [self.vector(n, sample[n]) for n in self.names("ad", "scene")]
 
+    def unit(self, q_S: list[Array], k_SB: list[list[Array]], prefix: str) -> list[Array]:
+        """DIN's g: each sample's weights of its behaviours."""
+        if self.train.din == "din-v1":
+            return self.scores(q_S, k_SB, prefix, "qkd", self.train.activation)
+        scores = self.scores(q_S, k_SB, prefix, "qkdp", "sigmoid")
+        return [self.softmax(z / np.sqrt(len(q_S[0]))) for z in scores]
+
+    def id_weights(self, groups: Sequence[Group], prefix: str) -> list[Array]:
+        """Each sample's weights of its behaviours' ids, by DIN's unit; those that dropout discards weigh nothing."""
+        pairs, partner = list(self.pairs(groups)), {"goods": "ad_goods", "brand": "ad_brand"}
+        q_S = [np.concatenate([self.vector(a, s[a]) for a in partner.values()]) for _, s in pairs]
+        kept = self.kept or [[True] * len(g.behaviours) for g, _ in pairs]
+        seen = [
+            [b for b, keep in zip(g.behaviours, k, strict=True) if keep] for (g, _), k in zip(pairs, kept, strict=True)
+        ]
+        k_SB = [[np.concatenate([self.vector(n, b[n]) for n in partner]) for b in bs] for bs in seen]
+        out = []
+        for found, k in zip(self.unit(q_S, k_SB, prefix), kept, strict=True):
+            left = iter(found if self.train.din == "din-code" else found / self.kept_share())
+            out.append(np.array([next(left) if keep else 0.0 for keep in k]))
+        return out
+
+    def kept_share(self) -> float:
+        return 1.0 if self.kept is None else 1.0 - self.train.dropout_rate
+
     def attention(self, groups: Sequence[Group]) -> list[Array]:
-        """Each sample's weights of its behaviours."""
-        pairs = list(self.pairs(groups))
+        """Each sample's weights of its behaviours: DIN's, or of DICM's pictures."""
         if self.train.model == "din":
-            partner = {"goods": "ad_goods", "brand": "ad_brand"}
-            q_S = [np.concatenate([self.vector(a, s[a]) for a in partner.values()]) for _, s in pairs]
-            k_SB = [[np.concatenate([self.vector(n, b[n]) for n in partner]) for b in g.behaviours] for g, _ in pairs]
-            if self.train.din == "din-v1":
-                return self.scores(q_S, k_SB, "unit", "qkd", self.train.activation)
-            scores = self.scores(q_S, k_SB, "unit", "qkdp", "sigmoid")
-            return [self.softmax(z / np.sqrt(len(q_S[0]))) for z in scores]
+            return self.id_weights(groups, "unit")
+        self.extract(groups)
+        pairs = list(self.pairs(groups))
+        k_SB = [[self.user_vector[b["image"]] for b in g.behaviours] for g, _ in pairs]
+        if self.train.pooling == "din":
+            return self.unit([self.ad_vector[s["ad_image"]] for _, s in pairs], k_SB, "picture_unit")
         q_S = [np.concatenate(self.dicm_context(g, s)) for g, s in pairs]
-        k_SB = [[self.extract(b["image"], "usernet") for b in g.behaviours] for g, _ in pairs]
         return [self.softmax(z) for z in self.scores(q_S, k_SB, "attention", "qk", self.train.activation)]
 
     def dicm_context(self, group: Group, sample: dict[str, Any]) -> list[Array]:
-        picture = [self.extract(sample["ad_image"], "adnet")] if self.train.ad_image else []
+        picture = [self.ad_vector[sample["ad_image"]]] if self.train.ad_image else []
         return self.context(group, sample) + picture
 
-    def pooled(self, group: Group, weights: Array | None) -> Array:
-        """The sum (weighted if so) of the behaviours' ids side by side."""
+    def pooled(self, group: Group, weights: Array | list[float]) -> Array:
+        """The weighted sum of the behaviours' ids side by side."""
         names = self.names("behaviour")
         total = np.zeros(sum(FEATURES[n].width for n in names))
-        for i, b in enumerate(group.behaviours):
-            one = np.concatenate([self.vector(n, b[n]) for n in names])
-            total = total + (one if weights is None else weights[i] * one)
+        for b, w in zip(group.behaviours, weights, strict=True):
+            total = total + w * np.concatenate([self.vector(n, b[n]) for n in names])
         return total
+
+    def tiers(self, group: Group, sample: dict[str, Any]) -> Array:
+        """SimTier: the ad's picture against each of the history, by the angle between them."""
+        n = self.train.tiers
+        counts = np.zeros(n)
+        a = self.picture[sample["ad_image"], :PICTURE_WIDTH]
+        for b in group.behaviours:
+            u = self.picture[b["image"], :PICTURE_WIDTH]
+            if not a.any() or not u.any():
+                continue
+            cosine = sum(x * y for x, y in zip(a, u, strict=True)) / np.sqrt(sum(a * a)) / np.sqrt(sum(u * u))
+            for tier in range(n):
+                low, high = -1 + 2 * tier / n, -1 + 2 * (tier + 1) / n
+                if low <= cosine < high or (tier == n - 1 and cosine >= high) or (tier == 0 and cosine < low):
+                    counts[tier] += 1
+        return counts
 
     def inputs(self, groups: Sequence[Group]) -> Array:
         """The concatenation that the discriminator gets, [S, width]."""
         rows = []
-        model, pooling = self.train.model, self.train.pooling
-        attends = model == "din" or (model == "dicm" and self.train.user_images and pooling == "attentive")
+        train = self.train
+        self.extract(groups)
+        pairs = list(self.pairs(groups))
+        attends = train.pools_pictures and train.pooling in ("attentive", "din")
         attention = self.attention(groups) if attends else []
-        for s, (group, sample) in enumerate(self.pairs(groups)):
-            if model == "base":
-                parts = [*self.context(group, sample), self.pooled(group, None)]
-            elif model == "din":
-                parts = [*self.context(group, sample), self.pooled(group, attention[s])]
+        if train.model == "din" or train.user_ids == "din":
+            of_ids = self.id_weights(groups, "unit" if train.model == "din" else "id_unit")
+        else:
+            kept = self.kept or [[True] * len(g.behaviours) for g, _ in pairs]
+            of_ids = [np.array([keep / self.kept_share() for keep in k]) for k in kept]
+        for s, (group, sample) in enumerate(pairs):
+            if train.model in ("base", "din"):
+                parts = [*self.context(group, sample), self.pooled(group, of_ids[s])]
             else:
                 parts = self.dicm_context(group, sample)
-                if self.train.user_ids:
-                    parts.append(self.pooled(group, None))
-                if self.train.user_images:
-                    found = [self.extract(b["image"], "usernet") for b in group.behaviours]
-                    d = self.train.extractor[-1]
-                    if pooling == "attentive":
+                if train.user_ids:
+                    parts.append(self.pooled(group, of_ids[s]))
+                if train.pools_pictures:
+                    found = [self.user_vector[b["image"]] for b in group.behaviours]
+                    d = train.extractor[-1]
+                    if attends:
                         parts.append(sum((w * v for w, v in zip(attention[s], found, strict=True)), np.zeros(d)))
-                    elif pooling == "sum":
+                    elif train.pooling == "sum":
                         parts.append(sum(found, np.zeros(d)))
                     else:
                         parts.append(np.array([max(v[j] for v in found) if found else 0.0 for j in range(d)]))
+                if train.counts_tiers:
+                    parts.append(self.tiers(group, sample))
             rows.append(np.concatenate(parts))
         return np.array(rows)
 

@@ -16,6 +16,7 @@ from ctrkit.models.layers import (
     segment_softmax,
     segment_sum,
 )
+from ctrkit.models.pairs import PairMLP
 from tests.models.reference import dice
 
 
@@ -81,6 +82,24 @@ def test_dice_on_no_row_one_row_and_equal_rows() -> None:
     layer.eval()
     assert torch.isfinite(layer(draw(1, 3))).all()
     assert torch.isfinite(Dice(3).eval()(torch.ones(2, 3))).all()
+
+
+def test_dice_of_counted_rows_is_dice_of_all_rows() -> None:
+    """Distinct rows with how often each stands in the batch: output, gradients and running averages."""
+    count = torch.tensor([3.0, 1.0, 5.0, 0.0])
+    repeats = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])
+    distinct = (draw(4, 3) * 2 + 1).requires_grad_()
+    counted, plain = random_dice(3), random_dice(3)
+    one, all_rows = counted(distinct, count)[repeats], plain(distinct[repeats])
+    torch.testing.assert_close(one, all_rows, rtol=1e-12, atol=1e-14)
+    for name, tensor in counted.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-12, atol=1e-14)
+    slopes = [torch.autograd.grad((out**2).sum(), (distinct, d.a_H)) for out, d in ((one, counted), (all_rows, plain))]
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    counted.eval()
+    plain.eval()
+    torch.testing.assert_close(counted(distinct, count), plain(distinct), rtol=1e-12, atol=1e-14)
 
 
 def test_gradients_of_dice() -> None:
@@ -236,3 +255,17 @@ def test_one_row_is_normalised_by_the_running_statistics() -> None:
 def test_mlp_ends_without_an_activation() -> None:
     kinds = [type(layer).__name__ for layer in mlp([3, 4, 5, 2], "dice")]
     assert kinds == ["Linear", "Dice", "Linear", "Dice", "Linear"]
+    assert [type(layer).__name__ for layer in mlp([3, 2], "dice")] == ["Linear"]
+
+
+@pytest.mark.parametrize("widths", [(3, 2), (3, 4, 2), (5, 4, 3, 2), (5, 4, 3, 3, 2)])
+@pytest.mark.parametrize("act", ["prelu", "dice"])
+def test_gradients_of_extractors(widths: tuple[int, ...], act: str) -> None:
+    """One to four layers, with rows that count several times."""
+    net, count = mlp(widths, act).double(), torch.tensor([2.0, 1.0, 4.0])
+    names = [name for name, _ in net.named_parameters()]
+
+    def f(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(net, dict(zip(names, parameters, strict=True)), (x, count))
+
+    assert torch.autograd.gradcheck(f, (draw(3, widths[0]).requires_grad_(), *net.parameters()))

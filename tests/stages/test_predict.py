@@ -13,11 +13,12 @@ from ctrkit.cli import COMMANDS
 from ctrkit.gauc import gauc
 from tests.tiny_run import TinyRun
 
+SETS = ["--set", "train.epochs=3", "--set", "train.learning_rate=0.01", "--set", "train.user_ids=true"]
+
 
 @pytest.fixture(scope="module")
 def model(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = ["--set", "train.epochs=3", "--set", "train.learning_rate=0.01", "--set", "train.user_ids=true"]
-    return tiny_run.train(tmp_path_factory.mktemp("model") / "model", *words)
+    return tiny_run.train(tmp_path_factory.mktemp("model") / "model", *SETS)
 
 
 def test_help_is_the_line_in_the_list_of_commands() -> None:
@@ -28,7 +29,8 @@ def test_the_same_at_any_batch_in_the_order_of_the_groups(tiny_run: TinyRun, mod
     tables = []
     for batch in (1, 7, 4096):
         out = tmp_path / f"{batch}.parquet"
-        tiny_run.must("predict", *tiny_run.reads(), "--model", model, "--set", f"predict.batch={batch}", "--out", out)
+        words = [*tiny_run.reads(), "--model", model, *SETS, "--set", f"predict.batch={batch}"]
+        tiny_run.must("predict", *words, "--out", out)
         tables.append(pl.read_parquet(out))
     columns = ["sample_id", "user", "ad", "day", "click", "score", "history_length", "unseen_ad"]
     assert tables[0].columns == columns
@@ -45,7 +47,8 @@ def test_the_same_at_any_batch_in_the_order_of_the_groups(tiny_run: TinyRun, mod
 def test_the_validation_scores_are_those_of_training(tiny_run: TinyRun, model: Path, tmp_path: Path) -> None:
     """A model read back from disk is the model that was validated: the same GAUC, to the last digit."""
     out = tmp_path / "valid.parquet"
-    result = tiny_run.must("predict", *tiny_run.reads(), "--model", model, "--set", "predict.split=valid", "--out", out)
+    words = [*tiny_run.reads(), "--model", model, *SETS, "--set", "predict.split=valid"]
+    result = tiny_run.must("predict", *words, "--out", out)
     table = pl.read_parquet(out)
     best = json.loads(model.with_name("model.json").read_text())["counts"]["best"]
     assert gauc(table["user"].to_numpy(), table["click"], table["score"]).value == best["valid_gauc"]
@@ -57,7 +60,7 @@ def test_every_kind_of_model(tiny_run: TinyRun, tmp_path: Path) -> None:
     for variant in ("lr", "base", "din", "sum"):
         trained = tiny_run.train(tmp_path / variant, "--variant", variant)
         words = [*tiny_run.reads(), "--model", trained, "--set", "predict.split=valid", "--set", "train.threads=2"]
-        tiny_run.must("predict", *words, "--out", tmp_path / f"{variant}.parquet")
+        tiny_run.must("predict", "--variant", variant, *words, "--out", tmp_path / f"{variant}.parquet")
         table = pl.read_parquet(tmp_path / f"{variant}.parquet")
         best = json.loads((tmp_path / f"{variant}.json").read_text())["counts"]["best"]
         found = gauc(table["user"].to_numpy(), table["click"], table["score"]).value
@@ -71,7 +74,7 @@ def test_splitting_groups_changes_no_score(tiny_run: TinyRun, model: Path, tmp_p
     tiny_run.must("group", *words, "--set", "group.max_samples=2", "--out", tmp_path / "groups")
     stored = [pl.read_parquet(g / "test" / "*.parquet") for g in (tiny_run.groups, tmp_path / "groups")]
     assert stored[1].height > 2 * stored[0].height
-    choose: list[object] = []
+    choose: list[object] = [*SETS]
     if variant != "pictures":
         choose = ["--variant", variant]
         model = tiny_run.train(tmp_path / "model", *choose)
@@ -116,8 +119,8 @@ def refused(tiny_run: TinyRun, out: Path, *words: object) -> str:
 
 def test_what_does_not_fit(tiny_run: TinyRun, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "predictions.parquet"
-    reads = tiny_run.reads()
-    groups = ["--groups", tiny_run.groups]
+    reads = [*tiny_run.reads(), *SETS]
+    groups = ["--groups", tiny_run.groups, *SETS]
     assert "give --features" in refused(tiny_run, out, "--model", model, *groups)
     assert "it has no settings.json" in refused(tiny_run, out, "--model", tmp_path / "none", *reads)
     damaged = tmp_path / "damaged"
@@ -134,3 +137,17 @@ def test_what_does_not_fit(tiny_run: TinyRun, model: Path, tmp_path: Path) -> No
     shutil.rmtree(other / "test")
     (other / "schema.json").write_text(json.dumps(schema))
     assert "has no test split" in refused(tiny_run, out, *words)
+
+
+def test_a_model_of_another_variant(tiny_run: TinyRun, model: Path, tmp_path: Path) -> None:
+    """Whatever decides what model it is has to be as the recipe, the variant and --set say; where it runs does not."""
+    out = tmp_path / "predictions.parquet"
+    error = refused(tiny_run, out, "--variant", "sum", *SETS, *tiny_run.reads(), "--model", model)
+    assert f'{model} was not trained as the recipe says: with train.pooling = "attentive", not "sum".' in error
+    assert "Give the --variant and the --set options that it was trained with" in error
+    error = refused(tiny_run, out, "--variant", "lr", *tiny_run.reads(), "--model", model)
+    assert (
+        'with train.model = "dicm", not "lr"; train.user_ids = true, not false; train.epochs = 3, not 1 (and 1' in error
+    )
+    where = ["--set", "train.threads=2", "--set", "train.log_every=7", "--set", "train.checkpoint_minutes=1"]
+    tiny_run.must("predict", *SETS, *where, *tiny_run.reads(), "--model", model, "--out", out)

@@ -26,7 +26,7 @@ def made(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "settings.json").write_text(json.dumps({"train": {"model": "lr"}}))
-    (model / "history.jsonl").write_text('{"step": 5, "loss": 0.6, "valid_gauc": 0.5}\n')
+    (model / "metrics.jsonl").write_text('{"step": 5, "loss": 0.6, "valid_gauc": 0.5}\n')
     (tmp_path / "model.json").write_text(json.dumps({"stage": "train", "seconds": 3.21}))
     return tmp_path
 

@@ -25,7 +25,7 @@ def test_help_is_the_line_in_the_list_of_commands() -> None:
 def test_what_is_written(tiny_run: TinyRun, tmp_path: Path) -> None:
     model = tmp_path / "model"
     result = tiny_run.must("train", *tiny_run.reads(), "--out", model, "--tensorboard", tmp_path / "board")
-    assert sorted(p.name for p in model.iterdir()) == ["history.jsonl", "model.pt", "settings.json"]
+    assert sorted(p.name for p in model.iterdir()) == ["metrics.jsonl", "model.pt", "settings.json"]
     state = torch.load(model / "model.pt", weights_only=True)
     assert all(isinstance(t, torch.Tensor) for t in state.values())
     settings = json.loads((model / "settings.json").read_text())
@@ -33,7 +33,7 @@ def test_what_is_written(tiny_run: TinyRun, tmp_path: Path) -> None:
     assert (
         settings["schema"]["vocab_digest"] == json.loads((tiny_run.groups / "schema.json").read_text())["vocab_digest"]
     )
-    history = [json.loads(line) for line in (model / "history.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (model / "metrics.jsonl").read_text().splitlines()]
     keys = ["step", "epoch", "samples", "loss", "valid_loss", "valid_gauc", "learning_rate"]
     assert [list(r) for r in history] == [keys]
     sidecar = json.loads((tmp_path / "model.json").read_text())
@@ -55,7 +55,7 @@ def test_two_processes_write_the_same_bytes(tiny_run: TinyRun, tmp_path: Path) -
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "7", "POLARS_MAX_THREADS": "3"},
     )
-    for file in ("model.pt", "history.jsonl", "settings.json"):
+    for file in ("model.pt", "metrics.jsonl", "settings.json"):
         assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
     content = [json.loads((tmp_path / f"{name}.json").read_text())["content"] for name in ("here", "there")]
     assert content[0] == content[1]
@@ -137,5 +137,5 @@ def test_splits_that_are_empty(missing: str, tiny_run: TinyRun, tmp_path: Path) 
     else:
         assert result.exit_code == 0
         assert "there is no validation split, so the model of the last step" in result.output
-        history = json.loads((tmp_path / "model" / "history.jsonl").read_text())
+        history = json.loads((tmp_path / "model" / "metrics.jsonl").read_text())
         assert history["valid_gauc"] is None

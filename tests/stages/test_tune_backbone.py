@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor
 
-from ctrkit import pipeline, tuning
+from ctrkit import pipeline, state_dict, tuning
 from ctrkit.cli import main
 from ctrkit.errors import Resumable
 from ctrkit.labelled_pictures import AMBIGUOUS
@@ -362,7 +362,7 @@ def test_a_loss_that_is_no_number(shop: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_and_can_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="No space") as full:
-        tuning._write_tensors(Path("/dev/full"), {"x": torch.zeros(1 << 20)})
+        state_dict.write(Path("/dev/full"), {"x": torch.zeros(1 << 20)})
     assert full.value.errno == errno.ENOSPC
     monkeypatch.setattr(torch, "save", lambda *_: Path("/dev/full").write_bytes(bytes(1 << 20)))
     tuner = object.__new__(tuning.Tuner)

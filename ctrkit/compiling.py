@@ -1,0 +1,32 @@
+"""torch.compile where there is a compiler, and the network as it is where there is none."""
+
+import torch
+from torch import Tensor, nn
+
+from ctrkit.progress import say
+
+
+def compiled(network: nn.Module, device: str) -> nn.Module:
+    """Return the network through torch.compile, for batches of any size, or the network itself after saying why.
+
+    Parameters are shared. A part that torch cannot compile runs as it is, which torch tells.
+    """
+    if why := _cannot_compile(device):
+        say(f"train: nothing is compiled, and training is as without train.compile: {why}")
+        return network
+    torch._dynamo.config.suppress_errors = True
+    module: nn.Module = torch.compile(network, dynamic=True)  # type: ignore[assignment]
+    return module
+
+
+def _cannot_compile(device: str) -> str:
+    """Return why a function of one line, and its gradient, cannot be compiled; "" if they can."""
+
+    def line(x: Tensor) -> Tensor:
+        return (x * 2 + 1).relu().sum()
+
+    try:
+        torch.autograd.backward(torch.compile(line)(torch.ones(8, device=device, requires_grad=True)))
+    except Exception as e:  # whatever is missing, in the words of whoever misses it: torch, a compiler, Triton
+        return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
+    return ""
