@@ -51,7 +51,7 @@ class BadBatch:
         loss = float(self.loss_S.mean())
         if not np.isfinite(loss):
             n = int((~torch.isfinite(self.loss_S)).sum())
-            return f"the loss is {loss}, that of {n:,} of its {len(self.loss_S):,} samples is not finite"
+            return f"the loss is {loss} (not finite for {n:,} of {len(self.loss_S):,} samples)"
         wrong = [name for name, gradient in self.gradients.items() if not torch.isfinite(gradient).all()]
         if wrong:
             more = f" and of {len(wrong) - 1:,} more" if len(wrong) > 1 else ""

@@ -174,7 +174,8 @@ class Trainer:
         for mean, (total, samples) in ((self.loss, progress["loss"]), (self.logged, progress["logged"])):
             mean.total.fill_(total)
             mean.samples = samples
-        say(f"train: going on after step {self.steps:,}, in epoch {self.epoch + 1} of {self.config.epochs}")
+        epoch = min(self.epoch + 1, self.config.epochs)
+        say(f"train: going on after step {self.steps:,}, in epoch {epoch} of {self.config.epochs}")
 
     def step(self, batch: Batch) -> Tensor:
         """Take one optimiser step on a batch; return its mean loss []. Does not wait for the device."""

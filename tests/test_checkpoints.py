@@ -16,9 +16,10 @@ from ctrkit.checkpoints import Checkpoints
 from ctrkit.errors import Resumable
 from tests.shop import ctrkit
 from tests.test_full_disk import largest_file
+from tests.test_tensorboard import points
 from tests.tiny_run import TinyRun
 
-SETS = ["--variant", "din", "--set", "train.epochs=6", "--set", "train.evaluate_every=7"]
+SETS = ["--variant", "din", "--set", "train.epochs=6", "--set", "train.evaluate_every=7", "--set", "train.log_every=0"]
 SETS += ["--set", "train.patience=0", "--set", "train.learning_rate=0.01", "--set", "train.activation=dice"]
 
 
@@ -204,7 +205,9 @@ def contents(model: Path) -> dict[str, bytes]:
 
 def test_stopped_and_gone_on(tiny_run: TinyRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model"
-    result = stopped(tiny_run, out, monkeypatch, 61, "--set", "train.checkpoint_minutes=1e-9")
+    board = ["--set", "train.log_every=10", "--tensorboard", tmp_path / "board"]
+    result = stopped(tiny_run, out, monkeypatch, 61, *board, "--set", "train.checkpoint_minutes=1e-9")
+    assert [step for step, _ in points(tmp_path / "board", "train/loss")] == [10, 20, 30, 40, 50, 60]
     assert "train: stopped; run the same command again, and it goes on from what was done" in result.output
     kept = Checkpoints(hidden(out))
     assert kept.steps()[-3:] == [59, 60, 61]
@@ -217,11 +220,23 @@ def test_stopped_and_gone_on(tiny_run: TinyRun, whole: Path, tmp_path: Path, mon
     reads: list[int] = []
     read = Checkpoints.read
     monkeypatch.setattr(Checkpoints, "read", lambda self, step: reads.append(step) or read(self, step))
-    result = tiny_run.must("train", *SETS, "--groups", tiny_run.groups, "--out", out)
+    result = tiny_run.must("train", *SETS, *board, "--groups", tiny_run.groups, "--out", out)
     assert "step-0000000061.pt is damaged; going on from the one before it" in result.output
     assert "train: going on after step 60, in epoch " in result.output
     assert reads[0] == 60
-    assert contents(out) == contents(whole)
+    found = {
+        name: points(tmp_path / "board", name) for name in ("train/loss", "train/samples_per_second", "valid/gauc")
+    }
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    told = [(r["step"], r["loss"]) for r in records if "valid_gauc" not in r]
+    assert found["train/loss"] == [(step, pytest.approx(loss)) for step, loss in told]
+    assert [step for step, _ in found["train/samples_per_second"]] == [step for step, _ in told]
+    judged = [(r["step"], r["valid_gauc"]) for r in records if "valid_gauc" in r]
+    assert found["valid/gauc"] == [(step, pytest.approx(value)) for step, value in judged]
+    assert [r for r in records if "valid_gauc" in r] == [
+        json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert (out / "model.pt").read_bytes() == (whole / "model.pt").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -233,7 +248,7 @@ def test_other_settings_begin_anew(tiny_run: TinyRun, tmp_path: Path, monkeypatc
     shutil.copytree(tiny_run.groups, other)
     schema = json.loads((other / "schema.json").read_text())
     (other / "schema.json").write_text(json.dumps({**schema, "negative_rate": 0.5}))
-    for words in (["--set", "train.learning_rate=0.02"], ["--set", "train.threads=2"], ["--groups", other]):
+    for words in (["--set", "train.learning_rate=0.02"], ["--set", "train.clip_norm=1"], ["--groups", other]):
         stopped(tiny_run, out, monkeypatch, 30)
         old = hidden(out)
         result = tiny_run.must("train", *SETS, *groups, *words)

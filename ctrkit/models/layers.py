@@ -43,6 +43,7 @@ class Dice(nn.Module):
         return self.mean_H / correction, self.var_H / correction
 
     def forward(self, y: Tensor, count: Tensor | None = None) -> Tensor:
+        y = _wide(y)
         if self.training and len(y):
             if count is None:
                 mean_H, var_H = y.mean(0), y.var(0, unbiased=False)
@@ -137,8 +138,14 @@ class Discriminator(nn.Module):
         return out_S2[:, 1] - out_S2[:, 0]
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return x in 32 bits or more: sums over many rows need them, where autocast gives 16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def segment_sum(values: Tensor, segment: Tensor, n: int) -> Tensor:
     """Return [n, …]: the sum of the rows of `values` in each segment; zero where there are none."""
+    values = _wide(values)
     return values.new_zeros((n, *values.shape[1:])).index_add_(0, segment, values)
 
 
@@ -151,6 +158,7 @@ def segment_max(values: Tensor, segment: Tensor, n: int) -> Tensor:
 
 def segment_softmax(logits_P: Tensor, segment_P: Tensor, n: int) -> Tensor:
     """Return [P]: a softmax over the rows of each segment."""
+    logits_P = _wide(logits_P)
     top_n = logits_P.detach().new_full((n,), -torch.inf).scatter_reduce(0, segment_P, logits_P.detach(), "amax")
     e_P = torch.exp(logits_P - top_n.index_select(0, segment_P))
     return e_P / segment_sum(e_P, segment_P, n).index_select(0, segment_P)

@@ -14,6 +14,7 @@ import torch
 from ctrkit.stages.train import command
 
 from ctrkit.cli import COMMANDS
+from tests.shop import ctrkit
 from tests.small_groups import write_features
 from tests.tiny_run import TinyRun
 
@@ -41,8 +42,48 @@ def test_what_is_written(tiny_run: TinyRun, tmp_path: Path) -> None:
     assert sidecar["counts"]["samples"] == history[0]["samples"]
     assert sidecar["counts"]["pictures without a vector"] == 0
     assert sidecar["inputs"].keys() == {"groups", "features", "image vocabulary"}
+    assert sidecar["counts"]["samples a second"] > 0
     assert any((tmp_path / "board").iterdir())
     assert f"validation GAUC {history[0]['valid_gauc']:.4f} at step {history[0]['step']}" in result.output
+
+
+def test_the_optimiser_of_the_model_that_is_kept(tiny_run: TinyRun, tmp_path: Path) -> None:
+    words = ["--set", "train.evaluate_every=4", "--set", "train.epochs=2", "--set", "train.save_optimiser=true"]
+    model = tiny_run.train(tmp_path / "model", *words, "--set", "train.learning_rate=0.02")
+    state = torch.load(model / "model.pt", weights_only=True)
+    optimiser = torch.load(model / "optimiser.pt", weights_only=True)
+    sidecar = json.loads((tmp_path / "model.json").read_text())
+    step = sidecar["counts"]["best"]["step"]
+    assert step < sidecar["counts"]["steps"]
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    parameters = [n.removeprefix("network.") for n in state if n.startswith("network.") and not n.endswith(buffers)]
+    expected = {f"adam.{name}.{kind}" for name in parameters for kind in ("exp_avg", "exp_avg_sq", "step")}
+    assert optimiser.keys() == expected | {f"table.12.{kind}" for kind in ("m", "v", "step")}
+    for name in parameters:
+        assert optimiser[f"adam.{name}.exp_avg"].shape == state[f"network.{name}"].shape
+        assert optimiser[f"adam.{name}.step"] == step
+    assert optimiser["table.12.step"] == step
+    assert optimiser["table.12.m"].shape == optimiser["table.12.v"].shape == state["table.12"].shape
+    seen = optimiser["table.12.v"].any(1)
+    assert seen[1:].any()
+    assert not seen.all()
+
+
+def test_a_batch_that_cannot_be_learned_from(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """It is kept beside the model, shown by inspect, and goes when training comes through."""
+    words = ["--variant", "base", "--groups", tiny_run.groups, "--out", tmp_path / "model"]
+    hopeless = ["--set", "train.learning_rate=1e30", "--set", "train.batch_norm=false"]
+    result = tiny_run.call("train", *words, *hopeless)
+    assert result.exit_code == 1, result.output
+    assert result.output.count("Error: ") == 1
+    assert "Traceback" not in result.output
+    kept = tmp_path / "model.bad-batch.parquet"
+    assert f"{kept} has the batch" in result.output
+    assert not (tmp_path / "model").exists()
+    assert pl.read_parquet(kept).height == 64
+    assert "sample_id │ Int64" in " ".join(ctrkit("inspect", kept).output.split())
+    tiny_run.must("train", *words)
+    assert not kept.exists()
 
 
 def test_two_processes_write_the_same_bytes(tiny_run: TinyRun, tmp_path: Path) -> None:
