@@ -82,8 +82,9 @@ class TrainedModel:
             table.weight_VD.copy_(state[f"table.{width}"])
             table.frequent = {vocab: state[f"frequent.{vocab}"].clone().numpy() for vocab in table.frequent}
         if self.pictures is not None:
-            self.pictures.mean_W = state["pictures.mean"].clone()
-            self.pictures.scale = state["pictures.scale"].clone()
+            dtype = self.pictures.mean_W.dtype
+            self.pictures.mean_W = state["pictures.mean"].to(dtype, copy=True)
+            self.pictures.scale = state["pictures.scale"].to(dtype, copy=True)
 
 
 def read_counts(groups: Path, schema: Schema) -> Counts:

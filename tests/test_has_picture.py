@@ -99,10 +99,10 @@ def reads(world: Path, variant: str) -> list[object]:
 
 
 def scored(world: Path, out: Path, variant: str, *sets: str) -> pl.DataFrame:
-    """Train with some settings and predict without them; return the predictions."""
-    words = [word for text in sets for word in ("--set", text)]
-    must(world, "train", variant, *reads(world, variant), *words, "--out", out / "model")
-    must(world, "predict", variant, *reads(world, variant), "--model", out / "model", "--out", out / "scores.parquet")
+    """Train and predict with some settings; return the predictions."""
+    words = [*reads(world, variant), *(word for text in sets for word in ("--set", text))]
+    must(world, "train", variant, *words, "--out", out / "model")
+    must(world, "predict", variant, *words, "--model", out / "model", "--out", out / "scores.parquet")
     return pl.read_parquet(out / "scores.parquet")
 
 
@@ -158,10 +158,18 @@ def test_the_switch_is_the_models(world: Path, tmp_path: Path) -> None:
 def test_a_flag_that_does_not_fit_is_refused(world: Path, tmp_path: Path) -> None:
     """Features of the width that vector and flag have together are none of this model's; nor is a forged switch."""
     scored(world, tmp_path, "ad", "train.has_picture=true")
-    words: list[object] = ["predict", "--recipe", world / "recipe.toml", "--model", tmp_path / "model"]
+    words: list[object] = [
+        "predict",
+        "--recipe",
+        world / "recipe.toml",
+        "--variant",
+        "ad",
+        "--model",
+        tmp_path / "model",
+    ]
     words += ["--groups", world / "ad/groups", "--convert", world / "ad/convert", "--out", tmp_path / "x.parquet"]
     write_features(tmp_path / "wide.h5", ["g0.jpg"], [0], np.ones((1, 7)))
-    result = ctrkit(*words, "--features", tmp_path / "wide.h5")
+    result = ctrkit(*words, "--set", "train.has_picture=true", "--features", tmp_path / "wide.h5")
     assert result.exit_code == 1
     assert "was trained on picture vectors of width 6, but" in result.output
     assert "has width 7: use the features it was trained with" in result.output

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ctrkit.models.activation_unit import ActivationUnit
 from ctrkit.models.batch import Batch, Lookup, sum_of_ids
-from ctrkit.models.din import id_unit, pool_ids
+from ctrkit.models.din import compared
 from ctrkit.models.layers import MLP, Discriminator, mlp, segment_max, segment_softmax, segment_sum
 from ctrkit.models.pairs import PairMLP, attend
 from ctrkit.models.plan import Plan
@@ -38,10 +38,10 @@ class DICM(nn.Module):
         if train.pools_pictures and train.pooling == "attentive":
             self.attention = PairMLP(context, d, train.attention, train.activation)
         elif train.pools_pictures and train.pooling == "din":
-            self.picture_unit = ActivationUnit(d, train.din, train.activation, train.din_activation)
+            self.picture_unit = ActivationUnit(d, train)
         self.id_unit: ActivationUnit | None = None
         if train.user_ids == "din":
-            self.id_unit = id_unit(plan)
+            self.id_unit = ActivationUnit(plan.total_width(list(plan.partners())), train)
         width = context + plan.total_width(plan.behaviour) + d * train.pools_pictures
         width += train.tiers * train.counts_tiers
         self.discriminator = Discriminator(width, train.tower, train.activation, train.batch_norm)
@@ -93,33 +93,32 @@ class DICM(nn.Module):
         return torch.cat(parts if ad_SD is None else [*parts, ad_SD], 1)
 
     def weights_P(self, batch: Batch, look: Lookup) -> Tensor:
-        """Return [P]: the attentive weight of every (sample, behaviour picture) pair."""
-        ad_SD, user_BD = self.pictures(batch)
-        assert user_BD is not None
-        return self._attend_P(batch, self.context_S(look, ad_SD), ad_SD, user_BD)
-
-    def _attend_P(self, batch: Batch, context_SD: Tensor, ad_SD: Tensor | None, k_BD: Tensor) -> Tensor:
+        """Return [P]: the aggregator's weight of every (sample, behaviour picture) pair, attentive or DIN's."""
+        ad_SD, k_BD = self.pictures(batch)
+        assert k_BD is not None
         pairs = (batch.sample_P, batch.behaviour_P)
         if self.picture_unit is not None:
             assert ad_SD is not None
             return self.picture_unit.weights_P(ad_SD, k_BD, pairs)
         assert self.attention is not None
-        return segment_softmax(self.attention(context_SD, k_BD, *pairs), batch.sample_P, batch.n_samples)
+        logits_P = self.attention(self.context_S(look, ad_SD), k_BD, *pairs)
+        return segment_softmax(logits_P, batch.sample_P, batch.n_samples)
 
     def _pool_ids(self, batch: Batch, look: Lookup) -> Tensor:
         """Return [S, sum of D]: the behaviours' ids, summed or weighed by DIN's unit."""
+        v_BD = look.behaviours_B(self.plan.behaviour)
         if self.id_unit is None:
-            return sum_of_ids(batch, look.behaviours_B(self.plan.behaviour))
-        return pool_ids(self.id_unit, self.plan, batch, look)
+            return sum_of_ids(batch, v_BD)
+        return self.id_unit.pool(*compared(self.plan, look), v_BD, batch.id_pairs(), batch.dropout_rate)
 
     def _pool_pictures(self, batch: Batch, context_SD: Tensor, ad_SD: Tensor | None, k_BD: Tensor) -> Tensor:
         """Return [S, D]: the aggregator of Usernet."""
         pairs = (batch.sample_P, batch.behaviour_P)
+        if self.attention is not None:
+            return attend(self.attention, context_SD, k_BD, k_BD, *pairs, softmax=True)
         if self.picture_unit is not None:
             assert ad_SD is not None
             return self.picture_unit.pool(ad_SD, k_BD, k_BD, pairs)
-        if self.attention is not None:
-            return attend(self.attention, context_SD, k_BD, k_BD, *pairs, softmax=True)
         pool = segment_sum if self.plan.train.pooling == "sum" else segment_max
         return pool(k_BD, batch.group_B, batch.n_groups).index_select(0, batch.group_S)
 

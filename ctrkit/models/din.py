@@ -26,41 +26,23 @@ class DIN(nn.Module):
                 "model 'din' compares behaviours with the ad, but no behaviour feature shares its vocabulary with an "
                 "ad feature. Give one of each the same `vocab` in [features]."
             )
-        self.unit = id_unit(plan)
+        self.unit = ActivationUnit(plan.total_width(list(self.partner)), plan.train)
         width = plan.total_width([*plan.user, *plan.sample, *plan.behaviour])
         self.discriminator = Discriminator(width, plan.train.tower, plan.train.activation, plan.train.batch_norm)
 
     def weights_P(self, batch: Batch, look: Lookup) -> Tensor:
         """Return [P]: g(V_i, V_a) of every (sample, behaviour) pair, or of those that dropout keeps."""
-        return id_weights(self.unit, self.plan, batch, look)
+        return self.unit.weights_P(*compared(self.plan, look), batch.id_pairs(), batch.dropout_rate)
 
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
         parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
-        parts.append(pool_ids(self.unit, self.plan, batch, look))
+        v_BD = look.behaviours_B(self.plan.behaviour)
+        parts.append(self.unit.pool(*compared(self.plan, look), v_BD, batch.id_pairs(), batch.dropout_rate))
         out: Tensor = self.discriminator(torch.cat(parts, 1))
         return out
 
 
-def id_unit(plan: Plan) -> ActivationUnit:
-    """Return a fresh unit that compares the behaviours' ids with the ad's of the same vocabularies."""
-    train = plan.train
-    return ActivationUnit(plan.total_width(list(plan.partners())), train.din, train.activation, train.din_activation)
-
-
-def id_weights(unit: ActivationUnit, plan: Plan, batch: Batch, look: Lookup) -> Tensor:
-    """Return [P]: the unit's weights of the behaviours."""
-    return unit.weights_P(*_compared(plan, look), batch.id_pairs(), batch.dropout_rate)
-
-
-def pool_ids(unit: ActivationUnit, plan: Plan, batch: Batch, look: Lookup) -> Tensor:
-    """Return [S, sum of D]: the behaviours' ids, weighed by the unit."""
-    q_SD, k_BD = _compared(plan, look)
-    same = list(plan.partners()) == plan.behaviour
-    v_BD = k_BD if same else look.behaviours_B(plan.behaviour)
-    return unit.pool(q_SD, k_BD, v_BD, batch.id_pairs(), batch.dropout_rate)
-
-
-def _compared(plan: Plan, look: Lookup) -> tuple[Tensor, Tensor]:
-    """Return (the ad's ids [S, D], the behaviours' ids of the same vocabularies [B, D])."""
+def compared(plan: Plan, look: Lookup) -> tuple[Tensor, Tensor]:
+    """Return ([S, D], [B, D]): the ad's ids and the behaviours' of the same vocabularies, side by side."""
     partner = plan.partners()
     return torch.cat(look.samples_S(list(partner.values())), 1), look.behaviours_B(list(partner))

@@ -229,7 +229,8 @@ class Pairs:
                 assert isinstance(module, Dice)
                 module.observe(mean_H, var_H)
                 self.acts[end] = BlockDice(module, mean_H, var_H, self.n_pairs)
-        return logit_P1.squeeze(1)
+        logit_P: Tensor = logit_P1.squeeze(1)
+        return logit_P
 
     def sweep(self, begin: int, end: int, logit_P1: Tensor) -> Moments:
         """Compute layers begin to end; return the moments of layer end, unless it is that of the logits."""

@@ -161,3 +161,36 @@ def test_the_same_seed_gives_the_same_loss_curve(train: dict[str, Any], folder: 
     assert len(set(one)) == len(one) == 9
     assert curve(1) == one
     assert not set(curve(2)) & set(one)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"model": "din", "din": "din-v1", "activation": "dice"},
+        {"user_ids": True, "pooling": "max", "extractor_activation": "dice", "share_extractors": True},
+        {"user_images": "simtier+pooled", "pooling": "din", "user_ids": "din", "activation": "dice"},
+        {"user_images": "simtier", "regularisation": "dropout", "user_ids": True},
+    ],
+    ids=str,
+)
+def test_precisions_agree(train: dict[str, Any], folder: Path) -> None:
+    """A step's loss, and the scores after it: float64 and float32 to rounding, bfloat16 to 2^-8."""
+    groups = folder / "groups"
+    schema = Schema.read(groups)
+    counts = read_counts(groups, schema)
+    found = {}
+    for precision in ("float64", "float32", "bfloat16"):
+        config = Train(**{**SMALL, **train, "precision": precision})
+        vectors = open_pictures(config, folder / "features.h5", folder / "convert")
+        if vectors is not None:
+            vectors.fit()
+        model = build(config, schema, counts, vectors)
+        data = GroupedData(groups, "train", model.plan.features)
+        trainer = Trainer(model, counts, data, None, None)
+        [block] = data.epoch(100)
+        losses = [float(trainer.step(trainer.collate(block, (1, 0)))) for _ in range(3)]
+        [(_, score)] = scores(model, data, 100)
+        found[precision] = np.array([*losses, *score])
+    np.testing.assert_allclose(found["float32"], found["float64"], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["bfloat16"], found["float64"], atol=0.05)
+    assert not np.array_equal(found["bfloat16"], found["float32"])

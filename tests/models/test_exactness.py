@@ -19,8 +19,9 @@ from ctrkit.models.activation_unit import ActivationUnit
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.dicm import DICM
 from ctrkit.models.layers import segment_max, segment_sum
-from ctrkit.models.pairs import PairMLP, attend
+from ctrkit.models.pairs import PairMLP, attend, attend_plain
 from ctrkit.picture_vectors import PictureVectors
+from ctrkit.recipe import Train
 from ctrkit.scoring import look_up
 from tests.models.reference import Run, collate, make, pictures, run
 from tests.small_groups import Group, alone, random_groups, some_groups, to_block, write_groups
@@ -250,7 +251,7 @@ def test_jagged_pooling_is_padded_and_masked(form: str, act: str) -> None:
     pairs = (torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)), torch.arange(9))
     unit: PairMLP | None = None
     if form.startswith("din"):
-        unit = ActivationUnit(3, form, act).double()
+        unit = ActivationUnit(3, Train(din=form, activation=act, din_activation=act)).double()
     elif form == "attentive":
         unit = PairMLP(3, 3, (6, 5), act).double()
     if form == "sum":
@@ -259,9 +260,13 @@ def test_jagged_pooling_is_padded_and_masked(form: str, act: str) -> None:
         found = segment_max(v, pairs[0], 4)
     elif isinstance(unit, ActivationUnit):
         found = unit.pool(q, k, v, pairs)
+        again = segment_sum(v[pairs[1]] * unit.weights_P(q, k, pairs).unsqueeze(1), pairs[0], 4)
+        torch.testing.assert_close(found, again, rtol=1e-12, atol=1e-14)
     else:
         assert unit is not None
         found = attend(unit, q, k, v, *pairs, softmax=True)
+        again = attend_plain(unit, q, k, v, *pairs, softmax=True)
+        torch.testing.assert_close(found, again, rtol=1e-12, atol=1e-14)
 
     keys, values, mask = padded(k, v, lengths)
     weights = mask.to(torch.float64)
