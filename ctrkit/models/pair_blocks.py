@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ctrkit.models.layers import Dice, PReLU, segment_softmax, segment_sum
 
 aten = torch.ops.aten
-BLOCK = {"cpu": 4096, "cuda": 1 << 20}
-"""Pairs of a block. On a CPU smaller ones lose more to the calls than they win in the cache."""
+BLOCK = {"cpu": 8192, "cuda": 1 << 20}
+"""Pairs of a block. On a CPU smaller ones lose more to the calls than they win in the cache, larger ones leave it."""
 
 
 class Room:

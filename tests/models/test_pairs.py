@@ -140,6 +140,26 @@ def test_without_gradients_and_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("act", ["prelu", "dice"])
+def test_the_same_bits_every_time(act: str) -> None:
+    """With two threads, and pairs for several blocks."""
+    pairs, leaves = pairs_of([60] * 6, [60] * 6), inputs(360, 360, torch.float32)
+    unit = random_unit(4, (16, 8), act, "qkdp", torch.float32).train()
+    assert len(pairs[0]) > 2 * pair_blocks.BLOCK["cpu"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(3):
+            own = copy.deepcopy(unit)
+            out = attend(own, *leaves, *pairs, softmax=True)
+            found.append([out, *torch.autograd.grad(out.sum(), [*leaves, *own.parameters()]), *own.buffers()])
+    finally:
+        torch.set_num_threads(threads)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
 def test_prelu_on_rows_is_torchs() -> None:
     """Values and gradients, at 0 too, and for slopes above 1 and below 0."""
     x = torch.tensor([[-2.0, 0.0, 3.0, -1.0], [4.0, -5.0, 0.0, 2.0]], dtype=torch.float64, requires_grad=True)
