@@ -1,5 +1,5 @@
 # Benchmarks: make bench-NAME [N=impressions] [BENCH='further options'] [BENCH_DATA=runs/bench, where logs are kept]
-.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract
+.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-train
 
 bench-logs: $(READY) ## the raw logs that the benchmarks of the data stages read
 	.venv/bin/python benchmarks/logs.py $(N:%=--impressions %) $(BENCH)
@@ -15,3 +15,6 @@ bench-feature-reads: $(READY) ## random reads of picture vectors against convert
 
 bench-extract: $(READY) ## JPEG files to features.h5 against the bare network (N: pictures)
 	.venv/bin/python benchmarks/extract.py $(N:%=--pictures %) $(BENCH)
+
+bench-train: $(READY) ## training DIN against DeepCTR-Torch and FuxiCTR, installed in a venv of their own; and DICM (N: impressions)
+	.venv/bin/python benchmarks/train.py $(N:%=--impressions %) $(BENCH)

@@ -84,10 +84,7 @@ def command(
         from ctrkit.batches import GroupedData, Schema
 
         device = devices.resolve(config.device, "train.device")
-        torch.set_num_threads(config.threads)
-        torch.use_deterministic_algorithms(device == "cpu")
-        # Nobody reads memory before it is written, so filling it is for nothing.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        devices.set_up(device, config.threads)
         schema = Schema.read(groups)
         pictures = modelfile.open_pictures(config, features, convert)
         days = training_days.days_of(groups, "train")

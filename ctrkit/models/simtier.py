@@ -8,6 +8,7 @@ from torch import Tensor
 from ctrkit.models.batch import Batch
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # sparse layouts cannot be traced
 @torch.no_grad()
 def similarities_P(batch: Batch, ad_image: str, user_image: str, width: int) -> tuple[Tensor, Tensor]:
     """Return ([P] cosines, [P] bool) of the ad's picture vector and the behaviour's, as the extractors get them.
