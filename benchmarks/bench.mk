@@ -1,5 +1,5 @@
 # Benchmarks: make bench-NAME [N=impressions] [BENCH='further options'] [BENCH_DATA=runs/bench, where logs are kept]
-.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc
+.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc bench-train
 
 bench-logs: $(READY) ## the raw logs that the benchmarks of the data stages read
 	.venv/bin/python benchmarks/logs.py $(N:%=--impressions %) $(BENCH)
@@ -18,3 +18,6 @@ bench-extract: $(READY) ## JPEG files to features.h5 against the bare network (N
 
 bench-gauc: $(READY) ## GAUC against FuxiCTR's, and of a day of 219 million impressions (N: rows of the first)
 	.venv/bin/python benchmarks/gauc.py $(N:%=--rows %) $(BENCH)
+
+bench-train: $(READY) ## training DIN against DeepCTR-Torch and FuxiCTR, installed in a venv of their own; and DICM (N: impressions)
+	.venv/bin/python benchmarks/train.py $(N:%=--impressions %) $(BENCH)

@@ -4,6 +4,7 @@ Letters in names: G groups (user, day) of a batch, S samples, B behaviours of it
 pairs, U distinct rows of an embedding table, N distinct pictures, F features, D width.
 """
 
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,11 +193,19 @@ class GroupedData:
     groups: the folder that `ctrkit group` wrote.
     split: "train", "valid" or "test".
     features: names of the features to read; others are left on disk.
+    days: read the groups of these days only, the first and the last; None: of all.
     """
 
-    def __init__(self, groups: Path, split: str, features: Sequence[str]) -> None:
+    def __init__(
+        self,
+        groups: Path,
+        split: str,
+        features: Sequence[str],
+        days: tuple[datetime.date, datetime.date] | None = None,
+    ) -> None:
         self.schema = Schema.read(groups)
         self.split = split
+        self._in_days = pl.lit(True) if days is None else pl.col("day").is_between(*days)
         self._names = list(features)
         for name in features:
             if name not in self.schema.features:
@@ -211,16 +220,15 @@ class GroupedData:
 
     def __len__(self) -> int:
         """The number of samples."""
-        scan = pl.scan_parquet(self._files).select(pl.col("sample_id").list.len().sum())
+        scan = pl.scan_parquet(self._files).filter(self._in_days).select(pl.col("sample_id").list.len().sum())
         return int(scan.collect().item())
 
     def frames(self, columns: Sequence[str], order: Sequence[int] | None = None) -> Iterator[pl.DataFrame]:
         """Yield these columns of each block, in file order or in the order given."""
         shared = [c for c in columns if c in self.schema.features and self.schema.features[c].of in _SHARED]
         for i in range(len(self._blocks)) if order is None else order:
-            file, start, n = self._blocks[i]
-            frame = pl.scan_parquet(file).slice(start, n).select("common", *columns).collect()
-            yield _resolve(frame, shared).select(columns)
+            frame = self._read(*self._blocks[i], ["common", *columns])
+            yield _resolve(frame, shared).filter(self._in_days).select(columns)
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
         """Yield the blocks, in file order or in the order given."""
@@ -228,8 +236,14 @@ class GroupedData:
         for i in range(len(self._blocks)) if order is None else order:
             file, start, n = self._blocks[i]
             wanted = [*META, "group_id", "common", *self._names]
-            frame = pl.scan_parquet(file).slice(start, n).select(wanted).collect()
-            yield _block(_resolve(frame, [*by_owner[("user",)], *by_owner[("behaviour",)]]), by_owner, self.schema)
+            frame = _resolve(self._read(file, start, n, wanted), [*by_owner[("user",)], *by_owner[("behaviour",)]])
+            if (frame := frame.filter(self._in_days)).height:
+                yield _block(frame, by_owner, self.schema)
+
+    def _read(self, file: Path, start: int, n: int, columns: list[str]) -> pl.DataFrame:
+        """Read rows of a file: these columns, and the day where it decides."""
+        wanted = dict.fromkeys([*columns, *self._in_days.meta.root_names()])
+        return pl.scan_parquet(file).slice(start, n).select(*wanted).collect()
 
     def epoch(self, batch: int, seed: Sequence[int] | None = None, skip: int = 0) -> Iterator[Block]:
         """Yield the samples in batches of exactly `batch` (the last one shorter), each with its groups.
@@ -245,7 +259,7 @@ class GroupedData:
             if samples_G.sum() > left_out:
                 break
             begin, left_out = begin + 1, left_out - int(samples_G.sum())
-            if rng is not None:
+            if rng is not None and len(samples_G):
                 rng.permutation(len(samples_G))
         waiting: list[Block] = []
         for block in self.blocks(order[begin:]):

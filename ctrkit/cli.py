@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("ctrkit.stages.eval", "Compute GAUC and its kin from predictions, ours or anyone's."),
     "compare": ("ctrkit.stages.compare", "Lay the metrics of several runs side by side."),
     "report": ("ctrkit.stages.report", "Write one HTML file of tables, curves and attention galleries."),
+    "tables": ("ctrkit.stages.tables", "Put variants beside the papers' tables and figures."),
+    "daily": ("ctrkit.stages.daily", "Put days, each trained from the day before, into one table."),
     "run": ("ctrkit.stages.run", "Run a recipe from raw data to report, through Make."),
     "inspect": ("ctrkit.stages.inspect", "Show what is in any file or folder that ctrkit wrote."),
     "rules": ("ctrkit.stages.rules", "Write the Make rules of a recipe (used by the Makefile)."),

@@ -1,6 +1,7 @@
 """Where tensors live: the names of devices, and a lock so that two stages never share a GPU."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import tempfile
@@ -50,3 +51,23 @@ def lock(device: str) -> Iterator[None]:
 def lock_file(uuid: str) -> Path:
     """Return the file that stands for a GPU of this machine; it stays, empty."""
     return Path(tempfile.gettempdir(), f"ctrkit-{os.getuid()}-gpu-{uuid}.lock")
+
+
+def set_up(device: str, threads: int) -> None:
+    """Set this process up for training: threads, bits that do not change from run to run on the CPU, memory kept."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(device == "cpu")
+    # Nobody reads memory before it is written, so filling it is for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Tell glibc not to give memory back between steps: each page of it costs a fault when it is used again."""
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 1 << 25)  # 32 MiB, the most that glibc takes
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)

@@ -14,15 +14,17 @@ DROPOUT = 0xD0
 """Scrambles the sample's id before the place joins it: neighbours would else share their draws."""
 
 
-def unknown_mask(key: Ints, seed: Sequence[int], index: Ints, count_i: npt.NDArray[np.float64], rate: float) -> Bools:
+def unknown_mask(
+    key: Ints, seed: Sequence[Ints | int], index: Ints, count_i: npt.NDArray[np.float64], rate: float
+) -> Bools:
     """Say which ids of a batch are trained as unknown.
 
     An id seen n times in training becomes unknown with probability rate + (1/2 − rate)/n: often if rare, so that
     the unknown row learns what a new id looks like; `rate` 0 switches it off. The draw is a hash of `key` (the
-    sample or group), the id and `seed`.
+    sample or group), the id and `seed`. Arguments are broadcast.
     """
     if rate == 0.0:
-        return np.zeros(len(index), np.bool_)
+        return np.zeros(index.shape, np.bool_)
     return (index > 1) & (_uniform(key, index, *seed) < _unknown_chance(count_i, rate))
 
 
@@ -64,11 +66,14 @@ def most_frequent(count_V: Ints, top: int) -> Bools:
 
 def _uniform(key: Ints, *others: Ints | int) -> npt.NDArray[np.float64]:
     """Hash to [0, 1), one of the others after the other (splitmix64)."""
+    z = key.astype(np.uint64)
     with np.errstate(over="ignore"):
-        z = key.astype(np.uint64)
         for other in others:
-            z = (z ^ np.atleast_1d(np.asarray(other)).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ np.atleast_1d(np.asarray(other)).astype(np.uint64)
+            z += np.uint64(0x9E3779B97F4A7C15)
+            z ^= z >> np.uint64(30)
+            z *= np.uint64(0xBF58476D1CE4E5B9)
+            z ^= z >> np.uint64(27)
+            z *= np.uint64(0x94D049BB133111EB)
             z ^= z >> np.uint64(31)
     return np.asarray(z >> np.uint64(11), np.float64) * 2.0**-53

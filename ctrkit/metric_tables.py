@@ -193,3 +193,13 @@ def comparison_table(metrics: dict[str, Any], *slices: str) -> Table:
         cells += [interval(c["low"], c["high"], sign=True), sure]
         table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def text_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return cells as a table for the terminal."""
+    table = new_table(title)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

@@ -121,11 +121,6 @@ def build(
     if pictures is not None:
         pictures.to(dtype)
     generator = torch.Generator().manual_seed(train.seed)
-    by_width: dict[int, list[str]] = {}
-    for name in plan.ids:
-        vocabs = by_width.setdefault(plan.width(name), [])
-        if schema.features[name].vocab not in vocabs:
-            vocabs.append(schema.features[name].vocab)
     expected = {name: with_unknown(n_V, train.unknown_rate) for name, n_V in counts.items()}
     filtered = {schema.features[n].vocab for n in schema.names(("behaviour",)) if train.regularisation == "filter"}
     frequent = {
@@ -142,7 +137,7 @@ def build(
             dtype=dtype,
             frequent={v: frequent[v] for v in vocabs if v in frequent},
         )
-        for width, vocabs in sorted(by_width.items())
+        for width, vocabs in plan.vocabularies().items()
     }
     if train.model == "lr":
         tables[1].weight_VD.zero_()
@@ -183,7 +178,7 @@ def check_recipe(folder: Path, recipe: Train) -> None:
     path = folder / "settings.json"
     if not path.is_file():
         return  # `load` says what is wrong with the folder
-    trained, _ = _settings(files.read_json(path), path)
+    trained, _ = read_settings(files.read_json(path), path)
     was, now = (t.model_dump(mode="json", exclude=set(NOT_THE_MODEL)) for t in (trained, recipe))
     differ = [
         f"train.{key} = {json.dumps(was[key])}, not {json.dumps(now[key])}" for key in was if was[key] != now[key]
@@ -202,7 +197,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
     settings = files.read_json(path)
-    train, schema = _settings(settings, path)
+    train, schema = read_settings(settings, path)
     here = Schema.read(groups)
     if schema.vocab_digest != here.vocab_digest:
         raise UserError(
@@ -226,7 +221,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
     return model
 
 
-def _settings(settings: Any, path: Path) -> tuple[Train, Schema]:
+def read_settings(settings: Any, path: Path) -> tuple[Train, Schema]:
     """Return the `[train]` table and the schema that `save` wrote."""
     try:
         return Train(**settings["train"]), Schema.from_json(settings["schema"])

@@ -70,9 +70,12 @@ class PictureVectors:
         """How many pictures of the vocabulary have no vector."""
         return int((self.row_V[2:] < 0).sum())
 
-    def fit(self) -> None:
-        """Set mean and scale from the pictures that training refers to."""
-        rows = self._training[self._training >= 0]
+    def fit(self, count_V: npt.NDArray[np.int64] | None = None) -> None:
+        """Set mean and scale from the pictures that training refers to: those with a count, where counts are given."""
+        rows = self._training
+        if count_V is not None:
+            rows = np.unique(self.row_V[np.flatnonzero(count_V[: len(self.row_V)])])
+        rows = rows[rows >= 0]
         if len(rows) == 0:
             raise UserError("no training sample refers to a picture that has a vector")
         total = np.zeros(self.store.width)

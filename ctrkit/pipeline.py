@@ -34,11 +34,21 @@ OUTPUTS = {
     "predict": "predictions.parquet",
     "eval": "metrics.json",
     "report": "report.html",
+    "tables": "tables",
+    "daily": "daily",
 }
 
 
 DAYS = "days"
 """Folder of the runs of single days."""
+CHAIN = "by-day"
+"""Folder of the days of `make daily`, each of which starts from the model of the day before."""
+DAY_SPLIT = ("split.test=1", "split.valid=0")
+"""Of the days of `make daily`: a day tests, and all before it in the window may train."""
+NO_WARM_START = ("train.warm_start=", "train.warm_from=")
+"""Of a day's model from scratch, whatever the variant says."""
+SCRATCH = "scratch"
+"""Folder, beside a day's model, of the same one trained from scratch."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Step:
     """Of the stage's command, but for recipe, variant, sets and out."""
     needs: tuple["Step", ...]
     """Steps whose outputs it reads."""
+    sets: tuple[str, ...] = ()
+    """Overrides of the recipe, besides the user's."""
 
     @property
     def target(self) -> Path:
@@ -71,6 +83,30 @@ class Setting:
     out: Path
     today: datetime.date | None = None
     """Convert this day on top of the last one that was; outputs go to `OUT/NAME/days/DAY/`."""
+    tables: bool = False
+    """Plan the papers' tables too, with the variants that only they need."""
+    since: datetime.date | None = None
+    """Plan the days from this one to `until`, each from the model of the day before, and nothing else."""
+    until: datetime.date | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A variant's steps."""
+
+    data: dict[str, Step]
+    model: Step
+    predict: Step
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier day left of a variant: its conversion, and its model if there is one."""
+
+    convert: Path
+    model: Path | None
+    steps: tuple[Step, ...] = ()
+    """Those that make them, where they are of this run."""
 
 
 class Graph:
@@ -89,24 +125,27 @@ class Graph:
             raise UsageError(
                 f"recipe {base.name!r} needs raw data: give its folder as RAW=… (make) or --raw (ctrkit run)"
             )
-        names: list[str | None] = list(base.variants) or [None]
+        self._names: list[str | None] = [v for v in base.variants if not base.is_extra(v)] or [None]
+        self._chains: dict[str | None, Chain] = {}
+        self._begun: list[str | None] = []
+        self._day: datetime.date | None = None
+        if setting.until is not None and setting.since is None:
+            raise UsageError(
+                f"the days up to {setting.until} begin where? Give FROM=… (make) or --from (ctrkit run) too"
+            )
+        if setting.since is not None:
+            self._by_day(setting.since, setting.until or setting.since)
+            return
         # The recipe's own data steps come first, so that they lie in the run's folder whatever variants do.
         data = self._data(None, base)
-        chains = {}
-        for name in names:
-            recipe = load(setting.recipe, name, setting.sets)
-            if recipe.simulate != base.simulate:
-                raise UsageError(f"variant {name!r} overrides [simulate]: all variants of a recipe share one world")
-            steps = self._data(name, recipe)
-            chains[name or "model"] = (steps, *self._model(name, recipe, steps))
-        predictions = {name: predict for name, (_, _, predict) in chains.items()}
-        scored = [f"{name}={step.output}" for name, step in predictions.items()]
-        metrics = self._add("eval", None, base, ("--gauc", *scored), tuple(predictions.values()))
+        chains = {name or "model": self._chain(name) for name in self._names}
+        scored = [f"{name}={chain.predict.output}" for name, chain in chains.items()]
+        metrics = self._add("eval", None, base, ("--gauc", *scored), [c.predict for c in chains.values()])
         options = ["--metrics", str(metrics.output)]
         needs = [metrics, data["convert"], data["group"]]
-        for name, (_, model, predict) in chains.items():
-            options += ["--model", f"{name}={model.output}", "--predictions", f"{name}={predict.output}"]
-            needs += [model, predict]
+        for name, chain in chains.items():
+            options += ["--model", f"{name}={chain.model.output}", "--predictions", f"{name}={chain.predict.output}"]
+            needs += [chain.model, chain.predict]
         options += ["--convert", str(data["convert"].output), "--groups", str(data["group"].output)]
         if "extract-images" in data:
             options += ["--features", str(data["extract-images"].output)]
@@ -114,6 +153,120 @@ class Graph:
                 options += ["--pictures", str(self._pictures(base))]
             needs.append(data["extract-images"])
         self._add("report", None, base, options, needs)
+        if setting.tables and (base.paper_tables or base.curves):
+            self._tables()
+
+    def _chain(self, name: str | None) -> Chain:
+        """Return a variant's steps, after those of the variant that it starts from."""
+        if name in self._chains:
+            return self._chains[name]
+        if name in self._begun:
+            circle = " -> ".join(repr(n) for n in (*self._begun[self._begun.index(name) :], name))
+            raise UsageError(f"variants start from each other in a circle: {circle}; change a train.warm_from")
+        self._begun.append(name)
+        recipe = self._load(name)
+        earlier = None
+        if recipe.train.warm_start:
+            source = recipe.train.warm_from
+            who = f"variant {name!r}" if name else "the recipe"
+            if not source:
+                raise UsageError(
+                    f"{who} has train.warm_start = {recipe.train.warm_start!r} and does not say from which variant: "
+                    "set train.warm_from"
+                )
+            if source not in self._base.variants:
+                raise UsageError(
+                    f"{who} has train.warm_from = {source!r}, and there is no such variant"
+                    f"{nearest(source, self._base.variants)}"
+                )
+            chain = self._chain(source)
+            convert = chain.data["convert"]
+            earlier = Earlier(convert.output, chain.model.output, (convert, chain.model))
+        data = self._data(name, recipe)
+        self._chains[name] = self._model(name, recipe, data, earlier)
+        self._begun.pop()
+        return self._chains[name]
+
+    def _load(self, name: str | None, sets: tuple[str, ...] = ()) -> Recipe:
+        """Return the recipe with a variant's overrides, the user's and further ones."""
+        recipe = load(self.setting.recipe, name, (*self.setting.sets, *sets))
+        if recipe.simulate != self._base.simulate:
+            raise UsageError(f"variant {name!r} overrides [simulate]: all variants of a recipe share one world")
+        return recipe
+
+    def _tables(self) -> None:
+        """Add the papers' tables and curves, after the variants in them."""
+        tables, curves = self._base.paper_tables.values(), self._base.curves.values()
+        in_tables = dict.fromkeys(row.variant for table in tables for row in table.rows)
+        in_curves = dict.fromkeys(row.variant for figure in curves for row in figure.rows)
+        options: list[str] = []
+        needs: list[Step] = []
+        for name in in_tables:
+            options += ["--predictions", f"{name}={self._chain(name).predict.output}"]
+            needs.append(self._chain(name).predict)
+        for name in in_curves:
+            options += ["--model", f"{name}={self._chain(name).model.output}"]
+            needs.append(self._chain(name).model)
+        self._add("tables", None, self._base, options, needs)
+
+    def _by_day(self, since: datetime.date, until: datetime.date) -> None:
+        """Add the days of a range, each with the models that start from the day before, and the table of all."""
+        if until < since:
+            raise UsageError(f"the days from {since} to {until} are none: FROM comes after TO")
+        if self.setting.today is not None:
+            raise UsageError("TODAY is one day and FROM and TO a range of days: give one or the other")
+        names: list[str | None] = list(self._base.daily.variants) or self._names
+        self._base = self._load(None, DAY_SPLIT)
+        base_before = self._left_by_earlier_day(None, since, own=False)
+        earlier: dict[str | None, Earlier] = {}
+        options: list[str] = []
+        needs: list[Step] = []
+        for n in range((until - since).days + 1):
+            self._day = since + datetime.timedelta(days=n)
+            self.home = self.whole / CHAIN / str(self._day)
+            data = self._data(None, self._base, base_before, DAY_SPLIT)
+            base_before = Earlier(data["convert"].output, None, (data["convert"],))
+            day = str(self._day)
+            for name in names:
+                label = name or "model"
+                chains = self._one_day(name, label, earlier.get(name))
+                for at, chain in chains.items():
+                    folder, convert = chain.model.output.parent, chain.data["convert"].output
+                    options += ["--tested", day, at, str(folder), str(convert)]
+                    needs += [chain.predict, chain.model, chain.data["convert"]]
+                first = chains[label]
+                steps = (first.data["convert"], first.model)
+                earlier[name] = Earlier(first.data["convert"].output, first.model.output, steps)
+        self.home = self.whole
+        self._add("daily", None, self._base, options, list(dict.fromkeys(needs)))
+
+    def _one_day(self, name: str | None, label: str, before: Earlier | None) -> dict[str, Chain]:
+        """Return a day's steps of a variant by their label: from the day before and, where asked, from scratch."""
+        assert self._day is not None
+        cold = (*DAY_SPLIT, *NO_WARM_START)
+        plain = self._load(name, cold)
+        before = before or self._left_by_earlier_day(name, self._day, own=not self._converts_as_base(plain))
+        data = self._data(name, plain, before, DAY_SPLIT)
+        if before is None or before.model is None:
+            return {label: self._model(name, plain, data, None, cold)}
+        keys = [f"train.{key}={json.dumps(value)}" for key, value in self._base.daily.train.items()]
+        sets = (*cold, *keys, "train.first_day=-1", "train.warm_start=full")
+        out = {label: self._model(name, self._load(name, sets), data, before, sets)}
+        if self._base.daily.scratch:
+            out[f"{label}, from scratch"] = self._model(name, plain, data, None, cold, SCRATCH)
+        return out
+
+    def _left_by_earlier_day(self, name: str | None, day: datetime.date, *, own: bool) -> Earlier | None:
+        """Return what the latest earlier day on the disk has of a variant; None if there is no such day.
+
+        own: the variant has a conversion of its own.
+        """
+        for home in sorted((self.whole / CHAIN).glob("????-??-??"), reverse=True):
+            convert = home / (name or "" if own else "") / OUTPUTS["convert"]
+            model = home / (name or "") / OUTPUTS["train"]
+            if home.name < str(day) and files.sidecar_path(convert).is_file():
+                return Earlier(convert, model if files.sidecar_path(model).is_file() else None)
+        return None
 
     def _raw(self) -> Path:
         return self.setting.raw or self.whole / OUTPUTS["simulate"]
@@ -122,8 +275,10 @@ class Graph:
         tables = provenance.TABLES["convert"]
         return recipe.tables(*tables) == self._base.tables(*tables)
 
-    def _day_options(self, variant: str | None) -> list[str]:
+    def _day_options(self, variant: str | None, before: Earlier | None) -> list[str]:
         """Return convert's options for a day: which, and the latest earlier day to extend, if there is one."""
+        if self._day is not None:
+            return ["--today", str(self._day), *(["--extend", str(before.convert)] if before else [])]
         if self.setting.today is None:
             return []
         outputs = self.whole.glob(f"{DAYS}/*/{variant + '/' if variant else ''}{OUTPUTS['convert']}")
@@ -135,20 +290,26 @@ class Graph:
     def _pictures(self, recipe: Recipe) -> Path:
         return self._raw() / recipe.extract_images.folder
 
-    def _data(self, variant: str | None, recipe: Recipe) -> dict[str, Step]:
+    def _data(
+        self, variant: str | None, recipe: Recipe, before: Earlier | None = None, sets: tuple[str, ...] = ()
+    ) -> dict[str, Step]:
         steps: dict[str, Step] = {}
         raw, simulated = self._raw(), []
         if self.setting.raw is None:
             steps["simulate"] = self._add("simulate", None, recipe, (), ())
             simulated = [steps["simulate"]]
-        day = self._day_options(None if self._converts_as_base(recipe) else variant)
-        convert = steps["convert"] = self._add("convert", variant, recipe, ("--raw", str(raw), *day), simulated)
+        day = self._day_options(None if self._converts_as_base(recipe) else variant, before)
+        extended = [step for step in (before.steps if before else ()) if step.stage == "convert"]
+        convert = steps["convert"] = self._add(
+            "convert", variant, recipe, ("--raw", str(raw), *day), [*simulated, *extended], sets=sets
+        )
         clicks = steps["select-clicks"] = self._add(
             "select-clicks",
             variant,
             recipe,
             ("--convert", str(convert.output)),
             [convert],
+            sets=sets,
         )
         if any(f.kind == "image" for f in recipe.features.values()) and recipe.import_features.files:
             options = ["--convert", str(convert.output)]
@@ -156,28 +317,41 @@ class Graph:
                 for name in [names] if isinstance(names, str) else names:
                     options += [option, str(raw / name)]
             # It stands where extract-images would.
-            steps["extract-images"] = self._add("import-features", variant, recipe, options, [*simulated, convert])
+            steps["extract-images"] = self._add(
+                "import-features", variant, recipe, options, [*simulated, convert], sets=sets
+            )
         elif any(f.kind == "image" for f in recipe.features.values()):
             pictures = ["--pictures", str(self._pictures(recipe))]
             weights = ["--weights", self.setting.weights] if self.setting.weights else []
             needs = [*simulated, convert]
             if recipe.extract_images.weights == "tuned":
                 options = [*pictures, "--raw", str(raw), *weights]
-                tuned = steps["tune-backbone"] = self._add("tune-backbone", variant, recipe, options, simulated)
+                tuned = steps["tune-backbone"] = self._add(
+                    "tune-backbone", variant, recipe, options, simulated, sets=sets
+                )
                 weights = ["--weights", str(tuned.output)]
                 needs.append(tuned)
             options = [*pictures, "--convert", str(convert.output), *weights]
-            steps["extract-images"] = self._add("extract-images", variant, recipe, options, needs)
+            steps["extract-images"] = self._add("extract-images", variant, recipe, options, needs, sets=sets)
         steps["group"] = self._add(
             "group",
             variant,
             recipe,
             ("--convert", str(convert.output), "--behaviours", str(clicks.output)),
             [convert, clicks],
+            sets=sets,
         )
         return steps
 
-    def _model(self, variant: str | None, recipe: Recipe, data: dict[str, Step]) -> tuple[Step, Step]:
+    def _model(
+        self,
+        variant: str | None,
+        recipe: Recipe,
+        data: dict[str, Step],
+        before: Earlier | None = None,
+        sets: tuple[str, ...] = (),
+        below: str = "",
+    ) -> Chain:
         train = recipe.train
         options = ["--groups", str(data["group"].output)]
         needs = [data["group"]]
@@ -189,12 +363,20 @@ class Graph:
                 str(data["convert"].output),
             ]
             needs += [data["convert"], data["extract-images"]]
-        logs = self.home / (variant or "") / "tensorboard"
-        model = self._add("train", variant, recipe, (*options, "--tensorboard", str(logs)), needs, own=True)
-        predict = self._add(
-            "predict", variant, recipe, (*options, "--model", str(model.output)), [*needs, model], own=True
-        )
-        return model, predict
+        warm, earlier = [], []
+        if train.warm_start and before is not None:
+            warm = ["--warm-start", str(before.model)]
+            earlier = [step for step in before.steps if step not in needs and step.stage == "train"]
+            if train.warm_start == "full" and before.convert != data["convert"].output:
+                warm += ["--warm-convert", str(before.convert)]
+                warm += [] if "--convert" in options else ["--convert", str(data["convert"].output)]
+                earlier += [step for step in (data["convert"], *before.steps) if step not in (*needs, *earlier)]
+        logs = self.home / (variant or "") / below / "tensorboard"
+        options_ = (*options, *warm, "--tensorboard", str(logs))
+        model = self._add("train", variant, recipe, options_, [*needs, *earlier], own=True, below=below, sets=sets)
+        options_ = (*options, "--model", str(model.output))
+        predict = self._add("predict", variant, recipe, options_, [*needs, model], own=True, below=below, sets=sets)
+        return Chain(data, model, predict)
 
     def _add(
         self,
@@ -203,21 +385,25 @@ class Graph:
         recipe: Recipe,
         options: Sequence[str],
         needs: Sequence[Step],
+        *,
         own: bool = False,
+        below: str = "",
+        sets: tuple[str, ...] = (),
     ) -> Step:
         """Add a step, or return the one that does the same work already."""
         tables = recipe.tables(*provenance.TABLES[stage])
         same = json.dumps([stage, tables, list(options), variant if own else None], sort_keys=True)
         if same not in self._made:
-            output = (self.whole if stage == "simulate" else self.home / (variant or "")) / OUTPUTS[stage]
-            self._made[same] = Step(stage, output, variant, tuple(options), tuple(needs))
+            home = self.whole if stage == "simulate" else self.home / (variant or "") / below
+            output = home / OUTPUTS[stage]
+            self._made[same] = Step(stage, output, variant, tuple(options), tuple(needs), sets)
             self.steps.append(self._made[same])
         return self._made[same]
 
     def arguments(self, step: Step) -> list[str]:
         """Return the command line of a step, after `ctrkit`."""
         variant = ["--variant", step.variant] if step.variant else []
-        sets = [part for text in self.setting.sets for part in ("--set", text)]
+        sets = [part for text in (*self.setting.sets, *step.sets) for part in ("--set", text)]
         out = ["--json" if step.stage == "eval" else "--out", str(step.output)]
         return [step.stage, "--recipe", self.setting.recipe, *variant, *sets, *out, *step.options]
 
@@ -249,7 +435,7 @@ def _check_names(home: Path, recipe: Recipe) -> None:
             f"outputs would go to {str(home)!r}, and Make cannot work with {bad.group()!r} in their path; give OUT=… "
             f"(make) or --out (ctrkit run) without it, perhaps relative to where you are"
         )
-    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS}
+    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS, CHAIN}
     if clash := sorted(taken & set(recipe.variants)):
         raise UsageError(f"a variant cannot be called {clash[0]!r}, which is the name of an output; rename it")
 
@@ -271,14 +457,17 @@ def make_rules(graph: Graph, command: str) -> str:
         else:
             files.tidy(step.output)
             lines += ["", f"{step.target}:"]
-    report = by_stage["report"][0]
-    said = "done" if report.output in stale else "nothing to do"
-    end = f"{graph.home.name}: {said}, the report is {report.output}"
-    lines += ["", ".PHONY: all", f"all: {report.target}", "\t@" + _shell(["echo", end])]
+    for last in by_stage["report"]:
+        said = "done" if last.output in stale else "nothing to do"
+        end = f"{graph.home.name}: {said}, the report is {last.output}"
+        lines += ["", ".PHONY: all", f"all: {last.target}", "\t@" + _shell(["echo", end])]
+    if graph.setting.since is not None:
+        lines += ["", "all: daily"]
     for stage, steps in by_stage.items():
         lines += ["", f".PHONY: {stage}", f"{stage}: {' '.join(str(s.target) for s in steps)}"]
         if not any(s.output in stale for s in steps):
             made = "nothing to do" if steps else "this recipe has no such step"
+            made += f", see {steps[0].output}" if steps and stage in ("tables", "daily") else ""
             lines.append("\t@" + _shell(["echo", f"{stage}: {made}"]))
     return "\n".join(lines) + "\n"
 

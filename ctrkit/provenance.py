@@ -32,7 +32,7 @@ from ctrkit.recipe import Recipe
 # The recipe tables whose change makes a stage's output stale.
 TABLES: dict[str, tuple[str, ...]] = {
     "simulate": ("simulate",),
-    "convert": ("convert", "split", "features", "daily"),
+    "convert": ("convert", "split", "features", "daily.window_days", "daily.behaviour_days"),
     "select-clicks": ("features", "select-clicks"),
     "tune-backbone": (
         "tune-backbone",
@@ -51,6 +51,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "predict": ("predict",),
     "eval": ("eval",),
     "report": ("report", "name", "about", "simulate", "extract-images", "predict"),
+    "tables": ("tables", "curves", "eval", "name", "about"),
+    "daily": ("daily", "eval", "name"),
 }
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
 """Input → the stage that makes such a folder. Where it has a sidecar, it must be as that stage left it."""

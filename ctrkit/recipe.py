@@ -6,6 +6,7 @@ it, and returns a frozen `Recipe`. An unknown key is an error that names the nea
 
 import datetime
 import functools
+import json
 import re
 import tomllib
 import zoneinfo
@@ -57,6 +58,7 @@ UserImages = Annotated[
     bool | Literal["simtier", "simtier+pooled"], _needs('true, false, "simtier" or "simtier+pooled"')
 ]
 Column = Annotated[str | Annotated[int, Field(ge=1)], _needs("a column's name, or its position from 1")]
+VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 MOST_DAYS = 100_000
 """Of a window; `"all"` is more."""
 
@@ -68,6 +70,19 @@ def _zone(name: str) -> str:
 
 
 Zone = Annotated[str, AfterValidator(_zone)]
+
+
+def _train_day(day: int | datetime.date) -> int | datetime.date:
+    if day == 0:
+        raise ValueError("has to be a date, or the number of a training day: 1 is the first, -1 the last (given: 0)")
+    return day
+
+
+TrainDay = Annotated[
+    int | datetime.date,
+    AfterValidator(_train_day),
+    _needs("a date, or the number of a training day: 1 is the first, -1 the last"),
+]
 
 
 def _encoding(name: str) -> str:
@@ -264,6 +279,12 @@ class Daily(Table):
     """Days of samples kept, today's included."""
     behaviour_days: Annotated[int, Field(ge=1, le=MOST_DAYS)] = 30
     """Days of behaviours kept, today's included."""
+    variants: tuple[str, ...] = ()
+    """Of the stage `daily`: the variants that are trained day by day. Default: all that are not `extra`."""
+    scratch: bool = False
+    """Of `daily`: train each from scratch too, on the whole window, for comparison."""
+    train: dict[str, Any] = {}
+    """Of `daily`: keys of [train] for the days that start from the day before's model, such as { epochs = 1 }."""
 
 
 class SelectClicks(Table):
@@ -488,6 +509,19 @@ class Train(Table):
     """bfloat16: mixed precision in training (autocast), with float32 weights. float64: everything, for proofs."""
     compile: bool = False
     """Train through torch.compile, where there is a compiler."""
+    # Which days it learns from, and where it starts.
+    first_day: TrainDay = 1
+    """Train from this training day on: 1 is the first, -1 the last; or a date."""
+    last_day: TrainDay = -1
+    """Train up to this training day, itself included."""
+    validation: bool = True
+    """Keep the model of the best validation; else the last one, which has seen no later day than it trained on."""
+    warm_start: Literal["", "extractors", "full"] = ""
+    """Start from a trained model: its extractors (DICM section VI-A), or all of it, ids by their values."""
+    warm_from: VariantName | Literal[""] = ""
+    """In a run: the variant whose model it starts from."""
+    warm_optimiser: bool = False
+    """With `full`: take over the optimiser's state too, of a model trained with `save_optimiser`."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads. Fixed, since sums depend on it in the last bits."""
     device: str = "cpu"
@@ -501,6 +535,14 @@ class Train(Table):
     """Write optimiser.pt, Adam's moments, into the model folder, for a full warm start."""
     shuffle_pictures: bool = False
     """A control: give each picture another picture's vector. Nothing visual can be learned then."""
+
+    @model_validator(mode="after")
+    def _warm(self) -> "Train":
+        if self.warm_from and not self.warm_start:
+            raise ValueError('warm_from needs warm_start = "extractors" or "full"')
+        if self.warm_optimiser and self.warm_start != "full":
+            raise ValueError('warm_optimiser needs warm_start = "full"')
+        return self
 
     @property
     def looks_at_pictures(self) -> bool:
@@ -561,7 +603,47 @@ class Report(Table):
     """Of the draw of the pictures, by how often training shows them."""
 
 
-VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+class TableRow(Table):
+    """A row of `[tables.NAME]`: a variant, and what the paper has for it."""
+
+    variant: str
+    label: str = ""
+    """Default: the variant's name."""
+    paper_gauc: Annotated[float, Field(ge=0, le=1)] | None = None
+    paper_r_gauc: float | None = None
+    """In percent, as printed."""
+
+
+class PaperTable(Table):
+    """`[tables.NAME]`: a table of a paper, for `make tables`; its rows are variants of the recipe."""
+
+    title: str = ""
+    baseline: str
+    """Variant that gains and R-GAUC are against."""
+    r_gauc: bool = True
+    """Show R-GAUC, as DICM's tables do; DIN's have the gain alone."""
+    rows: tuple[TableRow, ...]
+    compare: tuple[tuple[str, str], ...] = ()
+    """Pairs of variants, the first of which is better in the paper, to compare by paired bootstrap."""
+    note: str = ""
+
+
+class CurveRow(Table):
+    """A line of `[curves.NAME]`."""
+
+    variant: str
+    label: str = ""
+    """Default: the variant's name."""
+
+
+class PaperCurves(Table):
+    """`[curves.NAME]`: a figure of a paper, for `make tables`: validation GAUC by step, a line a variant."""
+
+    title: str = ""
+    rows: tuple[CurveRow, ...]
+    reach: tuple[tuple[str, str], ...] = ()
+    """Pairs of variants: the step at which each first reaches the second's best."""
+    note: str = ""
 
 
 RESERVED = frozenset(
@@ -610,7 +692,11 @@ class Recipe(Table):
     predict: Predict = Predict()
     eval: Eval = Eval()
     report: Report = Report()
-    variants: dict[VariantName, dict[str, dict[str, Any]]] = {}
+    variants: dict[VariantName, dict[str, dict[str, Any] | bool | str]] = {}
+    """Overrides, table by table, on top of those of the variant that `like` names. With `extra = true`, its own or that
+    one's, a variant that only `make tables` makes."""
+    paper_tables: dict[VariantName, PaperTable] = Field(default={}, alias="tables")
+    curves: dict[VariantName, PaperCurves] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -655,6 +741,33 @@ class Recipe(Table):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _known_variants(self) -> "Recipe":
+        """Check that what names a variant names one that there is."""
+        named = [("daily.variants", v) for v in self.daily.variants]
+        for name, table in self.paper_tables.items():
+            rows = [row.variant for row in table.rows]
+            named += [(f"tables.{name}", v) for v in rows]
+            for v in (table.baseline, *(v for pair in table.compare for v in pair)):
+                if v not in rows:
+                    raise ValueError(f"tables.{name}: {v!r} is none of its rows{nearest(v, rows)}")
+        for name, curves in self.curves.items():
+            rows = [row.variant for row in curves.rows]
+            named += [(f"curves.{name}", v) for v in rows]
+            for v in (v for pair in curves.reach for v in pair):
+                if v not in rows:
+                    raise ValueError(f"curves.{name}: {v!r} is none of its rows{nearest(v, rows)}")
+        for where, v in named:
+            if v not in self.variants:
+                raise ValueError(f"{where}: there is no variant {v!r}{nearest(v, self.variants)}")
+        return self
+
+    def is_extra(self, variant: str) -> bool:
+        """Say whether a variant is made for tables only."""
+        like = self.variants[variant].get("like")
+        extra = self.variants[variant].get("extra", self.is_extra(like) if isinstance(like, str) else False)
+        return extra is True
+
     def select(self, *, of: str, kind: str = "id") -> dict[str, Feature]:
         """Return the features of one owner and kind, in the recipe's order. A number's bucket is an id."""
         return {n: f for n, f in self.features.items() if f.of == of and (f.kind == "image") == (kind == "image")}
@@ -698,11 +811,12 @@ def load(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = (
     overrides = [_parse_set(text) for text in sets]
     for override in overrides:
         data = _merge(data, override)
+    _check_variants(data, str(path))
     if variant is not None:
         variants = data.get("variants", {})
         if variant not in variants:
             raise UsageError(f"{path} has no variant {variant!r}{nearest(variant, variants)}")
-        data = _merge(data, variants[variant])
+        data = _merge(data, _overrides(variants, variant, str(path)))
         for override in overrides:
             data = _merge(data, override)
     return _validate(data, str(path))
@@ -710,16 +824,42 @@ def load(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = (
 
 def _validate(data: dict[str, Any], where: str) -> Recipe:
     try:
-        checked = Recipe.model_validate(data)
-        for name, override in checked.variants.items():
-            base = {k: v for k, v in data.items() if k != "variants"}
-            try:
-                Recipe.model_validate(_merge(base, override))
-            except ValidationError as e:
-                raise UsageError(f"{where}, variant {name!r}: {_explain(e)}") from None
-        return checked
+        return Recipe.model_validate(data)
     except ValidationError as e:
         raise UsageError(f"{where}: {_explain(e)}") from None
+
+
+_checked: set[str] = set()
+"""Recipes whose variants have been validated; a process that loads each variant need not do it again."""
+
+
+def _check_variants(data: dict[str, Any], where: str) -> None:
+    """Validate a recipe with each of its variants."""
+    key = json.dumps(data, default=str)
+    if key in _checked:
+        return
+    base = {k: v for k, v in data.items() if k not in NAMING_VARIANTS}
+    variants = _validate(data, where).variants
+    for name in variants:
+        try:
+            Recipe.model_validate(_merge(base, _overrides(variants, name, where)))
+        except ValidationError as e:
+            raise UsageError(f"{where}, variant {name!r}: {_explain(e)}") from None
+    _checked.add(key)
+
+
+def _overrides(variants: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """Return a variant's overrides, on top of those of the variant that it is like."""
+    chain = [name]
+    while (like := variants[chain[-1]].get("like")) is not None:
+        if like in chain or like not in variants:
+            fault = "is like itself" if like in chain else f"is like {like!r}, which is none{nearest(like, variants)}"
+            raise UsageError(f"{where}: variant {name!r} {fault}")
+        chain.append(like)
+    out: dict[str, Any] = {}
+    for one in reversed(chain):
+        out = _merge(out, {k: v for k, v in variants[one].items() if k not in ("extra", "like")})
+    return out
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -730,6 +870,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+NAMING_VARIANTS = ("variants", "tables", "curves", "daily")
+"""Tables that name variants, and are not looked at where a single one is checked."""
 TOP_LEVEL = ("engine", "workers")
 
 
@@ -790,4 +932,7 @@ def _model_at(loc: Sequence[str]) -> type[Table] | None:
     }
     if loc[0] == "convert" and len(loc) > 1:
         return Source
+    if loc[0] in ("tables", "curves"):
+        kinds = (PaperTable, TableRow) if loc[0] == "tables" else (PaperCurves, CurveRow)
+        return kinds["rows" in loc]
     return tables.get(loc[0])

@@ -1,6 +1,5 @@
 """The report: one HTML file that holds everything it shows, so that people look rather than read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ctrkit import charts, contact_sheet, files, gallery, metric_tables
+from ctrkit.curves import read_history
 from ctrkit.errors import UserError
 from ctrkit.metric_tables import UNSEEN
 from ctrkit.recipe import Recipe
@@ -127,18 +127,6 @@ def read_metrics(path: Path) -> dict[str, Any]:
     if not isinstance(metrics, dict) or not {"settings", "order", "variants", "comparisons"} <= metrics.keys():
         raise UserError(f"{path} is not a metrics.json; write one with: ctrkit eval --gauc FILE... --json {path}")
     return metrics
-
-
-def read_history(model: Path) -> list[dict[str, Any]]:
-    """Read the evaluations of a model directory's metrics.jsonl, a dictionary each; none if there is no such file."""
-    path = model / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [record for record in records if "valid_gauc" in record]
-    except ValueError as e:
-        raise UserError(f"{path} has a line that is not JSON: {e}") from None
 
 
 def gauc_chart(metrics: dict[str, Any], slice_name: str | None) -> Markup:

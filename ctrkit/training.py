@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrkit import compiling
+from ctrkit.ahead import ahead
 from ctrkit.bad_batches import BadBatch
 from ctrkit.batches import GroupedData
 from ctrkit.checkpoints import Checkpoint, Checkpoints
@@ -34,6 +35,8 @@ from ctrkit.tensorboard import Board
 CHECK_STEPS = 50
 """Steps on a GPU between looks at whether loss and gradient were finite, each of which waits for the device."""
 VALIDATION_BATCH = 4096
+AHEAD = 3
+"""Batches that are made while one is trained on."""
 
 
 @dataclass
@@ -212,9 +215,14 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """Yield what is left of the epoch, on the model's device."""
         self.model.network.train()
-        seed = (self.config.seed, self.epoch)
-        for block in self.train.epoch(self.config.batch, seed, skip=self.batch):
-            yield self.collate(block, seed).to(self.model.device)
+        for batch in ahead(self._made((self.config.seed, self.epoch), self.batch), AHEAD):
+            yield batch.to(self.model.device)
+
+    def _made(self, seed: tuple[int, int], skip: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch, on the CPU, in a thread of their own."""
+        torch.set_num_threads(1)  # of this thread: the others are training
+        for block in self.train.epoch(self.config.batch, seed, skip=skip):
+            yield self.collate(block, seed)
 
     def _count(self, loss: Tensor, samples: int) -> None:
         self.batch += 1

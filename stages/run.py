@@ -24,6 +24,8 @@ from ctrkit.options import DAY, path_option
 @path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False)
 @click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`.")
 @click.option("--today", type=DAY, help="Convert this day on top of the last one; outputs go to OUT/NAME/days/DAY/.")
+@click.option("--from", "since", type=DAY, help="Days from this one to --to, each from the model of the day before.")
+@click.option("--to", "until", type=DAY, help="The last of these days. Default: the first.")
 @path_option("--out", "Folder of all runs.", default="runs", show_default=True)
 @click.option("-j", "--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Steps made side by side.")
 @click.option("--target", default="all", show_default=True, help="What to make: a stage, or an output's path.")
@@ -33,6 +35,8 @@ def command(
     raw: Path | None,
     weights: str | None,
     today: datetime.datetime | None,
+    since: datetime.datetime | None,
+    until: datetime.datetime | None,
     out: Path,
     jobs: int,
     target: str,
@@ -40,17 +44,34 @@ def command(
     """Run a recipe from raw data to report, through Make.
 
     Reads the recipe and its raw data. Writes everything below OUT/NAME/, and makes again only what changed. RECIPE
-    is a shipped recipe's name (demo, movielens) or a file.
+    is a shipped recipe's name (demo, movielens) or a file. With --from and --to: days one after the other, each trained
+    from the model of the day before and tested on its own, into one table, OUT/NAME/daily.
 
     \b
     ctrkit run demo
     ctrkit run demo --set train.epochs=3
+    ctrkit run demo --target tables
+    ctrkit run demo --from 2024-03-06 --to 2024-03-08
     ctrkit run movielens --raw ml-latest-small --weights squeezenet1_1.pth
     """
     make = shutil.which("make")
     if make is None:
         raise UserError("`ctrkit run` works through GNU Make, and there is no `make` on the PATH: install it")
-    graph = pipeline.Graph(pipeline.Setting(recipe, raw, weights, sets, out, today.date() if today else None))
+    if since is not None and target == "all":
+        target = "daily"
+    graph = pipeline.Graph(
+        pipeline.Setting(
+            recipe,
+            raw,
+            weights,
+            sets,
+            out,
+            today.date() if today else None,
+            tables=target == "tables" or target not in ("all", *pipeline.OUTPUTS),
+            since=since.date() if since else None,
+            until=until.date() if until else None,
+        )
+    )
     target = pipeline.find_target(graph, target)
     package = Path(ctrkit.__file__).parent
     # -P keeps the current folder off Python's path, unless it is where ctrkit lies.

@@ -177,7 +177,49 @@ def test_the_benchmark_of_grouped_files(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("outputs-*"))
 
 
-@pytest.mark.parametrize("target", ["logs", "convert", "group-size"])
+def test_the_benchmark_of_training() -> None:
+    """Ours alone: the peers are not installed for a test."""
+    small = ("--impressions", 600, "--batch", 60, "--steps", 2, "--warm", 1, "--threads", 1, "--peers", "")
+    done = script("train", *small, "--settings", "200,000 goods, PReLU", "--pictures", 30)
+    found = last_line(done)
+    assert (found["name"], found["unit"], found["ratio"], found["reference"]) == ("train", "samples/s", None, None)
+    (rates,) = found["din"].values()
+    assert found["ours"] == rates["ours"] > 0 < rates["ungrouped"]
+    assert found["dicm"]["rate"] > 0 < found["dicm"]["share"] < 1
+    assert "times as fast as ungrouped" in done.stdout
+
+
+def test_the_data_of_the_benchmark_of_training(tmp_path: Path) -> None:
+    """The groups folder and the peers' padded rows hold the same samples."""
+    code = f"""
+import sys; sys.path.insert(0, {str(SCRIPTS)!r})
+import numpy as np, train_data as t
+from pathlib import Path
+from ctrkit.batches import GroupedData
+data = t.world(240, 1000)
+t.write_groups(data, Path("groups")); t.write_groups(data, Path("alone"), ungrouped=True)
+rows = t.rows(data, 240)
+def key(columns, history): return tuple(int(c) for c in columns), tuple(history)
+names = [n for of in t.ONE_HOT.values() for n in of] + ["ad_goods", "ad_category", "click"]
+padded = sorted(key([rows[n][i] for n in names], rows["hist_goods"][i][: rows["length"][i]]) for i in range(240))
+for folder, n in (("groups", 20), ("alone", 240)):
+    grouped = GroupedData(Path(folder), "train", [*names[:-1], "goods", "category"])
+    found = []
+    for block in grouped.epoch(7, (1, 0)):
+        for g in range(block.n_groups):
+            history = block.behaviour["goods"][block.behaviour_offsets[g]:block.behaviour_offsets[g + 1]].tolist()
+            for s in range(block.sample_offsets[g], block.sample_offsets[g + 1]):
+                row = [block.group[n][g] if n in block.group else block.sample[n][s] for n in names]
+                found.append(key(row, history))
+    assert sorted(found) == padded
+assert (rows["hist_goods"] > 0).sum(1).tolist() == rows["length"].tolist()
+assert 30 < rows["length"].mean() < 35 and rows["length"].max() <= 64
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("target", ["logs", "convert", "group-size", "train"])
 def test_make_has_a_target_for_each(target: str, tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text(f"READY :=\ninclude {SCRIPTS}/bench.mk\n")
     words = ["make", "--dry-run", f"bench-{target}", "N=7", "BENCH=--seed 2"]

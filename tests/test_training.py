@@ -396,13 +396,20 @@ def spoil(made: training.Trainer, step: int) -> None:
     """Make a gradient infinite, in one step (and where it is looked at again) and not in the loss."""
     bias = made.model.network.get_parameter("discriminator.layers.0.bias")
     wanted = np.asarray(next(made.train.epoch(64, (1, 0), skip=step - 1)).sample["sample_id"])
-    collate, seen = made.collate, {"now": False}
+    collate, forward, spoilt, seen = made.collate, made._forward_S, set(), {"now": False}
 
     def collate_and_see(block: Any, seed: Any) -> Batch:
-        seen["now"] = np.array_equal(np.asarray(block.sample["sample_id"]), wanted)
-        return collate(block, seed)
+        batch = collate(block, seed)
+        if np.array_equal(np.asarray(block.sample["sample_id"]), wanted):
+            spoilt.add(id(batch.click_S))
+        return batch
+
+    def forward_and_see(batch: Batch, rows: Any) -> torch.Tensor:
+        seen["now"] = id(batch.click_S) in spoilt  # batches are made ahead of their step
+        return forward(batch, rows)
 
     made.collate = collate_and_see  # type: ignore[assignment]
+    made._forward_S = forward_and_see  # type: ignore[method-assign]
     bias.register_hook(lambda gradient: gradient / 0 if seen["now"] else gradient)
 
 

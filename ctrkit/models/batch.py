@@ -1,5 +1,6 @@
 """A batch as tensors, and the lookup of its middle vectors. Shape letters as in `ctrkit.batches`."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -74,20 +75,35 @@ class Lookup:
             return segment_sum(values, self.batch.segment[name], n)
         return values
 
+    def side_by_side(self, names: Sequence[str], n: int) -> list[Tensor]:
+        """Return middle vectors that lie side by side as the features do, [n, …] each.
+
+        Neighbours of one width with one value each are looked up together: one gather, and one gradient.
+        """
+        alike = itertools.groupby(names, lambda name: (self.width[name], name in self.batch.segment))
+        out: list[Tensor] = []
+        for (width, many), run in alike:
+            if many:
+                out += [self.one(name, n) for name in run]
+                continue
+            index = torch.stack([self.batch.index[name] for name in run], 1)
+            out.append(self.rows[width].index_select(0, index.view(-1)).view(n, index.shape[1] * width))
+        return out
+
     def users_S(self, names: Sequence[str]) -> list[Tensor]:
         """Return user features' middle vectors, looked up once a group and gathered to the samples."""
         if not names:
             return []
         b = self.batch
-        return [torch.cat([self.one(n, b.n_groups) for n in names], 1).index_select(0, b.group_S)]
+        return [torch.cat(self.side_by_side(names, b.n_groups), 1).index_select(0, b.group_S)]
 
     def samples_S(self, names: Sequence[str]) -> list[Tensor]:
         """Return ad and scene features' middle vectors."""
-        return [self.one(n, self.batch.n_samples) for n in names]
+        return self.side_by_side(names, self.batch.n_samples)
 
     def behaviours_B(self, names: Sequence[str]) -> Tensor:
         """Return [B, sum of D]: behaviour features' embeddings side by side."""
-        return torch.cat([self.one(n, len(self.batch.group_B)) for n in names], 1)
+        return torch.cat(self.side_by_side(names, len(self.batch.group_B)), 1)
 
 
 def sum_of_ids(batch: Batch, v_BD: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ctrkit.models.layers import Dice, PReLU, segment_softmax, segment_sum
 
 aten = torch.ops.aten
-BLOCK = {"cpu": 4096, "cuda": 1 << 20}
-"""Pairs of a block. On a CPU smaller ones lose more to the calls than they win in the cache."""
+BLOCK = {"cpu": 8192, "cuda": 1 << 20}
+"""Pairs of a block. On a CPU smaller ones lose more to the calls than they win in the cache, larger ones leave it."""
 
 
 class Room:
@@ -220,7 +220,7 @@ class Pairs:
         """Return [P], the network's outputs; leave in `into` what goes into each activation, where kept or needed."""
         if keep or len(self.sweeps) > 1:
             self.into = [self.h_SH.new_empty(self.n_pairs, width) for width in self.widths[:-1]]
-        logit_P1 = self.h_SH.new_empty(self.n_pairs, 1)
+        logit_P1: Tensor = self.h_SH.new_empty(self.n_pairs, 1)
         for begin, end in self.sweeps:
             moments = self.sweep(begin, end, logit_P1)
             if end < self.depth:

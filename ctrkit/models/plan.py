@@ -39,6 +39,15 @@ class Plan:
         """Return the embedding width of an ID feature; 1 for logistic regression."""
         return 1 if self.train.model == "lr" else self.schema.features[name].width
 
+    def vocabularies(self) -> dict[int, list[str]]:
+        """Return width → the vocabularies whose embeddings have it, in the order in which their table holds them."""
+        out: dict[int, list[str]] = {}
+        for name in self.ids:
+            some = out.setdefault(self.width(name), [])
+            if self.schema.features[name].vocab not in some:
+                some.append(self.schema.features[name].vocab)
+        return dict(sorted(out.items()))
+
     def total_width(self, names: Sequence[str]) -> int:
         """Return the summed widths of ID features."""
         return sum(self.width(n) for n in names)

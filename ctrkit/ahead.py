@@ -1,0 +1,51 @@
+"""Things made ahead of their use, in a thread: while a batch trains, the next ones are read and prepared."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterable[T], n: int) -> Iterator[T]:
+    """Yield the items, in order, while a thread makes the next ones, at most `n` of them.
+
+    What making them raises is raised here. The thread ends when the iterator is closed or forgotten; until then nobody
+    else may use what `items` uses.
+    """
+    made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(n)
+    stopped = threading.Event()
+
+    def put(item: T | None, error: BaseException | None, more: bool) -> bool:
+        while not stopped.is_set():
+            try:
+                made.put((item, error, more), timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put(item, None, True):
+                    return
+        except BaseException as e:
+            put(None, e, False)
+        else:
+            put(None, None, False)
+
+    thread = threading.Thread(target=make, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error, more = made.get()
+            if error is not None:
+                raise error
+            if not more:
+                return
+            yield item  # type: ignore[misc]
+    finally:
+        stopped.set()
+        thread.join()

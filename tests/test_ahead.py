@@ -1,0 +1,48 @@
+"""Things made ahead: order, errors, and an end when nobody wants more."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ctrkit.ahead import ahead
+
+
+def test_all_in_order() -> None:
+    assert list(ahead(range(1000), 3)) == list(range(1000))
+    assert list(ahead([], 3)) == []
+
+
+def test_they_are_made_in_another_thread_and_not_too_far_ahead() -> None:
+    made: list[int] = []
+    threads = set()
+
+    def make() -> Iterator[int]:
+        for n in range(100):
+            made.append(n)
+            threads.add(threading.get_ident())
+            yield n
+
+    items = ahead(make(), 3)
+    assert next(items) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 5 and time.monotonic() < deadline:  # 3 wait, one more is in the hand
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == 5
+    assert threads.isdisjoint({threading.get_ident()})
+    items.close()  # type: ignore[attr-defined]
+    assert len(made) <= 6
+    assert not any(t.name == "ahead" for t in threading.enumerate())
+
+
+def test_an_error_comes_after_what_was_made() -> None:
+    def make() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    items = ahead(make(), 3)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(items)
