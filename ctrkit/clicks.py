@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ctrkit import compiling, partitions, spool
+from ctrkit import numba_loops, partitions, spool
 from ctrkit.days import DAY_MS
 from ctrkit.engine import Engine
 from ctrkit.errors import UsageError, UserError, nearest
@@ -253,7 +253,7 @@ def select(events: Events, user: Ints, day: Ints, options: SelectClicks) -> Pick
     user, day: of the pairs, in any order; days since 1970.
     """
     begin, end = _windows(events, user, day, options.window_days)
-    code = compiling.load("ctrkit.compiled_windows")
+    code = numba_loops.load("ctrkit.compiled_windows")
     goods_of = _chained(events) if code is None else _compiled(code, events)
     parts, candidates = [], 0
     for a, b in _slices(end - begin):

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ctrkit.compiling import compiled
+from ctrkit.numba_loops import compiled
 from ctrkit.spool import Ints
 
 _intrinsic: Any = intrinsic

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ctrkit.compiling import compiled
+from ctrkit.numba_loops import compiled
 
 
 @compiled("void(i8[::1],u4[::1],i8[::1],u4[::1],u4[::1],i8[::1])")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrkit.compiling import compiled
+from ctrkit.numba_loops import compiled
 from ctrkit.spool import Ints
 
 

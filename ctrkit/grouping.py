@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ctrkit import compiling, daily, digests, partitions, spool, vocabulary
+from ctrkit import daily, digests, numba_loops, partitions, spool, vocabulary
 from ctrkit.blocks import write_blocks
 from ctrkit.engine import Engine
 from ctrkit.errors import UserError
@@ -334,7 +334,7 @@ def count_samples(groups: pl.DataFrame, samples: Ints, features: Mapping[str, Fe
     shared = [groups[n] for n, f in features.items() if f.of in ("user", "behaviour")]
     own = [groups[n].explode() for n, f in features.items() if f.of in ("ad", "scene")]
     counts = np.zeros(size, np.int64)
-    code = compiling.load("ctrkit.compiled_counts")
+    code = numba_loops.load("ctrkit.compiled_counts")
     if code is not None and len(shared) == 1 and [isinstance(o.dtype, pl.List) for o in own] in ([], [False]):
         lengths, ids = _ids(shared[0])
         of_samples = own[0].to_numpy() if own else np.empty(0, np.uint32)

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pyarrow
 
-from ctrkit import compiling
+from ctrkit import numba_loops
 from ctrkit.parsing import KNOWN_DWELL_MS, parse
 from ctrkit.pieces import BAD, ROW, UNIT, File, Text, csv_frame
 from ctrkit.spool import Ints, smallest
@@ -36,7 +36,7 @@ MEASURES = ("time", "dwell")
 
 def compiled() -> ModuleType | None:
     """Return the compiled code; None where there is none."""
-    return compiling.load("ctrkit.compiled") if sys.byteorder == "little" else None
+    return numba_loops.load("ctrkit.compiled") if sys.byteorder == "little" else None
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ctrkit import clicks, compiling
+from ctrkit import clicks, numba_loops
 from ctrkit.clicks import Events, Picks, select
 from ctrkit.days import DAY_MS
 from ctrkit.recipe import SelectClicks
@@ -19,7 +19,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param == "compiled":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(compiling, "load", lambda module: None)
+        monkeypatch.setattr(numba_loops, "load", lambda module: None)
 
 
 START = 19_783  # 2024-03-01

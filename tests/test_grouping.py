@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from click.testing import Result
 
-from ctrkit import compiling, grouping
+from ctrkit import grouping, numba_loops
 from ctrkit.batches import Block, Column, GroupedData, Ragged, Schema
 from ctrkit.grouping import SAMPLE_COLUMNS, count_samples, ungroup
 from ctrkit.partitions import read_by_day, read_split
@@ -149,7 +149,7 @@ def test_counts_of_random_groups_are_those_of_a_loop(
     if compiled:
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(compiling, "load", lambda module: None)
+        monkeypatch.setattr(numba_loops, "load", lambda module: None)
     draw, size, ids = np.random.default_rng(cells), 60, pl.List(pl.UInt32)
     of = {"gender": "user", "goods": "behaviour", "tags": "user", "ad": "ad", "ad_tags": "ad", "position": "scene"}
     lists = {"goods", "tags", "ad_tags"}

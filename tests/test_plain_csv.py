@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ctrkit import compiling, plain_csv, scan
+from ctrkit import numba_loops, plain_csv, scan
 from ctrkit.recipe import Recipe
 from ctrkit.tables import open_table
 from tests import reference_data
@@ -205,7 +205,7 @@ def test_a_conversion_is_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytes
     quick = convert("quick")
     assert used
     used.clear()
-    monkeypatch.setattr(compiling, "load", lambda module: None)
+    monkeypatch.setattr(numba_loops, "load", lambda module: None)
     assert convert("slow") == quick
     assert not used
 
