@@ -13,15 +13,16 @@ last row in the slice stands for all; what came before it is a difference of run
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from ctrkit import partitions, spool
+from ctrkit import numba_loops, partitions, spool
 from ctrkit.days import DAY_MS
 from ctrkit.engine import Engine
 from ctrkit.errors import UsageError, UserError, nearest
@@ -120,9 +121,13 @@ def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> d
     served = pairs[lists["pair"]]
     lists = lists.select(users.gather(served["user"]).alias("user"), pl.exclude("pair"))
     by_day = served.group_by("day", maintain_order=True).agg(pl.len())
-    partitions.write_days(lists, [str(d) for d in by_day["day"]], by_day["len"], out, part)
+    partitions.write_days(lists, [str(d) for d in by_day["day"]], by_day["len"], out, part, _write)
     counts["of these with a history"] = lists.height
     return counts
+
+
+def _write(lists: pl.DataFrame, path: Path) -> None:
+    partitions.write_parquet(lists, path, compression="uncompressed")  # read once or twice, by `group`
 
 
 def _gather(column: pl.Series, rows: Ints) -> pl.Series:
@@ -247,11 +252,12 @@ def select(events: Events, user: Ints, day: Ints, options: SelectClicks) -> Pick
 
     user, day: of the pairs, in any order; days since 1970.
     """
-    chains = _Chains(events, options)
     begin, end = _windows(events, user, day, options.window_days)
+    code = numba_loops.load("ctrkit.compiled_windows")
+    goods_of = _chained(events) if code is None else _compiled(code, events)
     parts, candidates = [], 0
     for a, b in _slices(end - begin):
-        some = _pick(chains, begin[a:b], end[a:b], options.max_behaviours)
+        some = _pick(events, goods_of(begin[a:b], end[a:b]), b - a, options)
         candidates += some.candidates
         parts.append((some.pair + a, some.event, some.visits, some.dwell))
     empty = np.empty(0, np.int64)
@@ -277,58 +283,79 @@ def _slices(lengths: Ints) -> Iterator[tuple[int, int]]:
     yield from ((a, b) for a, b in itertools.pairwise(bounds) if b > a)
 
 
-class _Chains:
-    """For each event, the events of the same user and key before and after it."""
+@dataclass(frozen=True)
+class _Goods:
+    """The goods of windows, in order of window and last visit there."""
 
-    def __init__(self, events: Events, options: SelectClicks) -> None:
-        n = len(events.user)
-        self.events, self.options, self.n = events, options, n
-        bound = int(events.user.max(initial=0)) + 1
-        order = spool.order_by([(events.user, bound), (events.key, int(events.key.max(initial=0)) + 1)], n)
-        user, key = events.user[order], events.key[order]
-        same = (user[1:] == user[:-1]) & (key[1:] == key[:-1])
-        self.next = np.full(n, NEVER)
-        self.previous = np.full(n, -1)
-        self.next[order[:-1][same]] = order[1:][same]
-        self.previous[order[1:][same]] = order[:-1][same]
-        chain = np.concatenate([[0], np.cumsum(~same)]) if n else np.empty(0, np.int64)
-        self.place = chain * n + order  # rises
-        self.chain = np.empty(n, np.int64)
-        self.chain[order] = chain
-        self.rank = np.empty(n, np.int64)
-        self.rank[order] = np.arange(n)
-        self.weights = np.concatenate([[0], np.cumsum(events.weight[order])])
-        self.dwells = np.concatenate([[0], np.cumsum(events.dwell[order])])
-        self.alone = self.score(events.weight, events.dwell, events.time)
-
-    def score(self, weight: Ints, dwell: Ints, time: Ints) -> Any:
-        """Return what orders goods as their score does, Float64."""
-        much = weight / MILLI + dwell / (1000 * self.options.dwell_scale)
-        with np.errstate(divide="ignore"):  # visits that weigh nothing come last
-            return np.log2(much) + time / (self.options.half_life_days * DAY_MS)
+    window: Ints
+    event: Ints
+    """The last visit."""
+    visits: Ints
+    weight: Ints
+    dwell: Ints
 
 
-def _pick(chains: _Chains, begin: Ints, end: Ints, n: int) -> Picks:
-    lengths = end - begin
-    pair = np.repeat(np.arange(len(begin)), lengths)
-    event = np.arange(len(pair)) + np.repeat(begin - np.cumsum(lengths) + lengths, lengths)
-    last = chains.next[event] >= end[pair]
-    pair, event = pair[last], event[last]
-    visits = np.ones(len(event), np.int64)
-    dwell = chains.events.dwell[event]
-    score = chains.alone[event]
-    again = np.flatnonzero(chains.previous[event] >= begin[pair])
-    if len(again):
+def _compiled(code: ModuleType, events: Events) -> Callable[[Ints, Ints], _Goods]:
+    """Return what finds the goods of windows (first events, ends), by compiled code."""
+    key = events.key.astype(np.uint32)
+    seen = np.zeros(int(key.max(initial=0)) + 1, np.uint64)
+    done = 0
+
+    def goods_of(begin: Ints, end: Ints) -> _Goods:
+        nonlocal done
+        done += len(begin)
+        first = done - len(begin) + 1
+        return _Goods(*code.goods_of_windows(key, events.weight, events.dwell, begin, end, first, seen))
+
+    return goods_of
+
+
+def _chained(events: Events) -> Callable[[Ints, Ints], _Goods]:
+    """Return what finds the goods of windows (first events, ends), by the chains of events of one user and key."""
+    n = len(events.user)
+    bound = int(events.user.max(initial=0)) + 1
+    order = spool.order_by([(events.user, bound), (events.key, int(events.key.max(initial=0)) + 1)], n)
+    user, key = events.user[order], events.key[order]
+    same = (user[1:] == user[:-1]) & (key[1:] == key[:-1])
+    following, previous = np.full(n, NEVER), np.full(n, -1)
+    following[order[:-1][same]] = order[1:][same]
+    previous[order[1:][same]] = order[:-1][same]
+    chain = np.concatenate([[0], np.cumsum(~same)]) if n else np.empty(0, np.int64)
+    place = chain * n + order  # rises
+    chain_of, rank = np.empty(n, np.int64), np.empty(n, np.int64)
+    chain_of[order], rank[order] = chain, np.arange(n)
+    weights = np.concatenate([[0], np.cumsum(events.weight[order])])
+    dwells = np.concatenate([[0], np.cumsum(events.dwell[order])])
+
+    def goods_of(begin: Ints, end: Ints) -> _Goods:
+        lengths = end - begin
+        window = np.repeat(np.arange(len(begin)), lengths)
+        event = np.arange(len(window)) + np.repeat(begin - np.cumsum(lengths) + lengths, lengths)
+        last = following[event] >= end[window]
+        window, event = window[last], event[last]
+        visits, weight, dwell = np.ones(len(event), np.int64), events.weight[event], events.dwell[event]
+        again = np.flatnonzero(previous[event] >= begin[window])
         some = event[again]
-        to = chains.rank[some]
-        first = np.searchsorted(chains.place, chains.chain[some] * chains.n + begin[pair[again]])
-        visits[again] = to - first + 1
-        dwell[again] = chains.dwells[to + 1] - chains.dwells[first]
-        weight = chains.weights[to + 1] - chains.weights[first]
-        score[again] = chains.score(weight, dwell[again], chains.events.time[some])
-    candidates = len(event)
-    keep = _best(pair, score, chains.events.time[event], chains.events.key[event], len(begin), n)
-    return Picks(pair[keep], event[keep], visits[keep], dwell[keep], candidates)
+        first = np.searchsorted(place, chain_of[some] * n + begin[window[again]])
+        visits[again] = rank[some] - first + 1
+        weight[again] = weights[rank[some] + 1] - weights[first]
+        dwell[again] = dwells[rank[some] + 1] - dwells[first]
+        return _Goods(window, event, visits, weight, dwell)
+
+    return goods_of
+
+
+def _score(goods: _Goods, events: Events, options: SelectClicks) -> Any:
+    """Return what orders goods as their score does, Float64."""
+    much = goods.weight / MILLI + goods.dwell / (1000 * options.dwell_scale)
+    with np.errstate(divide="ignore"):  # visits that weigh nothing come last
+        return np.log2(much) + events.time[goods.event] / (options.half_life_days * DAY_MS)
+
+
+def _pick(events: Events, goods: _Goods, windows: int, options: SelectClicks) -> Picks:
+    score, n = _score(goods, events, options), options.max_behaviours
+    keep = _best(goods.window, score, events.time[goods.event], events.key[goods.event], windows, n)
+    return Picks(goods.window[keep], goods.event[keep], goods.visits[keep], goods.dwell[keep], len(goods.event))
 
 
 def _best(pair: Ints, score: Any, time: Ints, key: Ints, pairs: int, n: int) -> Ints:

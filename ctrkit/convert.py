@@ -26,6 +26,7 @@ import polars as pl
 from ctrkit import columns, daily, days, dictionaries, indexing, labelling, labels, parsing, partitions, spool
 from ctrkit.engine import Engine
 from ctrkit.errors import UsageError, UserError
+from ctrkit.files import Behind
 from ctrkit.job import Chunk, Counts, Job, Labelled, state, write_state
 from ctrkit.pieces import ROW
 from ctrkit.recipe import Feature, Recipe, Source
@@ -111,15 +112,23 @@ def convert(
     labelled = engine.run("label impressions", labelling.label_impressions, [(job, p) for p in parts])
     write_state(job, "label", labelled)
     split = _split(job, labelled, midnights)
-    counted = engine.run("count", indexing.count, [(job, p) for p in parts])
-    write_state(job, "count", counted)
-    names = list(dict.fromkeys(f.vocab for f in recipe.features.values()))
-    sizes = engine.run("vocabularies", indexing.build_vocabulary, [(job, name) for name in names])
-    for name in ("goods", "type"):
-        indexing.write_words(job, name)
-    engine.run("encode impressions", indexing.encode_impressions, [(job, p) for p in parts])
-    if with_behaviours:
-        engine.run("encode behaviours", indexing.encode_behaviours, [(job, p) for p in parts])
+    with Behind() as behind:
+        behind.remove(f"{c['stem']}{end}" for c in chunks["impressions"] for end in (".rows", ".at", ".ids"))
+        counted = engine.run("count", indexing.count, [(job, p) for p in parts])
+        write_state(job, "count", counted)
+        names = list(dict.fromkeys(f.vocab for f in recipe.features.values()))
+        largest_first = sorted(names, key=lambda name: (-indexing.texts_of(job, name), name))
+        built = engine.run("vocabularies", indexing.build_vocabulary, [(job, name) for name in largest_first])
+        sizes = dict(zip(largest_first, built, strict=True))
+        for name in ("goods", "type"):
+            indexing.write_words(job, name)
+        engine.run("encode impressions", indexing.encode_impressions, [(job, p) for p in parts])
+        if recipe.convert.negative_rate == 1:
+            behind.remove(job.work / "labelled" / f"impressions-{p:04}.rows" for p in parts)
+        behind.flush(out / "samples")
+        if with_behaviours:
+            engine.run("encode behaviours", indexing.encode_behaviours, [(job, p) for p in parts])
+        behind.remove(f"{c['stem']}.rows" for c in chunks["behaviours"])
     if previous is not None and today is not None:
         held_out = [d for d in (*split["valid"], *split["test"]) if d < today]
         engine.run("held-out days", indexing.hold_out, [(job, d, p) for d in held_out for p in parts])
@@ -136,7 +145,7 @@ def convert(
         counts |= daily.link_days(recipe, previous, today, out)
     (out / "split.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     counts |= _summary(job, labelled, counted, split)
-    return counts | {f"vocabulary {name}": size for name, size in zip(names, sizes, strict=True)}
+    return counts | {f"vocabulary {name}": sizes[name] for name in names}
 
 
 def _meaning(recipe: Recipe, inputs: Mapping[str, columns.Input], ids: Collection[str]) -> daily.Meaning:

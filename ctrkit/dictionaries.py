@@ -14,9 +14,17 @@ Chunk = Mapping[str, Any]
 
 
 def tasks(names: Sequence[str], chunks: Sequence[Chunk]) -> list[list[str]]:
-    """Share the dictionaries out: each long one alone, all short ones together."""
-    long = [n for n in names if any(n in c["words"] and c["words"][n][0] != ".words" for c in chunks)]
-    short = [n for n in names if n not in long]
+    """Share the dictionaries out: each long one alone, the longest first; all short ones together."""
+    lengths = dict.fromkeys(names, 0)
+    alone = set()
+    for chunk in chunks:
+        for name in lengths.keys() & chunk["words"].keys():
+            end, a, b, _ = chunk["words"][name]
+            lengths[name] += b - a
+            if end != ".words":
+                alone.add(name)
+    short = [n for n in names if n not in alone]
+    long = sorted(alone, key=lambda name: (-lengths[name], name))
     return [*([n] for n in long), *([short] if short else [])]
 
 

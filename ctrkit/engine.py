@@ -6,6 +6,8 @@ goes on where it was, and a task of a worker that died is done again. The order 
 """
 
 import concurrent.futures
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -79,27 +81,69 @@ def write_record(record: Path, result: Any) -> None:
     tmp.replace(record)
 
 
-class LocalEngine(Engine):
-    """Runs tasks in processes of this machine."""
+class Pool:
+    """Processes of this machine that do tasks. Use as a context manager."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
-        super().__init__(folder)
+    def __init__(self, workers: int) -> None:
         self.workers = workers
-
-    def __enter__(self) -> "LocalEngine":
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), initializer=die_with_parent
+            workers, multiprocessing.get_context("spawn"), initializer=die_with_parent
         )
+
+    def submit(self, function: Function, tasks: Sequence[tuple[Any, ...]]) -> list["concurrent.futures.Future[Any]"]:
+        """Have `function(*task)` called for each task."""
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        # A process starts when a task is submitted and none is idle, so there are never more than tasks.
+        with _environment(POLARS_MAX_THREADS=str(threads), OMP_NUM_THREADS=str(threads), **KEEP_MEMORY):
+            return [self._pool.submit(function, *task) for task in tasks]
+
+    def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: TracebackType | BaseException | None) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
 
+
+def start_early(
+    name: str, workers: int, tasks: int, modules: Sequence[str]
+) -> contextlib.AbstractContextManager[Pool | None]:
+    """Start the processes for an engine while the stage still looks at its inputs, with these modules imported; None
+    where it will need none.
+
+    tasks: how many there will be at least. For the rest see `engine`.
+    """
+    workers = min(workers or os.cpu_count() or 1, tasks)
+    if name != "local" or workers < 2:
+        return contextlib.nullcontext()
+    pool = Pool(workers)
+    pool.submit(_import, [(modules,)] * workers)
+    return pool
+
+
+def _import(modules: Sequence[str]) -> None:
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+class LocalEngine(Engine):
+    """Runs tasks in processes of this machine."""
+
+    def __init__(self, folder: Path, workers: int, pool: Pool | None = None) -> None:
+        super().__init__(folder)
+        self.workers, self._pool = workers, pool
+
+    def __enter__(self) -> "LocalEngine":
+        self._pool = self._pool or Pool(self.workers)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: TracebackType | BaseException | None) -> None:
+        assert self._pool is not None
+        self._pool.__exit__(kind, *rest)
+
     def _each(self, jobs: Sequence[tuple[Path, Function, tuple[Any, ...]]], done: Callable[[], None]) -> None:
-        threads = max(1, (os.cpu_count() or 1) // self.workers)
-        # A process starts when a task is submitted and none is idle, so there are never more than tasks.
-        with _environment(POLARS_MAX_THREADS=str(threads), OMP_NUM_THREADS=str(threads), **KEEP_MEMORY):
-            waiting = [self._pool.submit(do_task, *job) for job in jobs]
+        assert self._pool is not None
+        waiting = self._pool.submit(do_task, jobs)
         try:
             for future in concurrent.futures.as_completed(waiting):
                 future.result()
@@ -243,12 +287,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
 
 
-def engine(name: str, workers: int, folder: Path, *, small: bool = False) -> Engine:
+def engine(name: str, workers: int, folder: Path, *, small: bool = False, pool: Pool | None = None) -> Engine:
     """Return the engine of a recipe. Little work (`small`) is done in this process, where no other is asked for.
 
     folder: where finished tasks are recorded; the stage removes it at its end.
+    pool: processes that run already, by `start_early`.
     """
     if name == "ray":
         return RayEngine(folder, workers)
     workers = workers or (1 if small else os.cpu_count() or 1)
-    return LocalEngine(folder, workers) if workers > 1 else Engine(folder)
+    return (
+        LocalEngine(folder, workers, pool if pool and pool.workers == workers else None)
+        if workers > 1
+        else Engine(folder)
+    )

@@ -18,7 +18,7 @@ from typing import Any
 
 import polars as pl
 
-from ctrkit import partitions
+from ctrkit import numba_loops, partitions
 from ctrkit.checking import Inputs, days_of, local_days
 from ctrkit.clicks import select_clicks
 from ctrkit.convert import PARTITION_BYTES, SMALL_BYTES, convert, input_bytes
@@ -97,6 +97,8 @@ class Trial:
 
 def attempt(recipe: Recipe, inputs: Inputs, folder: Path) -> Trial:
     """Run the data stages on the samples of the inputs, within `folder`. All days train."""
+    for module in ("ctrkit.compiled_windows", "ctrkit.compiled_counts"):
+        numba_loops.load(module)  # so that no phase's time has it
     there = inputs.seen["behaviours"].good if "behaviours" in inputs.seen else pl.DataFrame()
     types = set(there["type"].drop_nulls().unique()) if "type" in there.columns else set()
     options = recipe.select_clicks

@@ -66,6 +66,27 @@ def side_by_side(function: Callable[[Path], T], paths: Iterable[Path]) -> list[T
         return list(pool.map(function, paths))
 
 
+class Behind:
+    """Removes and flushes files while other work goes on. Use as a context manager."""
+
+    def __enter__(self) -> "Behind":
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def remove(self, paths: Iterable[str | Path]) -> None:
+        """Remove files that nobody will look at again."""
+        for path in list(paths):
+            self._thread.submit(Path(path).unlink, missing_ok=True)
+
+    def flush(self, folder: Path) -> None:
+        """Begin to write a folder's files to disk, so that less is left for the end."""
+        for path in sorted(folder.rglob("*")):
+            self._thread.submit(fsync, path)
+
+
 def _below(path: Path) -> tuple[list[Path], list[Path]]:
     """Return the files of a folder and of all folders in it, and those folders, the inner ones first."""
     found: tuple[list[Path], list[Path]] = [], []

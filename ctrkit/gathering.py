@@ -1,7 +1,7 @@
 """The rows of one partition of users, gathered from all chunks of a log, and their order by day, user and time."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from ctrkit.spool import Ints
 
 CLOCK_BOUND = 1 << 27
 """Of the milliseconds in a day (of up to 25 hours)."""
-Lookup = tuple[str, Ints | None]
-"""What becomes of a chunk's codes: those of a dictionary, or what a table says for each of these."""
 
 
 @dataclass
@@ -43,17 +41,18 @@ class Rows:
 
 
 def gather(
-    job: Job, log: str, part: int, plain: Sequence[str], coded: Mapping[str, Lookup], users_too: Sequence[Chunk] = ()
+    job: Job, log: str, part: int, plain: Sequence[str], coded: Iterable[str], users_too: Sequence[Chunk] = ()
 ) -> Rows:
     """Read a partition's rows from all chunks of a log.
 
     Parameters
     ----------
     plain: columns to take as they are; `user` and `time` come by themselves, and `row` is the row of the file.
-    coded: columns of codes to look up.
+    coded: dictionaries whose codes to take.
     users_too: chunks of another log whose users get ranks as well.
     """
     chunks: list[Chunk] = state(job.work, "scan")["chunks"][log]
+    coded = list(dict.fromkeys(coded))
     found: dict[str, list[Ints]] = {name: [] for name in ("user", "time", *plain, *coded)}
     words = []
     for chunk in chunks:
@@ -64,9 +63,8 @@ def gather(
         for name in plain:
             column = there[name]
             found[name].append(column.astype(np.int64) + chunk["first_row"] if name == "row" else column)
-        for name, (dictionary, table) in coded.items():
-            meaning = maps(job.work).of(dictionary, chunk["stem"])
-            found[name].append((meaning if table is None else table[meaning])[there[dictionary]])
+        for name in coded:
+            found[name].append(maps(job.work).of(name, chunk["stem"])[there[name]])
         words.append(_users(chunk, part))
     users, ranks = _rank([*words, *(_users(chunk, part) for chunk in users_too)])
     found["user"] = [ranks[i][local] for i, local in enumerate(found["user"])]
@@ -82,7 +80,7 @@ def gather(
 
 def _users(chunk: Chunk, part: int) -> pl.Series:
     a, b = chunk["users"][part], chunk["users"][part + 1]
-    return pl.read_ipc(f"{chunk['stem']}.users")["user"].slice(a, b - a)
+    return spool.mapped(f"{chunk['stem']}.users").slice(a, b - a)
 
 
 def _rank(words: Sequence[pl.Series]) -> tuple[pl.Series, list[Ints]]:

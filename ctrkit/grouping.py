@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ctrkit import daily, digests, partitions, spool, vocabulary
+from ctrkit import daily, digests, numba_loops, partitions, spool, vocabulary
 from ctrkit.blocks import write_blocks
 from ctrkit.engine import Engine
 from ctrkit.errors import UserError
@@ -73,7 +73,8 @@ def group(recipe: Recipe, convert_folder: Path, behaviours: Path | None, out: Pa
         (out / part).mkdir(parents=True, exist_ok=True)
     parts = range(facts["partitions"])
     made = engine.run("group", group_part, [(job, p) for p in parts])
-    _write_counts(job, len(made))
+    largest_first = sorted(sizes, key=lambda vocab: (-sizes[vocab], vocab))
+    engine.run("sum counts", write_counts, [(job, vocab, len(made)) for vocab in largest_first])
 
     counts: dict[str, Any] = {}
     for part in SPLITS:
@@ -304,18 +305,19 @@ def _count_part(job: Job, made: _Part, part: int) -> None:
     for vocab, size in job.sizes.items():
         features = {n: f for n, f in job.recipe.features.items() if f.vocab == vocab}
         counts = count_samples(made.frame, made.samples_of_row, features, size)
-        spool.write_array(job.work / f"counts-{part:04}-{vocab}", counts)
+        spool.write_array(job.work / f"counts-{part:04}-{vocab}", counts.astype(np.uint32))
 
 
-def _write_counts(job: Job, parts: int) -> None:
-    """Write `counts/VOCAB.parquet`: the n_i of every index."""
+def write_counts(job: Job, vocab: str, parts: int) -> None:
+    """Task: write `counts/VOCAB.parquet`, the n_i of every index, from those of the partitions."""
     (job.out / "counts").mkdir(exist_ok=True)
-    for vocab, size in job.sizes.items():
-        total = np.zeros(size, np.uint64)
-        for part in range(parts):
-            total += np.fromfile(job.work / f"counts-{part:04}-{vocab}", np.uint64)
-        frame = pl.DataFrame({"index": np.arange(size, dtype=np.uint32), "count": total})
-        frame.write_parquet(job.out / "counts" / f"{vocab}.parquet")
+    size = job.sizes[vocab]
+    total = np.zeros(size, np.uint64)
+    for part in range(parts):
+        total += np.fromfile(job.work / f"counts-{part:04}-{vocab}", np.uint32)
+    frame = pl.DataFrame({"index": np.arange(size, dtype=np.uint32), "count": total})
+    with spool.whole(job.out / "counts" / f"{vocab}.parquet") as tmp:
+        frame.write_parquet(tmp)
 
 
 def count_samples(groups: pl.DataFrame, samples: Ints, features: Mapping[str, Feature], size: int) -> Ints:
@@ -332,6 +334,15 @@ def count_samples(groups: pl.DataFrame, samples: Ints, features: Mapping[str, Fe
     shared = [groups[n] for n, f in features.items() if f.of in ("user", "behaviour")]
     own = [groups[n].explode() for n, f in features.items() if f.of in ("ad", "scene")]
     counts = np.zeros(size, np.int64)
+    code = numba_loops.load("ctrkit.compiled_counts")
+    if code is not None and len(shared) == 1 and [isinstance(o.dtype, pl.List) for o in own] in ([], [False]):
+        lengths, ids = _ids(shared[0])
+        of_samples = own[0].to_numpy() if own else np.empty(0, np.uint32)
+        # Copies, since polars' arrays may not be written, which Numba takes for another type.
+        given = (lengths, np.int64), (ids, np.uint32), (samples, np.int64), (of_samples, np.uint32)
+        code.count_ids(*(np.array(array, dtype) for array, dtype in given), np.zeros(size, np.uint32), counts)
+        counts[vocabulary.MISSING] = 0
+        return counts.view(np.uint64)
     if shared:
         row, common = _distinct(shared)
         counts += np.bincount(common, weights=samples[row], minlength=size).astype(np.int64)

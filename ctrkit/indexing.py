@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import polars as pl
 
 from ctrkit import columns, daily, dictionaries, partitions, spool, vocabulary
-from ctrkit.gathering import Lookup, by_day, gather
+from ctrkit.gathering import by_day, gather
 from ctrkit.job import Job, Labelled, maps, state, texts
 from ctrkit.partitions import ARROW
 from ctrkit.spool import Ints
 
+SAMPLE = ("sample_id", "time", "user", "click", "unseen_ad")
+"""Columns of the samples whose values repeat, or nearly, from row to row."""
 WORDS = {"goods": "goods.parquet", "type": "types.parquet"}
 """Columns of the behaviours whose texts stand in a file of their own; 1 is its first row, 0 none."""
 CODES = {"goods": "goods_code", "type": "type_code"}
@@ -127,6 +130,13 @@ def _sum_counts(job: Job, name: str) -> tuple[Ints, Ints]:
     return sums[0], sums[1]
 
 
+def texts_of(job: Job, vocab: str) -> int:
+    """Return of how many texts a vocabulary is made."""
+    found = state(job.work, "dictionaries")["found"]
+    own = [job.inputs[name].dictionary for name, f in job.recipe.features.items() if f.vocab == vocab]
+    return sum(found[name]["size"] for name in own if name in found)
+
+
 def build_vocabulary(job: Job, vocab: str) -> int:
     """Task: build one vocabulary and the indexes of each of its features' texts; return its size."""
     features = {name: f for name, f in job.recipe.features.items() if f.vocab == vocab}
@@ -215,8 +225,14 @@ def encode_impressions(job: Job, part: int) -> int:
     ids = np.repeat(before - begins, lengths) + np.arange(frame.height)
     frame = frame.insert_column(0, pl.Series("sample_id", ids, dtype=pl.Int64))
     dates = [day for day, _ in scanned["midnights"]]
-    partitions.write_days(frame, dates, lengths, job.out / "samples", part)
+    partitions.write_days(frame, dates, lengths, job.out / "samples", part, _writer(job))
     return frame.height
+
+
+def _writer(job: Job) -> Callable[[pl.DataFrame, Path], None]:
+    """Return what writes samples: of rows in order of user and time, what the user decides repeats."""
+    of_user = [name for name, feature in job.recipe.features.items() if feature.of == "user"]
+    return functools.partial(partitions.write_rows, packed={*SAMPLE, *of_user})
 
 
 def hold_out(job: Job, day: datetime.date, part: int) -> None:
@@ -227,36 +243,38 @@ def hold_out(job: Job, day: datetime.date, part: int) -> None:
     if samples is not None:
         unseen = ~samples["ad"].is_in(known.implode())
         samples = samples.drop("day").with_columns(unseen.alias("unseen_ad"))
-        partitions.write_days(samples, [str(day)], [samples.height], job.out / "samples", part)
+        partitions.write_days(samples, [str(day)], [samples.height], job.out / "samples", part, _writer(job))
 
 
 def encode_behaviours(job: Job, part: int) -> int:
     """Task: write a partition's behaviours in order of day, user and time, a file a day; return how many."""
     chunks = state(job.work, "scan")["chunks"]["behaviours"]
-    coded: dict[str, Lookup] = {}
-    lists: dict[str, pl.Series] = {}
+    tables: dict[str, tuple[str, pl.Series]] = {}  # column → dictionary, and what its codes become
     for name in WORDS:
         if chunks and f"behaviours.{name}" in chunks[0]["words"]:
-            coded[CODES[name]] = f"behaviours.{name}", _indexes(job.work, f".{name}").to_numpy()
+            tables[CODES[name]] = f"behaviours.{name}", _indexes(job.work, f".{name}")
     for name in job.features("behaviours"):
-        index = _indexes(job.work, name)
-        if index.dtype == pl.List:
-            lists[name] = index
-        coded[name] = job.inputs[name].dictionary, None if name in lists else index.to_numpy()
+        tables[name] = job.inputs[name].dictionary, _indexes(job.work, name)
     plain = [n for n in ("dwell",) if chunks and n in chunks[0]["layout"]]
-    rows = gather(job, "behaviours", part, plain, coded)
+    rows = gather(job, "behaviours", part, plain, [dictionary for dictionary, _ in tables.values()])
     code = _write_users(job, rows.users, part)
     days, order = by_day(job, rows.columns, rows.users.len())
     ordered = {name: column[order] for name, column in rows.columns.items()}
-    found: dict[str, Any] = {"user_code": code[ordered.pop("user")], "time": ordered.pop("time")}
-    found |= {name: ordered.pop(name) for name in CODES.values() if name in ordered}
-    if "dwell" in ordered:
-        dwell = ordered.pop("dwell")
+    found: dict[str, Any] = {"user_code": code[ordered["user"]], "time": ordered["time"]}
+    found |= dict.fromkeys((*(name for name in CODES.values() if name in tables), *(["dwell_ms"] if plain else [])))
+    for name, (dictionary, table) in tables.items():
+        codes = ordered[dictionary]
+        found[name] = table.gather(codes) if table.dtype == pl.List else table.to_numpy()[codes]
+    if plain:
+        dwell = ordered["dwell"]
         found["dwell_ms"] = dwell.astype(np.int32 if dwell.itemsize < 4 else np.int64) - 1
-    found |= {name: lists[name].gather(column) if name in lists else column for name, column in ordered.items()}
     dates = [day for day, _ in state(job.work, "scan")["midnights"]]
-    partitions.write_days(pl.DataFrame(found), dates, days, job.out / "behaviours", part, ARROW)
+    partitions.write_days(pl.DataFrame(found), dates, days, job.out / "behaviours", part, _write_behaviours, ARROW)
     return len(order)
+
+
+def _write_behaviours(frame: pl.DataFrame, path: Path) -> None:
+    spool.write_frame(path, frame)
 
 
 def _write_users(job: Job, users: pl.Series, part: int) -> Ints:

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from ctrkit import labels, spool
-from ctrkit.gathering import Lookup, by_day, gather
+from ctrkit.gathering import by_day, gather
 from ctrkit.job import Counts, Job, maps, state, texts, write_state
 from ctrkit.spool import Ints
 
@@ -19,8 +19,9 @@ def label_impressions(job: Job, part: int) -> dict[str, Any]:
     dictionaries_here = list(scanned["chunks"]["impressions"][0]["words"])
     joined_by_time = bool(scanned["chunks"]["clicks"]) and "clicks" not in scanned["ids"]
     plain = ["row", *(["click"] if options.label else [])]
-    codes: dict[str, Lookup] = {name: (name, None) for name in dictionaries_here}
-    rows = gather(job, "impressions", part, plain, codes, scanned["chunks"]["clicks"] if joined_by_time else ())
+    rows = gather(
+        job, "impressions", part, plain, dictionaries_here, scanned["chunks"]["clicks"] if joined_by_time else ()
+    )
     columns_ = rows.columns
     row, chunk_of = columns_.pop("row"), rows.chunk
     n = len(row)
@@ -64,7 +65,7 @@ def label_impressions(job: Job, part: int) -> dict[str, Any]:
 def _join_clicks(job: Job, part: int, shown: dict[str, Ints], path: str) -> Counts:
     """Label impressions by user, ad and time; write the clicks that changed nothing."""
     impressions = state(job.work, "scan")["chunks"]["impressions"]
-    clicks = gather(job, "clicks", part, ["row"], {"ad": ("ad", None)}, impressions)
+    clicks = gather(job, "clicks", part, ["row"], ["ad"], impressions)
     # Both ranks are over the users of both logs, so they mean the same.
     again = labels.repeated(*(clicks.columns[c] for c in ("user", "ad", "time")))
     fresh = {c: clicks.columns[c][~again] for c in ("user", "ad", "time")}

@@ -71,7 +71,7 @@ def _ids(part: int, chunks: Sequence[Chunk], *, with_part: bool) -> pl.DataFrame
         if b > a:
             there = spool.Columns(Path(f"{chunk['stem']}.at"), chunk["ids_layout"], a, b)
             columns = {name: there[name] for name in (("at", "part") if with_part else ("at",))}
-            ids = pl.read_ipc(f"{chunk['stem']}.ids")["id"].slice(a, b - a)
+            ids = spool.mapped(f"{chunk['stem']}.ids").slice(a, b - a)
             own = pl.DataFrame({"id": ids, "chunk": pl.repeat(i, b - a, dtype=pl.UInt32, eager=True), **columns})
             frames.append(own)
     if not frames:

@@ -25,7 +25,8 @@ from ctrkit.csv_rows import SCAN_BYTES, Bytes, CsvRows
 from ctrkit.errors import UserError
 from ctrkit.sources import is_data, is_glob
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 31 << 20
+"""Below 32 MiB, above which the C library takes fresh memory for every piece (`engine.KEEP_MEMORY`)."""
 PIECE_ROWS = 500_000
 """Of Parquet files."""
 REMOTE_LINES = 200_000
@@ -37,6 +38,8 @@ ROW, EXTRA, BAD = "__row", "__extra", "__bad"
 UNIT = "\x1f"
 """Stands for a separator of several characters; joins texts that may hold anything else."""
 BOM = b"\xef\xbb\xbf"
+Text = tuple[bytes, bool]
+"""Whole rows as UTF-8, and whether they are the file's first."""
 _HALVES = re.compile(
     rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
 )
@@ -148,7 +151,13 @@ def _line_end(data: Bytes, at: int) -> int:
 
 
 def frames(
-    file: File, piece: Piece, header: Sequence[str], columns: Sequence[str], numbers: Numbers = NONE
+    file: File,
+    piece: Piece,
+    header: Sequence[str],
+    columns: Sequence[str],
+    numbers: Numbers = NONE,
+    text: Text | None = None,
+    begin: int = 1,
 ) -> Iterator[pl.DataFrame]:
     """Yield the rows of a piece: ROW Int64 (from 1 in the piece), EXTRA and BAD String, and `columns`.
 
@@ -158,10 +167,10 @@ def frames(
     columns: those to read; String for CSV and TSV, else as the file has them. A column that a JSON object or a path
         does not give is null.
     numbers: columns that CSV and TSV may give as numbers, where every cell is one or empty.
+    text: one of `texts`, whose rows alone are wanted; `begin` is the number of the first.
     """
-    begin = 1
     with _unreadable(file):
-        for frame in _raw_frames(file, piece, header, columns, numbers):
+        for frame in _raw_frames(file, piece, header, columns, numbers, text):
             lacking = [pl.lit(None, dtype=pl.String).alias(c) for c in (BAD, EXTRA, *columns) if c not in frame.columns]
             frame = frame.with_columns(*lacking).with_row_index(ROW, offset=begin)
             begin += frame.height
@@ -244,7 +253,7 @@ def _unreadable(file: File) -> Iterator[None]:
 
 
 def _raw_frames(
-    file: File, piece: Piece, header: Sequence[str], columns: Sequence[str], numbers: Numbers
+    file: File, piece: Piece, header: Sequence[str], columns: Sequence[str], numbers: Numbers, text: Text | None
 ) -> Iterator[pl.DataFrame]:
     parts = [pl.lit(value).alias(name) for name, value in file.parts if name in columns]
     inner = [c for c in columns if c not in dict(file.parts)]
@@ -253,14 +262,20 @@ def _raw_frames(
     elif file.format == "parquet":
         yield from (f.with_columns(parts) for f in _parquet_frames(file, piece, inner))
     else:
-        for data, first in _text(file, piece):
+        for data, first in _text(file, piece) if text is None else (text,):
             if file.format == "jsonl":
                 yield _json_frame(data, inner).with_columns(parts)
             else:
                 yield csv_frame(file, data, first, header, inner, numbers).with_columns(parts)
 
 
-def _text(file: File, piece: Piece) -> Iterator[tuple[bytes, bool]]:
+def texts(file: File, piece: Piece) -> Iterator[Text]:
+    """Yield the text of a piece of a file that is not Parquet."""
+    with _unreadable(file):
+        yield from _text(file, piece)
+
+
+def _text(file: File, piece: Piece) -> Iterator[Text]:
     """Yield whole rows of text as UTF-8, and whether they are the file's first."""
     if not file.compression and not file.url:
         with open(file.path, "rb") as f:

@@ -113,9 +113,14 @@ def provenance(
     return Provenance(
         stage=stage,
         config=(recipe.tables(*TABLES[stage]) if recipe else {}) | dict(options or {}),
-        inputs={name: known.of(path) for name, path in sorted(inputs.items()) if path is not None},
+        inputs=_digests_of(inputs, known),
         code=code_digest(stage),
     )
+
+
+def _digests_of(inputs: Inputs, known: digests.Digests) -> dict[str, str]:
+    there = {name: path for name, path in sorted(inputs.items()) if path is not None}
+    return dict(zip(there, files.side_by_side(known.of, there.values()), strict=True))
 
 
 def is_fresh(output: Path, key: str, known: digests.Digests) -> bool:
@@ -230,6 +235,11 @@ class Work:
         for unfinished in out.rglob(".*"):
             files.remove(unfinished)
         out.rename(self.path)
+
+
+def will_work() -> bool:
+    """Say whether a stage that comes to its `output` will make it, whether it is fresh or not."""
+    return not _checking and not os.environ.get("CTRKIT_UNLESS_FRESH")
 
 
 class Checked(Exception):
@@ -407,6 +417,8 @@ def _read_source(path: Path) -> _Source:
             imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             data += _data_files(node.value)
+            if re.fullmatch(r"ctrkit(\.\w+)+", node.value):  # imported where it is needed
+                imports.append(node.value)
     ours = [name for name in imports if name.split(".")[0] == "ctrkit"]
     packages = [name.rpartition(".")[0] for name in ours]
     return _Source(text, sorted({*ours, *packages}), sorted(set(data)))

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
@@ -19,7 +19,7 @@ import zstandard
 
 from ctrkit import parquet_footer
 from ctrkit.errors import UserError
-from ctrkit.pieces import LONGEST_CELL, ROW, File, Piece, head, last_row_end, remote
+from ctrkit.pieces import LONGEST_CELL, ROW, File, Piece, Text, head, last_row_end, remote
 from ctrkit.tables import RawTable, as_text
 
 ROWS, BYTES = 100_000, 32 << 20
@@ -84,6 +84,7 @@ class Held(RawTable):
     """A table whose rows are in memory, as one piece of its first file."""
 
     frame: pl.DataFrame | None = None
+    in_files: ClassVar[bool] = False
 
     def prepare(self, columns: Iterable[str]) -> None:
         """Do nothing: the sample was read with what is needed."""
@@ -92,7 +93,9 @@ class Held(RawTable):
         """Return the one piece."""
         return [(0, Piece())]
 
-    def read(self, number: int, piece: Piece) -> Iterator[tuple[pl.DataFrame, int]]:
+    def read(
+        self, number: int, piece: Piece, text: Text | None = None, begin: int = 1
+    ) -> Iterator[tuple[pl.DataFrame, int]]:
         """Yield all rows."""
         assert self.frame is not None
         yield self.frame, self.frame.height

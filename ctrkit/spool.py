@@ -5,6 +5,7 @@ one slice of every chunk. A *code* stands for a text: 0 for a missing one, k for
 """
 
 import contextlib
+import functools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,12 @@ def write_frame(path: Path | str, frame: pl.DataFrame) -> None:
     """Write a frame, uncompressed; `pl.read_ipc` reads it."""
     with whole(Path(path)) as tmp:
         frame.write_ipc(tmp, compression="uncompressed")
+
+
+@functools.lru_cache(maxsize=4096)
+def mapped(path: str) -> pl.Series:
+    """Return the only column of a frame, mapped into memory; remembered, since every partition takes its part of it."""
+    return pl.read_ipc(path).to_series()
 
 
 def write_array(path: Path | str, array: Ints) -> None:

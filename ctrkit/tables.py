@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import polars as pl
@@ -25,6 +26,7 @@ from ctrkit.pieces import (
     File,
     Numbers,
     Piece,
+    Text,
     csv_frame,
     cut,
     frames,
@@ -75,6 +77,8 @@ class RawTable:
     wanted: list[str] = field(default_factory=list)
     skipped: tuple[str, ...] = ()
     """Names of empty files, which are not among `files`."""
+    in_files: ClassVar[bool] = True
+    """Whether its rows are still where `files` says."""
 
     def require(self, *columns: str) -> None:
         """Raise UserError unless the table has these columns (our names)."""
@@ -129,27 +133,40 @@ class RawTable:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             return [(i, piece) for i, pieces in enumerate(pool.map(cut, self.files)) for piece in pieces]
 
-    def read(self, number: int, piece: Piece) -> Iterator[tuple[pl.DataFrame, int]]:
+    def label_columns(self) -> list[str]:
+        """Return the columns (our names) that the label expression looks at."""
+        label = _expression(self.label, "convert.label", set(self.names))
+        return label.meta.root_names() if label is not None else []
+
+    def label_of(self, frame: pl.DataFrame) -> pl.Series:
+        """Return the value of the label expression for each row of a frame with the file's columns."""
+        label = _expression(self.label, "convert.label", set(self.names))
+        assert label is not None
+        return self._evaluate(frame, label, {c: self.names[c] for c in self.label_columns()}, "convert.label")
+
+    def read(
+        self, number: int, piece: Piece, text: Text | None = None, begin: int = 1
+    ) -> Iterator[tuple[pl.DataFrame, int]]:
         """Yield the rows of a piece for which `where` holds, some at a time.
 
         Each with how many rows there were before `where`: a frame of ROW, EXTRA, BAD, the columns of `prepare` by our
         names with the types that the file has (text, for CSV and TSV), and, if there is a label, LABEL, its value.
+
+        text: one of `pieces.texts`, whose rows alone are wanted; `begin` is the number of the first.
         """
         file, header = self.files[number], self.headers[number]
         where = _expression(self.source.where, f"convert.{self.name}.where", set(self.headers[0]))
-        label = _expression(self.label, "convert.label", set(self.names))
         roots = where.meta.root_names() if where is not None else []
-        asked = label.meta.root_names() if label is not None else []
-        theirs = dict.fromkeys([*(self.names[c] for c in [*self.wanted, *asked]), *roots])
-        asked_names = [self.names[c] for c in asked]
+        asked = [self.names[c] for c in self.label_columns()]
+        theirs = dict.fromkeys([*(self.names[c] for c in self.wanted), *asked, *roots])
         own = header[: len(header) - len(file.parts)] if file.parts else header
-        numbers = self._as_numbers({*asked_names, *roots})
-        for frame in frames(file, piece, own, list(theirs), numbers):
+        numbers = self._as_numbers({*asked, *roots})
+        for frame in frames(file, piece, own, list(theirs), numbers, text, begin):
             rows = frame.height
             if self.source.null_values:
-                text = [c for c in theirs if frame.schema[c] == pl.String]
-                null = pl.col(text).is_in(list(self.source.null_values))
-                frame = frame.with_columns(pl.when(~null).then(pl.col(text)))
+                strings = [c for c in theirs if frame.schema[c] == pl.String]
+                null = pl.col(strings).is_in(list(self.source.null_values))
+                frame = frame.with_columns(pl.when(~null).then(pl.col(strings)))
             if where is not None:
                 kept = self._evaluate(frame, where, {c: c for c in roots}, f"convert.{self.name}.where")
                 if not (kept.dtype in (pl.Boolean, pl.Null) or kept.dtype.is_numeric()):
@@ -159,11 +176,12 @@ class RawTable:
                     )
                 keep = kept.cast(pl.Boolean, strict=False).fill_null(False) | frame[BAD].is_not_null()
                 frame = frame.filter(keep)
-            out = frame.select(ROW, EXTRA, BAD, *(pl.col(self.names[c]).alias(c) for c in self.wanted))
-            if label is not None:
-                value = self._evaluate(frame, label, {c: self.names[c] for c in asked}, "convert.label")
-                out = out.with_columns(value.alias(LABEL))
-            yield out, rows
+            yield self.by_our_names(frame), rows
+
+    def by_our_names(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Return ROW, EXTRA, BAD, the columns of `prepare` by our names, and LABEL if there is one."""
+        out = frame.select(ROW, EXTRA, BAD, *(pl.col(self.names[c]).alias(c) for c in self.wanted))
+        return out.with_columns(self.label_of(frame).alias(LABEL)) if self.label else out
 
     def _evaluate(self, frame: pl.DataFrame, expression: pl.Expr, names: Mapping[str, str], key: str) -> pl.Series:
         """Evaluate an SQL expression over columns by `names` (the expression's → the frame's)."""

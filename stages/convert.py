@@ -1,14 +1,16 @@
 """Turn raw impression and click logs into samples and vocabularies."""
 
 import datetime
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from ctrkit import counts, provenance
 from ctrkit.convert import SMALL_BYTES, convert, input_bytes
-from ctrkit.engine import engine
+from ctrkit.engine import engine, start_early
 from ctrkit.options import DAY, path_option, recipe_options
+from ctrkit.pieces import PIECE_BYTES
 from ctrkit.recipe import Recipe
 from ctrkit.sources import SOURCES, for_day, raw_inputs
 from ctrkit.tables import open_tables
@@ -39,16 +41,26 @@ def command(recipe: Recipe, raw: Path, out: Path, extend: Path | None, today: da
     day = today.date() if today else None
     recipe = for_day(recipe, day if extend else None)
     inputs = {**raw_inputs(recipe, raw), "previous": extend}
-    with provenance.output("convert", recipe, inputs, out, {"today": str(day)} if day else None) as work:
+    with (
+        start_early(recipe.engine, recipe.workers, _pieces(inputs.values()), ("ctrkit.convert", "numba")) as pool,
+        provenance.output("convert", recipe, inputs, out, {"today": str(day)} if day else None) as work,
+    ):
         tables = open_tables(recipe, raw, *SOURCES)
         small = input_bytes(recipe, tables) < SMALL_BYTES
-        with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:
+        with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
             work.counts = convert(recipe, tables, work.begin(), tasks, day, extend)
         work.end()
     notes = _identity(work.counts)
     if extend is not None:
         notes["duplicate impressions dropped"] = "found among the rows of the day alone"
     counts.show(f"convert: {recipe.name}", work.counts, notes)
+
+
+def _pieces(inputs: Iterable[Path | None]) -> int:
+    """Return about how many pieces there will be to scan; 0 if that is not sure to happen."""
+    if not provenance.will_work():
+        return 0
+    return sum(path.stat().st_size for path in inputs if path is not None and path.is_file()) // PIECE_BYTES
 
 
 def _identity(found: dict[str, int]) -> dict[str, str]:

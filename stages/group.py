@@ -6,11 +6,11 @@ from pathlib import Path
 import click
 
 from ctrkit import counts, provenance
-from ctrkit.engine import engine
+from ctrkit.engine import engine, start_early
 from ctrkit.errors import UserError
 from ctrkit.grouping import SPLITS, group
 from ctrkit.options import path_option, recipe_options
-from ctrkit.partitions import read_facts
+from ctrkit.partitions import partitions_of, read_facts
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
@@ -34,11 +34,15 @@ def command(recipe: Recipe, convert: Path, behaviours: Path | None, out: Path) -
     """
     started = time.monotonic()
     _check_features(recipe, convert, behaviours)
-    with provenance.output("group", recipe, {"convert": convert, "behaviours": behaviours}, out) as work:
+    parts = partitions_of(convert) if provenance.will_work() else 0
+    with (
+        start_early(recipe.engine, recipe.workers, parts, ("ctrkit.grouping", "numba")) as pool,
+        provenance.output("group", recipe, {"convert": convert, "behaviours": behaviours}, out) as work,
+    ):
         if behaviours is not None:
             _check_made_from(behaviours, convert, work.inputs["convert"])
         small = read_facts(convert)["partitions"] == 1
-        with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:
+        with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
             work.counts = group(recipe, convert, behaviours, work.begin(), tasks)
         work.end()
     found = work.counts

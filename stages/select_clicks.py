@@ -6,9 +6,9 @@ import click
 
 from ctrkit import counts, provenance
 from ctrkit.clicks import select_clicks
-from ctrkit.engine import engine
+from ctrkit.engine import engine, start_early
 from ctrkit.options import path_option, recipe_options
-from ctrkit.partitions import read_facts
+from ctrkit.partitions import partitions_of, read_facts
 from ctrkit.recipe import Recipe
 
 
@@ -30,9 +30,13 @@ def command(recipe: Recipe, convert: Path, out: Path) -> None:
     """
     behaviours = [n for n, f in recipe.features.items() if f.of == "behaviour"]
     provenance.check_features(recipe, behaviours, convert)
-    with provenance.output("select-clicks", recipe, {"convert": convert}, out) as work:
+    parts = partitions_of(convert) if provenance.will_work() else 0
+    with (
+        start_early(recipe.engine, recipe.workers, parts, ("ctrkit.clicks", "numba")) as pool,
+        provenance.output("select-clicks", recipe, {"convert": convert}, out) as work,
+    ):
         small = read_facts(convert)["partitions"] == 1
-        with engine(recipe.engine, recipe.workers, work.parts, small=small) as tasks:
+        with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
             work.counts = select_clicks(recipe, convert, work.begin(), tasks)
         work.end()
     counts.show(f"select-clicks: {recipe.name}", work.counts, _shares(work.counts))

@@ -6,11 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ctrkit import clicks
+from ctrkit import clicks, numba_loops
 from ctrkit.clicks import Events, Picks, select
 from ctrkit.days import DAY_MS
 from ctrkit.recipe import SelectClicks
 from ctrkit.spool import Ints
+
+
+@pytest.fixture(autouse=True, params=["compiled", "not compiled"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each test run with and without compiled code."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(numba_loops, "load", lambda module: None)
+
 
 START = 19_783  # 2024-03-01
 Pick = tuple[int, int, int, int, int]

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 from click.testing import Result
 
-from ctrkit import grouping
+from ctrkit import grouping, numba_loops
 from ctrkit.batches import Block, Column, GroupedData, Ragged, Schema
 from ctrkit.grouping import SAMPLE_COLUMNS, count_samples, ungroup
 from ctrkit.partitions import read_by_day, read_split
@@ -140,10 +140,16 @@ def test_as_many_values_as_rows_are_not_one_a_row(of: str) -> None:
     assert count_samples(groups, np.array([1, 1]), features, 7).tolist() == [0, 0, 0, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("cells", [1, 40, 1 << 18])
-def test_counts_of_random_groups_are_those_of_a_loop(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cells", "compiled"), [(1, False), (40, False), (1 << 18, False), (1 << 18, True)])
+def test_counts_of_random_groups_are_those_of_a_loop(
+    cells: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However few ids are sorted at once: some rows are far wider than others, many have none."""
     monkeypatch.setattr(grouping, "CELLS", cells)
+    if compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(numba_loops, "load", lambda module: None)
     draw, size, ids = np.random.default_rng(cells), 60, pl.List(pl.UInt32)
     of = {"gender": "user", "goods": "behaviour", "tags": "user", "ad": "ad", "ad_tags": "ad", "position": "scene"}
     lists = {"goods", "tags", "ad_tags"}

@@ -1,0 +1,30 @@
+"""How many samples have an id, by a loop that Numba compiles. See `ctrkit.grouping.count_samples`."""
+
+from typing import Any
+
+from ctrkit.numba_loops import compiled
+
+
+@compiled("void(i8[::1],u4[::1],i8[::1],u4[::1],u4[::1],i8[::1])")
+def count_ids(lengths: Any, shared: Any, samples: Any, own: Any, seen: Any, counts: Any) -> None:
+    """Add to the counts of ids the samples that have them.
+
+    Parameters
+    ----------
+    lengths: of the lists of a row's shared ids, which stand in `shared` one after the other.
+    samples: how many samples each row has.
+    own: the id of each sample, or none at all.
+    seen: UInt32 [ids], zero.
+    """
+    at = sample = 0
+    for row in range(len(lengths)):
+        for i in range(at, at + lengths[row]):
+            if seen[shared[i]] != row + 1:
+                seen[shared[i]] = row + 1
+                counts[shared[i]] += samples[row]
+        at += lengths[row]
+        if len(own):
+            for i in range(sample, sample + samples[row]):
+                if seen[own[i]] != row + 1:
+                    counts[own[i]] += 1
+            sample += samples[row]

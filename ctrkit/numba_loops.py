@@ -1,0 +1,64 @@
+"""Loops that Numba compiles, once for a machine; where Numba is not installed, what needs them goes another way."""
+
+import contextlib
+import fcntl
+import functools
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATIENCE = 60.0
+"""Seconds to wait for another process that compiles."""
+
+
+@functools.cache
+def load(module: str) -> ModuleType | None:
+    """Return a module of compiled functions; None where Numba is not installed or does not work."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    with _one_at_a_time():
+        return importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Have one process at a time compile, so that the others find what it made; unless that takes too long."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            lock = os.open(Path(tempfile.gettempdir(), f"ctrkit-compile-{os.getuid()}.lock"), flags, 0o600)
+            held.callback(os.close, lock)
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.02)
+        yield
+
+
+def compiled(*signatures: str) -> Callable[[F], F]:
+    """Compile a function for these types, or load what was compiled before.
+
+    Numba keeps it beside this file, or where that cannot be written in the user's cache (or NUMBA_CACHE_DIR); where
+    there is no such place either, every process compiles for itself.
+    """
+
+    import numba
+
+    def decorate(function: F) -> F:
+        try:
+            made: Any = numba.njit(list(signatures), cache=True, nogil=True, boundscheck=False)(function)
+        except RuntimeError:
+            made = numba.njit(list(signatures), nogil=True, boundscheck=False)(function)
+        return cast(F, made)
+
+    return decorate
