@@ -48,8 +48,8 @@ def test_what_is_written(tiny_run: TinyRun, tmp_path: Path) -> None:
 
 
 def test_the_optimiser_of_the_model_that_is_kept(tiny_run: TinyRun, tmp_path: Path) -> None:
-    words = ["--set", "train.evaluate_every=4", "--set", "train.epochs=2", "--set", "train.save_optimiser=true"]
-    model = tiny_run.train(tmp_path / "model", *words, "--set", "train.learning_rate=0.02")
+    words = ["--set", "train.evaluate_every=4", "--set", "train.epochs=8", "--set", "train.save_optimiser=true"]
+    model = tiny_run.train(tmp_path / "model", *words, "--set", "train.learning_rate=0.05")
     state = torch.load(model / "model.pt", weights_only=True)
     optimiser = torch.load(model / "optimiser.pt", weights_only=True)
     sidecar = json.loads((tmp_path / "model.json").read_text())
