@@ -15,7 +15,7 @@ from ctrkit.pipeline import OUTPUTS
 from tests.tiny_world import CHECKOUT, Run, build_wheel
 
 VARIANTS = ("pictures", "basic", "all-clicks")
-OPTIONAL = ("tune-backbone", "import-features")
+OPTIONAL = ("tune-backbone", "import-features", "tables", "daily")
 """Steps that this recipe does without."""
 
 
