@@ -101,7 +101,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     The names of one folder at a time are in memory."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted((e.name, e.is_dir(), e.is_symlink()) for e in entries if not e.name.startswith("."))
+            found = sorted((e.name, _is_folder(e), e.is_symlink()) for e in entries if not e.name.startswith("."))
     except OSError as e:
         raise UserError(f"{folder} cannot be read: {e.strerror}") from None
     for name, is_folder, is_link in found:
@@ -109,6 +109,13 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield folder / name
         elif not is_link:
             yield from _walk(folder / name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def folder(inside: Iterable[tuple[Path, str]]) -> str:

@@ -3,6 +3,7 @@
 They are read in batches, so that a file may be larger than memory.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -331,7 +332,9 @@ def _load_npy(path: Path) -> Any:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
-        reason = "it holds Python objects, or is no NPY file at all" if "allow_pickle" in str(e) else e
+        reason = (
+            "it holds Python objects, or is no NPY file at all" if re.search("pickle|Python objects", str(e)) else e
+        )
         raise UserError(f"{path} is not an NPY file of numbers or texts, or is damaged: {reason}") from None
     if not isinstance(array, np.ndarray):
         array.close()

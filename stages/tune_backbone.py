@@ -91,7 +91,8 @@ def command(
     )
     if n["rows without a picture"]:
         say(
-            f"tune-backbone: {n['rows without a picture']:,} rows of {where} name no picture; they are in pictures.parquet"
+            f"tune-backbone: {n['rows without a picture']:,} rows of {where} name no picture, which "
+            "pictures.parquet lists"
         )
     say(
         f"tune-backbone: epoch {best['epoch']} of {last['epoch']} is the best: top-1 {best['valid_top1']:.3f}, top-5 "
