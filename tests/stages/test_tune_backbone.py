@@ -284,6 +284,7 @@ def test_pictures_that_are_left_out(shop: Path, tmp_path: Path) -> None:
     counts = json.loads((tmp_path / "tuned.json").read_text())["counts"]
     assert {k: v for k, v in counts.items() if k not in ("weights", "best")} == {
         "labelled pictures": 65,
+        "rows without a picture": 0,
         "without a category": 1,
         "unusable pictures": 2,
         "pictures in several categories": 1,
