@@ -4,7 +4,8 @@ A backbone is written `MODEL:LAYER`, such as `vgg16:fc6` (DICM section IV-A), an
 their vectors side by side. Only the layers that are needed are ever given memory. Layers of vgg and alexnet
 have their papers' names: `conv5` (after its pooling), `fc6`, `fc7` (after their ReLU) and `fc8`; any other
 layer goes by its name in the model's graph (`ctrkit extract-images --list-layers MODEL`). A layer with four
-dimensions is averaged over the last two, space, unless `:flat` follows its name.
+dimensions is averaged over the two of space, unless `:flat` follows its name: those that grow with the pictures,
+which are the last two in most networks, but the middle ones in Swin transformers.
 """
 
 import contextlib
@@ -35,6 +36,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the red, green and blue values of ImageNet, each within 0 to 1."""
 ALL = range(10**9)
 """The number of every parameter."""
+SIZE_ERRORS = (RuntimeError, AssertionError)
+"""What torch and torchvision raise when a kernel is larger than its input, or a model is for another size."""
+POOLINGS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 DOWNLOAD_SECONDS = 20.0
 """How long the host of the published weights may stay silent."""
 
@@ -88,14 +92,14 @@ def layer_names(model: str) -> tuple[str, ...]:
     return (*nodes[1:], *_aliases(model))  # the first node is the input
 
 
-def _skeleton(model: str) -> nn.Module:
-    """Return a model whose tensors have shapes but no memory."""
+def _skeleton(model: str, **more: Any) -> nn.Module:
+    """Return a model whose tensors have shapes but no memory. more: given to its constructor."""
     known = torchvision.models.list_models(module=torchvision.models)
     if model not in known:
         raise UsageError(f"torchvision has no classification model {model!r}{nearest(model, known)}")
     # Not `torch.device("meta")`: RegNet's constructor computes widths with tensors.
     with torch.random.fork_rng(devices=[]), _parameters_on_meta(ALL):
-        return _build(model).to("meta")
+        return _build(model, **more).to("meta")
 
 
 def options(model: str, trained: bool) -> dict[str, bool]:
@@ -109,8 +113,8 @@ def options(model: str, trained: bool) -> dict[str, bool]:
     return {"init_weights": True, "transform_input": trained}  # they warn unless told whether to initialise
 
 
-def _build(model: str, trained: bool = False) -> nn.Module:
-    network: nn.Module = torchvision.models.get_model(model, weights=None, **options(model, trained)).eval()
+def _build(model: str, trained: bool = False, **more: Any) -> nn.Module:
+    network: nn.Module = torchvision.models.get_model(model, weights=None, **options(model, trained), **more).eval()
     for module in network.modules():
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]  # the next layer must not change this one's values
@@ -126,11 +130,14 @@ class Backbone(nn.Module):
     weights: what the weights are: their file's digest, or "random, seed N".
     """
 
-    def __init__(self, extractors: Sequence[nn.Module], layers: Sequence[Layer], width: int, weights: str) -> None:
+    def __init__(
+        self, extractors: Sequence[nn.Module], layers: Sequence[Layer], shapes: Sequence["Shape"], weights: str
+    ) -> None:
         super().__init__()
         self.extractors = nn.ModuleList(extractors)
         self.layers = tuple(layers)
-        self.width = width
+        self.shapes = tuple(shapes)
+        self.width = sum(shape.width for shape in shapes)
         self.weights = weights
         self.mean: Tensor
         self.std: Tensor
@@ -142,16 +149,24 @@ class Backbone(nn.Module):
         dtype = next(self.extractors.parameters()).dtype
         x = (pictures.float() - self.mean) / self.std
         x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        parts = [_vectors(e(x)["out"], layer) for e, layer in zip(self.extractors, self.layers, strict=True)]
+        parts = [_vectors(e(x)["out"], shape.space) for e, shape in zip(self.extractors, self.shapes, strict=True)]
         return torch.cat(parts, dim=1)
 
 
-def _vectors(values: Tensor, layer: Layer) -> Tensor:
-    """Return a layer's values [n, …] as vectors [n, width] float32."""
+@dataclass(frozen=True)
+class Shape:
+    """What a layer's values [n, …] become."""
+
+    space: tuple[int, ...]
+    """Dimensions that are averaged over; none if the values are taken as they are, one after the other."""
+    width: int
+    """Numbers for each picture."""
+
+
+def _vectors(values: Tensor, space: tuple[int, ...]) -> Tensor:
+    """Return a layer's values [n, …] as vectors [n, width] float32: their means over the dimensions `space`."""
     values = values.float()
-    if layer.flat or values.dim() == 2:
-        return values.flatten(1)
-    return values.mean(dim=(2, 3))
+    return values.mean(dim=space) if space else values.flatten(1)
 
 
 def load(
@@ -180,7 +195,7 @@ def load(
     where = torch.device(devices.resolve(device, "extract-images.device"))
     skeletons = {layer.model: _skeleton(layer.model) for layer in layers}
     graphs = [_graph(skeletons[layer.model], layer) for layer in layers]
-    width = sum(_width(graph, layer, size, backbone) for graph, layer in zip(graphs, layers, strict=True))
+    shapes = [_shape(graph, layer, size, backbone) for graph, layer in zip(graphs, layers, strict=True)]
     networks, described = {}, []
     for model, skeleton in skeletons.items():
         needed: set[str] = set()
@@ -198,7 +213,7 @@ def load(
         _graph(networks[layer.model], layer).to(where, getattr(torch, dtype)).to(memory_format=torch.channels_last)
         for layer in layers
     ]
-    built = Backbone(extractors, layers, width, " + ".join(dict.fromkeys(described)))
+    built = Backbone(extractors, layers, shapes, " + ".join(dict.fromkeys(described)))
     return built.to(where).eval().requires_grad_(False)
 
 
@@ -210,12 +225,11 @@ def _graph(network: nn.Module, layer: Layer) -> nn.Module:
     return graph
 
 
-def _width(graph: nn.Module, layer: Layer, size: int, backbone: str) -> int:
-    """Return the width of a layer's vectors, found by sending shapes without values through its graph."""
+def _shape(graph: nn.Module, layer: Layer, size: int, backbone: str) -> Shape:
+    """Return what becomes of a layer's values, found by sending shapes without values through its graph."""
     try:
-        with torch.no_grad():
-            out = graph(torch.empty(2, 3, size, size, device="meta"))["out"]
-    except RuntimeError as e:  # what torch raises when a kernel is larger than its input
+        out = _send_shapes(graph, size)
+    except SIZE_ERRORS as e:
         reason = str(e).splitlines()[0]
         raise UsageError(
             f"extract-images.size = {size}: {layer.model} cannot take such pictures ({reason}); set another"
@@ -226,7 +240,55 @@ def _width(graph: nn.Module, layer: Layer, size: int, backbone: str) -> int:
             f"extract-images.backbone = {backbone!r}: layer {layer.name!r} gives {shape} for 2 pictures, "
             "which is neither a vector nor a map for each; choose another layer, or append ':flat'."
         )
-    return _vectors(out, layer).shape[1]
+    if len(out) != 2:
+        raise UsageError(
+            f"extract-images.backbone = {backbone!r}: layer {layer.name!r} gives {list(out.shape)} for 2 pictures, "
+            "which is not one part for each; choose another layer."
+        )
+    if layer.flat or out.dim() == 2:
+        return Shape((), out[0].numel())
+    space = _space(graph, layer, size, out)
+    if space is None:
+        raise UsageError(
+            f"extract-images.backbone = {backbone!r}: layer {layer.name!r} gives {list(out.shape)} for 2 pictures, "
+            "and which of these dimensions are space, to be averaged over, cannot be told; choose another layer, or "
+            f"append ':flat' for all {out[0].numel():,} numbers."
+        )
+    return Shape(space, _vectors(out, space).shape[1])
+
+
+def _send_shapes(graph: nn.Module, size: int) -> Any:
+    with torch.no_grad():
+        return graph(torch.empty(2, 3, size, size, device="meta"))["out"]
+
+
+def _space(graph: nn.Module, layer: Layer, size: int, out: Tensor) -> tuple[int, ...] | None:
+    """Return the dimensions of a map [n, …] that are space: those that grow with the pictures. None: not known."""
+    if isinstance(graph.get_submodule(layer.node) if layer.node in _modules(graph) else None, POOLINGS):
+        return (2, 3)  # of a fixed size, but by definition the last ones
+    try:
+        larger = _send_shapes(graph, 2 * size)
+    except SIZE_ERRORS:  # a transformer is built for one size
+        larger = _of_larger(layer, 2 * size)
+    if not isinstance(larger, Tensor) or larger.dim() != out.dim() or len(larger) != len(out):
+        return None
+    space = tuple(d for d in range(1, out.dim()) if out.shape[d] != larger.shape[d])
+    if not space and sum(length > 1 for length in out.shape[1:]) <= 1:
+        return space  # one number a channel
+    return space if len(space) == 2 else None
+
+
+def _modules(graph: nn.Module) -> set[str]:
+    return {name for name, _ in graph.named_modules()}
+
+
+def _of_larger(layer: Layer, size: int) -> Any:
+    """Return a layer's values, without memory, of its model built for larger pictures; None if that cannot be."""
+    for name in ("image_size", "input_size"):  # torchvision's names: of vit, of maxvit
+        value = size if name == "image_size" else (size, size)
+        with contextlib.suppress(TypeError, ValueError, *SIZE_ERRORS):
+            return _send_shapes(_graph(_skeleton(layer.model, **{name: value}), layer), size)
+    return None
 
 
 @contextlib.contextmanager

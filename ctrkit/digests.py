@@ -1,10 +1,12 @@
 """Digests of files and folders by content, remembered by size and times so that nothing is read twice."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ from ctrkit.errors import UserError
 
 MISSING = "missing"
 """Stands for the digest of what is not there."""
+NOT_A_FILE = "not a file"
+"""Stands for the digest of a pipe, socket or device, which is not opened."""
 SETTLED_SECONDS = 0.05
 """A file's times move only every few milliseconds: what is read sooner after a change may change again unseen."""
 
@@ -54,20 +58,25 @@ class Digests:
                 yield one.relative_to(path), digest
 
     def _file(self, path: Path) -> str:
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        try:
+            there = path.stat()
+        except OSError as e:
+            return _gone(path, e)
+        if not stat.S_ISREG(there.st_mode):
+            return NOT_A_FILE
+        stamp = [there.st_size, there.st_mtime_ns, there.st_ctime_ns, there.st_ino]
         name = os.path.abspath(path)
         known = self._known.get(name)
         if known is not None and known[:-1] == stamp:
             return str(known[-1])
         if self._cache is not None:
-            age = time.time() - stat.st_ctime_ns / 1e9
+            age = time.time() - there.st_ctime_ns / 1e9
             time.sleep(min(max(SETTLED_SECONDS - age, 0.0), SETTLED_SECONDS))
         try:
             with open(path, "rb") as f:
                 digest = hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()
         except OSError as e:
-            raise UserError(f"{path} cannot be read: {e.strerror}") from None
+            return _gone(path, e)
         if self._cache is not None:
             self._known[name] = [*stamp, digest]
             self._dirty = True
@@ -80,12 +89,19 @@ class Digests:
             self._dirty = False
 
 
+def _gone(path: Path, error: OSError) -> str:
+    """Return what stands for a file that is no more, or is a link that leads nowhere. Raises UserError otherwise."""
+    if error.errno in (errno.ENOENT, errno.ELOOP):
+        return MISSING
+    raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder and of those in it, in the order of paths, but for hidden ones and linked folders.
     The names of one folder at a time are in memory."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted((e.name, e.is_dir(), e.is_symlink()) for e in entries if not e.name.startswith("."))
+            found = sorted((e.name, _is_folder(e), e.is_symlink()) for e in entries if not e.name.startswith("."))
     except OSError as e:
         raise UserError(f"{folder} cannot be read: {e.strerror}") from None
     for name, is_folder, is_link in found:
@@ -93,6 +109,13 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield folder / name
         elif not is_link:
             yield from _walk(folder / name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def folder(inside: Iterable[tuple[Path, str]]) -> str:

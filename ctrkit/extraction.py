@@ -61,6 +61,8 @@ class Vocabulary:
     images: Sequence[str]
     counts: Int
     """[pictures]: times seen in training."""
+    whole: bool = False
+    """Whether it is every picture of the source, so that those without an id count among the bad ones."""
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -78,7 +80,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
 def whole_source(source: Source) -> Vocabulary:
     """Return every picture there is, in the order of their names, as a vocabulary without counts."""
     images = PictureIds(source.find())
-    return Vocabulary(images, np.zeros(len(images), dtype=np.int64))
+    return Vocabulary(images, np.zeros(len(images), dtype=np.int64), whole=True)
 
 
 def extract(
@@ -109,7 +111,7 @@ def extract(
         raise UserError("there are no pictures to extract: none in the vocabulary, or none in --pictures")
     with pictures.quiet():
         contents = _distinct(source, images, ranks)
-        bad = _Bad(images, contents, settings.max_bad_rate)
+        bad = _Bad(images, contents, settings.max_bad_rate, source.unnamed if vocabulary.whole else ())
         bad.check()
         order = _by_use(contents, vocabulary.counts)
         key = _key(network, settings, contents, order)
@@ -142,7 +144,8 @@ def extract(
     return {
         "pictures": len(images),
         "with a vector": int((row >= 0).sum()),
-        "rejected": len(bad.reasons),
+        "rejected": len(bad.reasons) + len(source.unnamed),
+        "without an id": len(source.unnamed),
         "rows": len(order) - len(bad.places),
         "width": network.width,
         "values clipped": sum(clipped for _, clipped in shares),
@@ -161,8 +164,10 @@ def remove_parts(target: Path) -> None:
 class _Bad:
     """Unusable pictures and why; too many are an error."""
 
-    def __init__(self, images: Sequence[str], contents: Contents, max_rate: float) -> None:
-        self.images, self.max_rate = images, max_rate
+    def __init__(
+        self, images: Sequence[str], contents: Contents, max_rate: float, unnamed: Sequence[tuple[str, str]]
+    ) -> None:
+        self.images, self.max_rate, self.unnamed = images, max_rate, unnamed
         self.reasons = contents.reasons
         """Picture → why."""
         self.places: Bad = {}
@@ -182,12 +187,14 @@ class _Bad:
 
     def check(self) -> None:
         """Raise UserError if there are too many."""
-        bad, total = len(self.reasons), len(self.images)
+        bad, total = len(self.reasons) + len(self.unnamed), len(self.images) + len(self.unnamed)
         if bad <= self.max_rate * total:
             return
         kinds: dict[str, list[str]] = {}
         for number, reason in sorted(self.reasons.items()):
             kinds.setdefault(reason, []).append(self.images[number])
+        for where, reason in self.unnamed:
+            kinds.setdefault(reason, []).append(where)
         common = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))[:3]
         told = "; ".join(f"{len(of):,} {reason} (such as {', '.join(of[:3])})" for reason, of in common)
         raise UserError(
@@ -484,9 +491,12 @@ def _write_rejects(bad: _Bad, source: Source, target: Path) -> None:
     with files.atomic(target.with_name(target.name + ".rejects.parquet")) as tmp:
         pl.DataFrame(
             {
-                "image": [bad.images[number] for number, _ in rejects],
-                "path": [source.where(bad.images[number]) for number, _ in rejects],
-                "reason": [reason for _, reason in rejects],
+                "image": [*(bad.images[number] for number, _ in rejects), *(None for _ in source.unnamed)],
+                "path": [
+                    *(source.where(bad.images[number]) for number, _ in rejects),
+                    *(where for where, _ in source.unnamed),
+                ],
+                "reason": [*(reason for _, reason in rejects), *(reason for _, reason in source.unnamed)],
             },
             schema={"image": pl.String, "path": pl.String, "reason": pl.String},
         ).write_parquet(tmp)

@@ -37,12 +37,14 @@ def no_room(error: BaseException) -> str:
     return NO_ROOM.get(number or 0, "")
 
 
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """Return the user's error for one of the system's."""
+def cannot_write(path: Path, error: Exception, then: str = "it goes on from what was done") -> UserError:
+    """Return the user's error for one of the system's. then: what the same command does once there is room."""
     if why := no_room(error):
-        return Resumable(
-            f"cannot write {path}: {why}. Make room there and run the same command again: it goes on from what was done"
-        )
+        return Resumable(f"cannot write {path}: {why}. Make room there and run the same command again: {then}")
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        for above in path.parents:
+            if above.exists() and not above.is_dir():
+                return UserError(f"cannot write {path}: {above} is a file, not a folder; name another output")
     return UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
 
 

@@ -6,7 +6,7 @@ and each is written to its row. Where some turn out to be unusable, it is done o
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ctrkit import files, hdf5, provenance
 from ctrkit.errors import UserError
 from ctrkit.progress import Meter, say
 from ctrkit.recipe import ImportFeatures
-from ctrkit.vector_files import VectorFile
+from ctrkit.vector_files import Batch, VectorFile
 
 Int = npt.NDArray[np.int64]
 Half = npt.NDArray[np.float16]
@@ -68,7 +68,9 @@ def import_vectors(
     bad = pl.DataFrame(schema=_BAD)
     while True:
         chosen = found.choose(bad)
-        found.check(chosen, bad)
+        if found.too_many(chosen, bad):
+            bad = _all_bad(found, sources, bad)  # so that the error is of all
+            raise found.refusal(found.choose(bad), bad)
         images = (wanted if wanted is not None else chosen).select("image")
         row = images.join(chosen.select("image", "to"), on="image", how="left", maintain_order="left")["to"]
         _write_frame(out, images["image"], row.fill_null(-1).to_numpy(), (chosen.height, width), attributes)
@@ -198,19 +200,29 @@ class _Found:
             return chosen.select("image").clear()
         return self.wanted.select("image").join(chosen, on="image", how="anti", maintain_order="left")
 
-    def check(self, chosen: pl.DataFrame, bad: pl.DataFrame) -> None:
-        """Raise UserError if too many pictures have no vector, or too many vectors cannot be used."""
-        missing = self._missing(chosen)
+    def _rate(self, chosen: pl.DataFrame, bad: pl.DataFrame) -> tuple[int, int]:
+        """Return how many pictures of the vocabulary have no vector, or vectors cannot be used, of how many."""
         if self.wanted is not None:
-            what, total, number = "pictures of the vocabulary have no usable vector", self.wanted.height, missing.height
-        else:
-            what, total = "vectors cannot be used", self.known.height + self.nameless.height
-            number = bad.height + self.nameless.height
+            return self._missing(chosen).height, self.wanted.height
+        return bad.height + self.nameless.height, self.known.height + self.nameless.height
+
+    def too_many(self, chosen: pl.DataFrame, bad: pl.DataFrame) -> bool:
+        """Say whether too many are bad. Raises UserError if there is nothing at all."""
+        number, total = self._rate(chosen, bad)
         if not total:
             raise UserError("there is nothing to import: no picture in the vocabulary, or no vector in the files")
-        if number <= self.settings.max_bad_rate * total and chosen.height:
-            return
-        rejects = self.rejects(chosen, bad).filter(~pl.col("reason").str.starts_with(AGAIN))
+        return number > self.settings.max_bad_rate * total or not chosen.height
+
+    def refusal(self, chosen: pl.DataFrame, bad: pl.DataFrame) -> UserError:
+        """Return the error for too many bad ones. bad: all of them."""
+        number, total = self._rate(chosen, bad)
+        missing = self._missing(chosen)
+        what = "vectors cannot be used" if self.wanted is None else "pictures of the vocabulary have no usable vector"
+        all_rejects = self.rejects(chosen, bad)
+        is_again = pl.col("reason").str.starts_with(AGAIN)
+        rejects = all_rejects.filter(~is_again)
+        repeated = all_rejects.height - rejects.height if self.wanted is None else 0
+        again = f" Besides, {repeated:,} have an id that is there before." * bool(repeated)
         if self.wanted is not None:
             rejects = rejects.join(missing, on="image", how="semi", maintain_order="left")
             rejects = rejects.unique("image", keep="first", maintain_order=True)
@@ -220,10 +232,10 @@ class _Found:
             for kind in kinds.sort("n", descending=True, maintain_order=True).head(SHOWN).to_dicts()
         )
         strangers = f" {self.strangers:,} vectors have ids that it does not know, such as {self.stranger!r}."
-        raise UserError(
+        return UserError(
             f"{number:,} of {total:,} {what} ({number / total:.1%}), more than import-features.max_bad_rate = "
-            f"{self.settings.max_bad_rate:g} allows: {told}.{strangers * bool(self.strangers)} Check the files and "
-            "import-features.template, or raise max_bad_rate."
+            f"{self.settings.max_bad_rate:g} allows: {told}.{again}{strangers * bool(self.strangers)} Check the "
+            "files and import-features.template, or raise max_bad_rate."
         )
 
 
@@ -280,22 +292,43 @@ def _write_vectors(
     with open(out, "rb+", buffering=0) as file, Meter("import-features", chosen.height, "vectors") as meter:
         if chosen.height:
             os.posix_fallocate(file.fileno(), offset, chosen.height * width * 2)  # a full disk shows now
-        for (number,), part in chosen.sort("file", "from").group_by("file", maintain_order=True):
-            to = part["to"].to_numpy()
-            rows = part["from"].to_numpy()
-            for batch in sources[int(str(number))].read(rows):
-                here = slice(batch.begin, batch.begin + len(batch.vectors))
-                finite = np.isfinite(batch.vectors).all(axis=1)
-                reasons = dict.fromkeys(np.flatnonzero(~finite).tolist(), "numbers that are missing, infinite or NaN")
-                reasons |= batch.faults
-                bad += [(int(str(number)), int(rows[here][place]), reason) for place, reason in sorted(reasons.items())]
-                fine = np.ones(len(batch.vectors), np.bool_)
-                fine[list(reasons)] = False
-                half, beyond = _halve(batch.vectors[fine])
-                clipped += beyond
-                _write_rows(file.fileno(), offset, to[here][fine], half)
-                meter.add(len(batch.vectors))
+        for to, batch, worse in _read(sources, chosen):
+            bad += list(worse.values())
+            fine = np.ones(len(batch.vectors), np.bool_)
+            fine[list(worse)] = False
+            half, beyond = _halve(batch.vectors[fine])
+            clipped += beyond
+            _write_rows(file.fileno(), offset, to[fine], half)
+            meter.add(len(batch.vectors))
     return clipped, pl.DataFrame(bad, schema=_BAD, orient="row")
+
+
+def _read(
+    sources: Sequence[VectorFile], chosen: pl.DataFrame
+) -> Iterator[tuple[Int, Batch, dict[int, tuple[int, int, str]]]]:
+    """Yield the chosen vectors in batches: the row that each gets, the vectors, and the bad ones by their place."""
+    for (number,), part in chosen.sort("file", "from").group_by("file", maintain_order=True):
+        to, rows = part["to"].to_numpy(), part["from"].to_numpy()
+        for batch in sources[int(str(number))].read(rows):
+            here = slice(batch.begin, batch.begin + len(batch.vectors))
+            finite = np.isfinite(batch.vectors).all(axis=1)
+            reasons = dict.fromkeys(np.flatnonzero(~finite).tolist(), "numbers that are missing, infinite or NaN")
+            reasons |= batch.faults
+            bad = {place: (int(str(number)), int(rows[here][place]), why) for place, why in sorted(reasons.items())}
+            yield to[here], batch, bad
+
+
+def _all_bad(found: "_Found", sources: Sequence[VectorFile], bad: pl.DataFrame) -> pl.DataFrame:
+    """Return all vectors that cannot be used, those in `bad` first, without writing any."""
+    while True:
+        chosen, worse = found.choose(bad), []
+        with Meter("import-features: look at vectors", chosen.height, "vectors") as meter:
+            for _, batch, some in _read(sources, chosen):
+                worse += list(some.values())
+                meter.add(len(batch.vectors))
+        if not worse:
+            return bad
+        bad = pl.concat([bad, pl.DataFrame(worse, schema=_BAD, orient="row")])
 
 
 def _halve(vectors: npt.NDArray[Any]) -> tuple[Half, int]:

@@ -65,7 +65,10 @@ def labels_table(recipe: Recipe, raw: Path | None, labels: Path | None) -> RawTa
 
 
 def read_labels(table: RawTable, options: TuneBackbone) -> pl.DataFrame:
-    """Return the distinct pairs of `image` and `category` String in the order of the table; category may be null."""
+    """Return the distinct pairs of `image` and `category` String in the order of the table; category may be null.
+
+    After them, with the reason in `fault` String, null elsewhere, all rows that name no picture.
+    """
     fields = _fields(options.image)
     for key, columns in (("image", fields), ("category", [options.category])):
         for column in columns:
@@ -78,10 +81,19 @@ def read_labels(table: RawTable, options: TuneBackbone) -> pl.DataFrame:
     found = []
     for number, piece in table.pieces():
         for frame, _ in table.read(number, piece):
-            whole = frame.filter(pl.col(BAD).is_null() & pl.col(EXTRA).is_null())
-            found.append(whole.select(_image(whole, options.image).alias("image"), _category(whole, options)))
-    pairs = pl.concat(found) if found else pl.DataFrame(schema={"image": pl.String, "category": pl.String})
-    return pairs.drop_nulls("image").unique(maintain_order=True)
+            fault = (
+                pl.when(pl.col(BAD).is_not_null())
+                .then(pl.col(BAD))
+                .when(pl.col(EXTRA).is_not_null())
+                .then(pl.lit("the row has more cells than the header"))
+                .when(pl.col("image").is_null() | (pl.col("image") == ""))
+                .then(pl.lit("the row names no picture"))
+            )
+            told = frame.select(_image(frame, options.image).alias("image"), _category(frame, options), BAD, EXTRA)
+            found.append(told.select("image", "category", fault.alias("fault")))
+    pairs = pl.concat(found) if found else pl.DataFrame(schema=dict.fromkeys(("image", "category", "fault"), pl.String))
+    nameless = pairs.drop_nulls("fault").with_columns(pl.lit(None, pl.String).alias("image"))
+    return pl.concat([pairs.filter(pl.col("fault").is_null()).unique(maintain_order=True), nameless])
 
 
 def _fields(image: str) -> list[str]:
@@ -114,7 +126,7 @@ def _end(hint: str) -> str:
 def candidates(pairs: pl.DataFrame, min_count: int, where: str) -> pl.DataFrame:
     """Return the pairs worth reading: those of categories with at least `min_count` ids, which is the most that can
     be left of them."""
-    known = pairs.drop_nulls("category")
+    known = pairs.filter(pl.col("fault").is_null()).drop_nulls("category")
     enough = known.filter(pl.len().over("category") >= min_count)
     if enough["category"].n_unique() < 2:
         largest = known["category"].value_counts(sort=True).head(3).rows()
@@ -139,7 +151,7 @@ def split(
 
     Parameters
     ----------
-    pairs: `image`, `category`, as `read_labels` gives them.
+    pairs: `image`, `category`, `fault`, as `read_labels` gives them.
     images: the pictures that were read, those of `candidates`, each once.
     contents: what `pictures.distinct` found of them.
     broken: content → reason, of those that cannot be decoded.
@@ -153,7 +165,8 @@ def split(
         {"image": images, "content": contents.content}, schema={"image": pl.String, "content": pl.Int64}
     )
     unusable |= {image: broken[content] for image, content in place.iter_rows() if content in broken}
-    _check_rate(unusable, len(images), options.max_bad_rate)
+    named, faults = pairs.filter(pl.col("fault").is_null()), pairs["fault"].drop_nulls().to_list()
+    _check_rate(unusable, faults, len(images), options.max_bad_rate)
     told = pl.DataFrame(
         {"image": list(unusable), "unusable": list(unusable.values())},
         schema={"image": pl.String, "unusable": pl.String},
@@ -163,7 +176,9 @@ def split(
     of_content = pl.col("category").drop_nulls().n_unique().over("content")
     few = f"its category has fewer than {options.min_count} pictures"
     reason = (
-        pl.when(pl.col("category").is_null())
+        pl.when(pl.col("fault").is_not_null())
+        .then(pl.col("fault"))
+        .when(pl.col("category").is_null())
         .then(pl.lit("no category"))
         .when(pl.col("unusable").is_not_null())
         .then(pl.col("unusable"))
@@ -201,12 +216,13 @@ def split(
     valid = used["valid"].to_numpy()
     places = used["content"].to_numpy()
     counts = {
-        "labelled pictures": table.height,
-        "without a category": int(pairs["category"].null_count()),
+        "labelled pictures": named.height,
+        "rows without a picture": len(faults),
+        "without a category": int(named["category"].null_count()),
         "unusable pictures": len(unusable),
         "pictures in several categories": table.filter(pl.col("reason") == AMBIGUOUS)["content"].n_unique(),
         "categories": len(categories),
-        "categories with too few pictures": pairs["category"].drop_nulls().n_unique() - len(categories),
+        "categories with too few pictures": named["category"].drop_nulls().n_unique() - len(categories),
         "training pictures": int((~valid).sum()),
         "validation pictures": int(valid.sum()),
     }
@@ -222,13 +238,14 @@ def _numbers(categories: Sequence[str]) -> dict[str, int]:
     return {category: number for number, category in enumerate(categories)}
 
 
-def _check_rate(unusable: dict[str, str], total: int, max_rate: float) -> None:
-    """Raise UserError if more pictures than `max_rate` of those read cannot be used."""
-    if len(unusable) <= max_rate * total:
+def _check_rate(unusable: dict[str, str], faults: list[str], read: int, max_rate: float) -> None:
+    """Raise UserError if more than `max_rate` of the pictures read and the rows that name none cannot be used."""
+    bad, total = len(unusable) + len(faults), read + len(faults)
+    if bad <= max_rate * total:
         return
-    told = pl.DataFrame({"image": list(unusable), "reason": list(unusable.values())})
+    told = pl.DataFrame({"image": [*unusable, *[None] * len(faults)], "reason": [*unusable.values(), *faults]})
     raise UserError(
-        f"{len(unusable):,} of {total:,} labelled pictures ({len(unusable) / total:.1%}) cannot be used, more than "
+        f"{bad:,} of {total:,} labelled pictures ({bad / total:.1%}) cannot be used, more than "
         f"tune-backbone.max_bad_rate = {max_rate:g} allows: {_reasons(told)}. Check --pictures, "
         "extract-images.template and tune-backbone.image, or raise max_bad_rate."
     )
@@ -238,4 +255,6 @@ def _reasons(table: pl.DataFrame) -> str:
     """Return the three most frequent reasons, each with a picture."""
     bad = table.drop_nulls("reason").group_by("reason", maintain_order=True).agg(pl.len().alias("n"), pl.first("image"))
     common = bad.sort("n", "reason", descending=[True, False]).head(3)
-    return "; ".join(f"{n:,} × {reason} (such as {image})" for reason, n, image in common.iter_rows())
+    return "; ".join(
+        f"{n:,} × {reason}" + f" (such as {image})" * (image is not None) for reason, n, image in common.iter_rows()
+    )

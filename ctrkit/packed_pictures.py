@@ -14,7 +14,7 @@ import numpy as np
 from ctrkit import parquet_pages
 from ctrkit.archive_file import ArchiveFile
 from ctrkit.errors import UserError
-from ctrkit.picture_names import Names, in_order, inner_or_none, say_repeats
+from ctrkit.picture_names import NO_ID, Names, in_order, inner_or_none, say_repeats
 from ctrkit.pictures import BadPicture, Int, Place, check_size
 from ctrkit.progress import Meter, say
 from ctrkit.recipe import ExtractImages
@@ -34,6 +34,7 @@ class Packed(ABC):
 
     def __init__(self, files: Sequence[Path], names: Names) -> None:
         self.files, self.names = files, names
+        self.unnamed = list(names.unnamed)
         self._row: dict[str, int] = {}
 
     @abstractmethod
@@ -50,7 +51,9 @@ class Packed(ABC):
 
     def find(self) -> list[str]:
         """Return the ids of all pictures, sorted."""
-        return in_order(self.files[0], self.names.images(self._row, self.any_ending))
+        found, bad = in_order(self.names.images(self._row, self.any_ending))
+        self.unnamed = [one for one in self.unnamed if one not in bad] + bad
+        return found
 
     def has(self, image: str) -> bool:
         """Say whether the picture is there."""
@@ -242,7 +245,9 @@ class ParquetPictures(Packed):
                 ids = parquet_pages.texts(path, settings.id_column, "extract-images.id_column")
                 known, there = len(self._row), 0
                 for row, image in enumerate(ids, before):
-                    if image is not None:
+                    if not image:
+                        self.unnamed.append((f"row {row - before + 1} of {path.name}", NO_ID))
+                    else:
                         there += 1
                         self._row.setdefault(image, row)
                 say_repeats(path, there + known - len(self._row), "the first")

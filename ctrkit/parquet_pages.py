@@ -160,6 +160,8 @@ def pages(path: Path, column: str, key: str) -> list[Page]:
             about = metadata.schema.column(number)
             if about.physical_type != "BYTE_ARRAY" or about.max_repetition_level:
                 raise UsageError(f"{path}: column {column!r} ({key}) does not hold one value of bytes a row")
+            if about.logical_type.type == "STRING" or about.converted_type == "UTF8":
+                raise UsageError(f"{path}: column {column!r} ({key}) holds texts, and pictures are bytes; name another")
             found: list[Page] = []
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows

@@ -5,6 +5,7 @@ of a Parquet file. Archives and Parquet files are looked through once; a picture
 thread reads without a lock.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Sequence
@@ -62,7 +63,10 @@ def _shards(folder: Path) -> list[Path]:
     inner = [one for one in sorted(folder.iterdir()) if not one.name.startswith(".")]
     if any(one.is_dir() or one.suffix.lower() in extensions() for one in inner):
         return []
-    return [one for one in inner if one.suffix.lower() in ARCHIVES or one.name.lower().endswith(COMPRESSED_TARS)]
+    found = [one for one in inner if one.suffix.lower() in ARCHIVES or one.name.lower().endswith(COMPRESSED_TARS)]
+    if odd := next((one for one in found if not one.is_file()), None):
+        raise UserError(f"{odd} is not a file (a link that leads nowhere, or a pipe, socket or device); remove it")
+    return found
 
 
 def _kind(path: Path) -> str:
@@ -101,6 +105,8 @@ class File:
         except FileNotFoundError:
             raise BadPicture("missing") from None
         except OSError as e:
+            if e.errno == errno.ENXIO:  # a socket
+                raise BadPicture("not a file") from None
             raise BadPicture(f"cannot be read: {e.strerror}") from None
 
 
@@ -116,10 +122,13 @@ class Folder:
 
     def __init__(self, folder: Path, names: Names) -> None:
         self.folder, self.names = folder, names
+        self.unnamed = names.unnamed
 
     def find(self) -> list[str]:
         """Return the ids of all pictures below the folder, sorted."""
-        return in_order(self.folder, self.names.images(self._walk()))
+        found, bad = in_order(self.names.images(self._walk()))
+        self.unnamed = [*self.names.unnamed, *bad]
+        return found
 
     def _walk(self) -> Iterable[str]:
         for base, folders, names in os.walk(self.folder):

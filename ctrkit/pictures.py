@@ -67,7 +67,12 @@ class Place(Protocol):
 
 
 class Source(Protocol):
-    """Where pictures come from. See `ctrkit.picture_sources.open_source`."""
+    """Where pictures come from. See `ctrkit.picture_sources.open_source`.
+
+    unnamed: of pictures that no id names, where they are and why. After `find`, all that there are.
+    """
+
+    unnamed: list[tuple[str, str]]
 
     def find(self) -> list[str]:
         """Return the ids of all pictures, sorted."""

@@ -266,11 +266,18 @@ def checking() -> Iterator[None]:
 
 @contextlib.contextmanager
 def output(
-    stage: str, recipe: Recipe | None, inputs: Inputs, target: Path, options: Mapping[str, str] | None = None
+    stage: str,
+    recipe: Recipe | None,
+    inputs: Inputs,
+    target: Path,
+    options: Mapping[str, str] | None = None,
+    *,
+    resumes: bool = True,
 ) -> Iterator[Work]:
     """Yield a `Work` whose path becomes `target`, with its sidecar, when the block ends without an error.
 
     options: of the command, where they decide the output's bytes.
+    resumes: whether the stage goes on from what was done when there was no room; False: it starts again.
 
     One process at a time makes a target; the others wait. Where CTRKIT_UNLESS_FRESH is set and the target is fresh,
     the stage ends here, well.
@@ -310,7 +317,8 @@ def output(
             raise
         except Exception as e:
             if files.no_room(e):
-                raise files.cannot_write(target, e) from None
+                again = {"then": "it starts again, and what was there before is still there"} if not resumes else {}
+                raise files.cannot_write(target, e, **again) from None
             raise
         inside = known.inside(target) if target.is_dir() else {}
         sidecar = {

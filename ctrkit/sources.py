@@ -118,6 +118,8 @@ def picture_inputs(pictures: Path, settings: ExtractImages) -> dict[str, Path]:
 def picture_paths(pictures: Path) -> list[Path]:
     """Return the folder or file that `--pictures` names, or what it matches as a glob. Raises UserError if nothing."""
     if pictures.exists():
+        if not (pictures.is_dir() or pictures.is_file()):
+            raise UserError(f"--pictures {pictures} is neither a folder nor a file, but a pipe, socket or device")
         return [pictures]
     is_pattern = is_glob(str(pictures))
     found = [Path(name) for name in sorted(glob.glob(str(pictures), recursive=True))] if is_pattern else []

@@ -1,5 +1,6 @@
 """State dicts: files of named tensors, and nothing that could run."""
 
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,16 +16,35 @@ from ctrkit.errors import UserError
 def read(path: Path) -> dict[str, Tensor]:
     """Read a state dict with `weights_only`, mapped into memory where the format allows: only what is used is read.
 
-    Raises UserError for a file that is damaged, or holds anything but named tensors.
+    Of a checkpoint that has a state dict under the key "state_dict" that one is returned; the "module." that
+    DistributedDataParallel sets before every name is left out. Raises UserError for a file that is damaged, or holds
+    anything else but named tensors.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # torch's unpickler raises nearly anything on foreign bytes
-        reason = (str(e).splitlines() or [""])[0]
-        raise UserError(f"{path} is not a state dict that torch can load: {type(e).__name__}: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is not a state dict: it does not map names to tensors")
-    return state
+        if isinstance(e, pickle.UnpicklingError):  # its text advises to run what the file says
+            reason = "it holds other objects than tensors, or is no file of torch's at all. Save the network's "
+            reason += "state_dict() alone, with torch.save"
+        else:
+            reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        raise UserError(f"{path} is not a state dict that torch can load: {reason}") from None
+    if isinstance(state, dict) and _is_one(inner := state.get("state_dict")):
+        state = inner
+    if not _is_one(state):
+        raise UserError(
+            f"{path} is not a state dict: it does not map names to tensors, nor has it one under the key 'state_dict'. "
+            "Save the network's state_dict() alone, with torch.save"
+        )
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def _is_one(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

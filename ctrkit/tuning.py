@@ -296,7 +296,8 @@ class Tuner:
             self.optimiser = torch.optim.SGD(parameters, lr=options.learning_rate, momentum=options.momentum)
         else:
             self.optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate)
-        self.batches = max(1, len(self.split.train) // options.batch)
+        self.ends = batch_ends(len(self.split.train), options.batch)
+        self.batches = len(self.ends)
         self.seen = Accuracy.none(self.device)
         mean, std = torch.tensor(backbones.MEAN) * 255, torch.tensor(backbones.STD) * 255
         self.mean, self.std = (x.view(1, 3, 1, 1).to(self.device) for x in (mean, std))
@@ -326,14 +327,14 @@ class Tuner:
         return bool(self.history[-1]["epoch"] - self.best()["epoch"] >= self.options.patience)
 
     def _epoch(self, pool: ThreadPoolExecutor) -> None:
-        """Train to the end of the epoch; the last pictures, fewer than a batch, wait for another epoch's order."""
+        """Train to the end of the epoch."""
         options = self.options
         epoch, begin = divmod(self.step, self.batches)
         self.network.train()
         for module in self.still:
             module.eval()
         order = np.random.default_rng([options.seed, epoch]).permutation(self.split.train)
-        order = order[: self.batches * options.batch].reshape(self.batches, -1)
+        batches = np.split(order, self.ends[:-1])[begin:]
         larger = pictures.resized(options.size, pictures.CROP)
 
         def decode(content: int) -> Pixels:
@@ -343,8 +344,8 @@ class Tuner:
             )
 
         name = f"tune-backbone: epoch {epoch + 1}/{options.epochs}"
-        with Meter(name, order.size - begin * order.shape[1], "pictures") as meter:
-            for batch, pixels in self._decoded(order[begin:], decode, pool):
+        with Meter(name, sum(map(len, batches)), "pictures") as meter:
+            for batch, pixels in self._decoded(batches, decode, pool):
                 self._train(batch, pixels)
                 told = ""
                 if self.step % CHECK_STEPS == 0:
@@ -494,6 +495,15 @@ class Tuner:
         self.seen = Accuracy(last["loss"], last["right"], last["pictures"])
         total = self.options.epochs * self.batches
         say(f"tune-backbone: {self.step:,} of {total:,} steps were done before")
+
+
+def batch_ends(pictures: int, batch: int) -> list[int]:
+    """Return where each batch of an epoch ends. The last one may be smaller, but one picture alone, of which
+    BatchNorm can take no variance, joins the batch before it."""
+    ends = [*range(batch, pictures, batch), pictures]
+    if len(ends) > 1 and batch > 1 and pictures - ends[-2] == 1:
+        del ends[-2]
+    return ends
 
 
 def learning_rate(options: TuneBackbone, step: int, steps: int) -> float:

@@ -3,6 +3,7 @@
 They are read in batches, so that a file may be larger than memory.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,7 +168,8 @@ class ParquetVectors(VectorFile):
         self.path = path
         self._file = _open_parquet(path)
         schema = self._file.schema_arrow
-        self._id = _choose("id", id_name, [f.name for f in schema if _may_be_id(f.type)], schema.names, path)
+        can_be_id = [f.name for f in schema if _may_be_id(f.type)]
+        self._id = _choose("id", id_name, can_be_id, schema.names, path, _no_id(schema))
         vectors = [f.name for f in schema if _may_be_vector(f.type)]
         self._vector = _choose("vector", vector_name, vectors, schema.names, path)
         if self._vector not in vectors:
@@ -244,6 +246,11 @@ def find(given: Sequence[Path], wanted_format: str = "") -> list[Path]:
             if not matching:
                 raise UserError(f"{path} is not there")
             found += matching
+    if odd := next((path for path in found if not path.is_file()), None):
+        raise UserError(
+            f"{odd} is not a file{' but a folder' * odd.is_dir()}; vectors and ids are read from files alone, some of "
+            "them twice, and not from pipes, sockets or devices"
+        )
     return found
 
 
@@ -293,33 +300,42 @@ def _rows_of_a_batch(width: int) -> int:
     return max(1, BATCH_BYTES // (8 * max(1, width)))
 
 
-def _choose(key: str, given: str, candidates: Sequence[str], known: Sequence[str], path: Path) -> str:
+def _no_id(schema: Any) -> str:
+    """Say why none of the columns can be the ids."""
+    floats = [f.name for f in schema if pa.types.is_floating(f.type)]
+    return f"; {', '.join(floats)}: floats cannot be ids, only texts and whole numbers can" if floats else ""
+
+
+def _choose(key: str, given: str, candidates: Sequence[str], known: Sequence[str], path: Path, why: str = "") -> str:
     """Return the column or data set that is named, or else the only one that may be meant."""
     if given:
         if given not in known:
             raise UsageError(f"{path} has nothing called {given!r} (import-features.{key}){nearest(given, known)}")
         return given
     if len(candidates) != 1:
-        which = f"one of {', '.join(candidates)}" if candidates else f"it has {', '.join(known) or 'nothing'}"
+        which = f"one of {', '.join(candidates)}" if candidates else f"it has {', '.join(known) or 'nothing'}{why}"
         raise UsageError(f"{path}: what holds the {key}s? Name it with --set import-features.{key}=…: {which}")
     return candidates[0]
 
 
 def _texts(path: Path, ids: Any) -> pl.Series:
-    """Return ids as String; whole numbers become their digits."""
+    """Return ids as String, null where there is none or an empty one; whole numbers become their digits."""
     series = pl.Series("id", ids)
     if series.dtype == pl.Binary or series.dtype == pl.Categorical or series.dtype == pl.Null:
         series = series.cast(pl.String)
     if series.dtype != pl.String and not series.dtype.is_integer():
         raise UserError(f"{path} has ids of type {series.dtype}, which are neither texts nor whole numbers")
-    return series.cast(pl.String)
+    return series.cast(pl.String).replace("", None)
 
 
 def _load_npy(path: Path) -> Any:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
-        raise UserError(f"{path} is not an NPY file of numbers, or is damaged: {e}") from None
+        reason = (
+            "it holds Python objects, or is no NPY file at all" if re.search("pickle|Python objects", str(e)) else e
+        )
+        raise UserError(f"{path} is not an NPY file of numbers or texts, or is damaged: {reason}") from None
     if not isinstance(array, np.ndarray):
         array.close()
         raise UserError(f"{path} is an archive of several arrays (NPZ); save the one that is meant as NPY")
@@ -342,8 +358,8 @@ def _read_ids(path: Path, id_name: str) -> pl.Series:
         lines = pl.read_lines(path).to_series()
     except (pl.exceptions.PolarsError, OSError) as e:
         raise UserError(f"{path} is not a text file of ids: {str(e).splitlines()[0]}") from None
-    ids = lines.str.strip_chars().rename("id")
-    return ids.to_frame().select(pl.when(pl.col("id") != "").then("id")).to_series()
+    # Some editors write a byte order mark before the first.
+    return lines.rename("id").str.strip_prefix("\ufeff").str.strip_chars().replace("", None)
 
 
 def _open_parquet(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ctrkit import files, provenance, shards, sources
-from ctrkit.errors import UsageError
+from ctrkit.errors import UsageError, UserError
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.ranks import Ranks
@@ -67,6 +67,8 @@ def command(
         recipe = recipe.model_copy(update={"extract_images": settings})
     if convert is None and not all_pictures:
         raise UsageError("which pictures? Give --convert, whose vocabulary names them, or --all for every one")
+    if convert is not None and all_pictures:
+        raise UsageError("--all takes every picture, --convert those of its vocabulary alone: give one of the two")
     if settings.weights == "tuned":
         raise UsageError(
             'extract-images.weights = "tuned" is for a run of the whole recipe, which tunes first. By hand, '
@@ -93,6 +95,8 @@ def command(
         f"extract-images: {n['pictures']:,} pictures, {n['rejected']:,} rejected, {n['rows']:,} rows of "
         f"{n['width']:,} ({settings.backbone}, weights {n['weights']}) -> {out}"
     )
+    if n["without an id"]:
+        say(f"extract-images: {n['without an id']:,} of the rejected are pictures that no id names")
     if n["values clipped"]:
         say(f"extract-images: {n['values clipped']:,} values were beyond float16 and are clipped to ±65504")
 
@@ -118,6 +122,14 @@ def _extract(
         torch.set_num_threads(settings.threads)
     source = picture_sources.open_source(pictures, settings)
     vocabulary = extraction.whole_source(source) if vocab is None else extraction.read_vocabulary(vocab)
+    if vocab is None and not vocabulary.images:
+        named = f"extract-images.template = {settings.template!r}"
+        if settings.index is not None:
+            named = f"extract-images.index = {settings.index!r}"
+        raise UserError(
+            f"there are no pictures to extract: none in {pictures} is named as {named} says"
+            + "".join(f"; {len(source.unnamed):,} have no id, such as {where}" for where, _ in source.unnamed[:1])
+        )
     device = devices.resolve(settings.device, "extract-images.device")
     if device == "cuda" and ranks.count > 1:
         device = devices.resolve(f"cuda:{ranks.local_rank}", f"rank {ranks.rank}: extract-images.device")

@@ -48,12 +48,14 @@ def command(
     """
     if convert is None and not all_vectors:
         raise UsageError("which vectors? Give --convert, whose vocabulary names the pictures, or --all for all of them")
+    if convert is not None and all_vectors:
+        raise UsageError("--all takes every vector, --convert those of its vocabulary alone: give one of the two")
     settings = recipe.import_features
     pairs = with_ids(vectors, ids, settings.format)
     vocab = convert / "vocab" / "image.parquet" if convert is not None and not all_vectors else None
     inputs = {f"vectors {number:04}": path for number, (path, _) in enumerate(pairs)}
     inputs |= {f"ids {number:04}": path for number, path in enumerate(path for _, path in pairs if path is not None)}
-    with provenance.output("import-features", recipe, {**inputs, "vocab": vocab}, out) as work:
+    with provenance.output("import-features", recipe, {**inputs, "vocab": vocab}, out, resumes=False) as work:
         wanted = read_wanted(vocab) if vocab is not None else None
         sources = [open_file(path, beside, settings.format, settings.id, settings.vector) for path, beside in pairs]
         attributes = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ctrkit import provenance
+from ctrkit.errors import UsageError
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
@@ -41,6 +42,8 @@ def command(
         options = recipe.tune_backbone.model_copy(update={"weights": weights})
         recipe = recipe.model_copy(update={"tune_backbone": options})
     options = recipe.tune_backbone
+    if labels is not None and raw is not None:
+        raise UsageError("--labels and --raw both say the category of each picture: give one of the two")
     from_file = Path(options.weights) if options.weights not in ("published", "random") else None
     where_pictures = picture_inputs(pictures, recipe.extract_images)
     inputs: dict[str, Path | None] = {**where_pictures, "labels": labels, "weights": from_file}
@@ -86,6 +89,11 @@ def command(
         f"tune-backbone: {n['categories']:,} categories ({n['categories with too few pictures']:,} left out, with too "
         f"few pictures), {n['training pictures']:,} pictures train and {n['validation pictures']:,} validate"
     )
+    if n["rows without a picture"]:
+        say(
+            f"tune-backbone: {n['rows without a picture']:,} rows of {where} name no picture, which "
+            "pictures.parquet lists"
+        )
     say(
         f"tune-backbone: epoch {best['epoch']} of {last['epoch']} is the best: top-1 {best['valid_top1']:.3f}, top-5 "
         f"{best['valid_top5']:.3f} (always the most frequent category: top-1 {commonest:.3f}) -> {out}"

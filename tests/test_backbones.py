@@ -17,6 +17,7 @@ from ctrkit import backbones
 from ctrkit.backbones import Backbone
 from ctrkit.errors import UsageError, UserError
 from ctrkit.pictures import decode
+from ctrkit.tuning import Accuracy
 
 SHARED = Path(os.environ.get("CTRKIT_SHARED", Path(__file__).parents[2] / "shared"))
 SQUEEZENET = SHARED / "weights" / "squeezenet1_1-imagenet.pth"
@@ -159,7 +160,7 @@ def test_on_the_same_pixels_values_are_the_same() -> None:
 def test_widths_of_the_paper(backbone: str, widths: list[int]) -> None:
     """Of shapes alone: no weight is given memory."""
     graphs = [(backbones._graph(backbones._skeleton(layer.model), layer), layer) for layer in backbones.parse(backbone)]
-    assert [backbones._width(graph, layer, 224, backbone) for graph, layer in graphs] == widths
+    assert [backbones._shape(graph, layer, 224, backbone).width for graph, layer in graphs] == widths
     assert all(p.is_meta for graph, _ in graphs for p in graph.parameters())
 
 
@@ -199,6 +200,52 @@ def test_maps_are_averaged_over_space_unless_flat() -> None:
     assert mean.shape == (2, 128)
     torch.testing.assert_close(flat.view(2, 128, -1).mean(2), mean)
     torch.testing.assert_close(both, torch.cat([mean, resnet], 1))
+
+
+def test_swins_maps_have_their_channels_last() -> None:
+    torch.manual_seed(5)
+    swin = torchvision.models.swin_t(weights=None).eval()
+    network = load(
+        "+".join(f"swin_t:{layer}" for layer in ("features", "features.1", "permute", "features.0.0", "head"))
+    )
+    assert [shape.width for shape in network.shapes] == [768, 96, 768, 96, 1000]
+    with torch.inference_mode():
+        x = normalised(pictures())
+        first, inner, whole = swin.features[0][0](x), swin.features[:2](x), swin.features(x)
+        last = swin.permute(swin.norm(whole))
+        wanted = [whole.mean((1, 2)), inner.mean((1, 2)), last.mean((2, 3)), first.mean((2, 3)), swin(x)]
+        torch.testing.assert_close(network(pictures()), torch.cat(wanted, 1), rtol=1e-4, atol=1e-5)
+
+
+SPACE = {
+    "vgg16:avgpool": (2, 3),
+    "vgg16:features": (2, 3),
+    "alexnet:avgpool": (2, 3),
+    "resnet18:layer2": (2, 3),
+    "squeezenet1_1:features": (2, 3),
+    "densenet121:features": (2, 3),
+    "efficientnet_b0:features": (2, 3),
+    "convnext_tiny:features.1": (2, 3),
+    "convnext_tiny:features.1.0.block.3": (1, 2),
+    "swin_v2_t:features.5": (1, 2),
+    "vit_b_16:conv_proj": (2, 3),
+    "resnet18:avgpool": (2, 3),
+}
+"""Layer → the dimensions of space."""
+
+
+@pytest.mark.parametrize("backbone", SPACE)
+def test_the_dimensions_of_space_are_found(backbone: str) -> None:
+    (layer,) = backbones.parse(backbone)
+    graph = backbones._graph(backbones._skeleton(layer.model), layer)
+    assert backbones._shape(graph, layer, 224, backbone).space == SPACE[backbone]
+
+
+def test_where_space_cannot_be_told_flat_is_asked_for() -> None:
+    (layer,) = backbones.parse("maxvit_t:blocks.0.layers.0.layers.window_attention.partition_op")
+    graph = backbones._graph(backbones._skeleton(layer.model), layer)
+    with pytest.raises(UsageError, match=r"cannot be told.*append ':flat'"):
+        backbones._shape(graph, layer, 224, layer.node)
 
 
 def test_a_layers_values_are_not_changed_by_the_activation_after_it() -> None:
@@ -266,9 +313,22 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     torch.save({"epoch": 3}, file)
     with pytest.raises(UserError, match="does not map names to tensors"):
         load("squeezenet1_1:features", file)
+    torch.save({"network": Accuracy.none("cpu")}, file)
+    with pytest.raises(UserError, match=r"other objects than tensors.*state_dict\(\) alone") as told:
+        load("squeezenet1_1:features", file)
+    assert "weights_only" not in told.value.message
     torch.save({"features.0.weight": torch.zeros(64, 3, 5, 5), "features.0.bias": torch.zeros(64)}, file)
     with pytest.raises(UserError, match=r"features\.0\.weight \[64, 3, 5, 5\], not \[64, 3, 3, 3\]"):
         load("squeezenet1_1:features.0", file)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpoints_of_a_training_are_taken(tmp_path: Path, inside: bool) -> None:
+    torch.manual_seed(3)
+    state = {f"module.{k}": v for k, v in torchvision.models.squeezenet1_1(weights=None).state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state} if inside else state, tmp_path / "checkpoint.pth")
+    network = load("squeezenet1_1:features.0", tmp_path / "checkpoint.pth")
+    torch.testing.assert_close(next(network.parameters()).detach(), state["module.features.0.weight"])
 
 
 def test_a_folder_of_weights_serves_several_models(tmp_path: Path) -> None:

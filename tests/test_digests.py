@@ -80,3 +80,28 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     link.symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=r"impressions\.csv cannot be read: Input/output error"):
         Digests().of(link)
+
+
+def test_links_that_lead_nowhere_and_what_is_no_file(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    os.mkfifo(folder / "pipe")
+    found = {str(path): digest for path, digest in Digests(tmp_path / "cache").inside(folder).items()}
+    assert found == {"a": Digests().of(folder / "a"), "dangling": "missing", "loop": "missing", "pipe": "not a file"}
+
+
+def test_a_file_that_goes_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("a")
+    stat = Path.stat
+
+    def then_gone(path: Path, **more: bool) -> os.stat_result:
+        found = stat(path, **more)
+        if path.name == "a":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", then_gone)
+    assert Digests().inside(tmp_path) == {Path("a"): "missing"}

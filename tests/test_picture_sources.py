@@ -1,10 +1,13 @@
 """Folders, tar and zip archives and Parquet files of pictures: the same ids, bytes and vectors from each."""
 
+import contextlib
 import gzip
 import io
+import json
 import os
 import pickle
 import shutil
+import socket
 import tarfile
 import threading
 import zipfile
@@ -197,10 +200,11 @@ def test_index_gives_each_path(tmp_path: Path, ending: str, make: Make) -> None:
         table.write_csv(home / f"index.{ending}", separator="\t" if ending == "tsv" else ",")
     settings = ExtractImages(index=f"index.{ending}", id_column="goods", path_column="file")
     source = open_source(path, settings)
-    assert source.find() == ["007", "8", "9"]
+    assert source.find() == ["007", "10", "8", "9"]
     images = ["007", "8", "9", "10", "11"]
     # Of two rows with the same id the first one counts.
-    assert contents(source, images) == [picture("a"), picture("b"), "missing", "not in the index", "not in the index"]
+    unknown = ["no path in the index", "not in the index"]
+    assert contents(source, images) == [picture("a"), picture("b"), "missing", *unknown]
     assert [source.has(image) for image in images] == [True, True, False, False, False]
     assert source.where("10") == ""
     assert sources.picture_inputs(path, settings)["picture index"] == home / f"index.{ending}"
@@ -522,3 +526,99 @@ def test_mistakes_on_the_command_line_are_told(tmp_path: Path) -> None:
         assert isinstance(result.exception, SystemExit)
         assert said in result.output
     assert threading.active_count() < 20
+
+
+def reasons(path: Path) -> list[tuple[str | None, str, str]]:
+    return pl.read_parquet(path / "features.h5.rejects.parquet").rows()  # type: ignore[return-value]
+
+
+COLUMN = ("--set", "extract-images.path_column=nope")
+MOST = ("--set", "extract-images.max_bad_rate=0.9")
+
+
+def test_what_is_no_file_is_rejected(tmp_path: Path) -> None:
+    photos = tmp_path / folder(tmp_path) / "x"
+    (photos / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(photos / "pipe.png")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(str(photos / "socket.png"))
+        result = extract(tmp_path, "photos", "--all", *MOST)
+    assert result.exit_code == 0, result.output
+    assert sorted(vectors(tmp_path / "features.h5")) == sorted([*IDS, "dangling", "pipe", "socket"])
+    assert [(image, why) for image, _, why in reasons(tmp_path)] == [
+        ("dangling", "missing"),
+        ("pipe", "not a file"),
+        ("socket", "not a file"),
+    ]
+    os.mkfifo(tmp_path / "pipe")
+    for given in ("pipe", "shards"):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        if given == "shards":
+            os.mkfifo(tmp_path / "shards" / "a.tar")
+        result = extract(tmp_path, given, "--all")
+        assert (result.exit_code, isinstance(result.exception, SystemExit)) == (1, True)
+        assert "pipe, socket or device" in result.output
+
+
+def test_a_name_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
+    photos = os.fsencode(tmp_path / folder(tmp_path) / "x")
+    with open(photos + b"/caf\xe9.png", "wb") as f:
+        f.write(picture("a"))
+    result = extract(tmp_path, "photos", "--all", *MOST)
+    assert result.exit_code == 0, result.output
+    assert sorted(vectors(tmp_path / "features.h5")) == sorted(IDS)
+    assert reasons(tmp_path) == [(None, "caf\\xe9", "the name is not UTF-8; rename it")]
+    assert "1 of the rejected are pictures that no id names" in result.output
+    too_many = extract(tmp_path, "photos", "--all", "--set", "extract-images.max_bad_rate=0.12")
+    assert "1 of 8 pictures (12.5%) cannot be used" in too_many.output
+    assert "1 the name is not UTF-8; rename it (such as caf\\xe9)" in too_many.output
+
+
+def test_rows_of_an_index_without_a_path_or_an_id(tmp_path: Path) -> None:
+    folder(tmp_path)
+    lines = ["image,path", "one,x/a.png", "two,", ",x/b.png", ",", "one,", '"",x/c.png']
+    (tmp_path / "photos" / "index.csv").write_text("\n".join(lines) + "\n")
+    result = extract(tmp_path, "photos", "--all", "--set", "extract-images.index=index.csv", *MOST)
+    assert result.exit_code == 0, result.output
+    assert [name for name, vector in vectors(tmp_path / "features.h5").items() if vector] == ["one"]
+    assert reasons(tmp_path) == [
+        ("two", "", "no path in the index"),
+        (None, "row 3 of index.csv: x/b.png", "no id"),
+        (None, "row 4 of index.csv", "no id"),
+        (None, "row 6 of index.csv: x/c.png", "no id"),
+    ]
+    counts = json.loads((tmp_path / "features.h5.json").read_text())["counts"]
+    assert (counts["rejected"], counts["without an id"], counts["pictures"]) == (4, 3, 2)
+    named = extract(tmp_path, "photos", "--all", "--set", "extract-images.index=index.csv", *COLUMN)
+    assert "has no column 'nope'; known: image, path. Name it with extract-images.path_column" in named.output
+
+
+def test_rows_of_parquet_without_an_id(tmp_path: Path) -> None:
+    rows = {"image": ["x/a.png", None, "x/b.png", None], "bytes": [picture("a"), picture("c"), picture("b"), None]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    result = extract(tmp_path, "a.parquet", "--all", *MOST)
+    assert result.exit_code == 0, result.output
+    assert reasons(tmp_path) == [(None, f"row {row} of a.parquet", "no id") for row in (2, 4)]
+    pl.DataFrame({"image": ["x/a.png"], "bytes": ["text"]}).write_parquet(tmp_path / "b.parquet")
+    told = extract(tmp_path, "b.parquet", "--all", *MOST)
+    assert told.exit_code == 2
+    assert "column 'bytes' (extract-images.bytes_column) holds texts, and pictures are bytes" in told.output
+
+
+def test_a_template_that_nothing_matches_is_named(tmp_path: Path) -> None:
+    told = extract(tmp_path, folder(tmp_path), "--all", "--set", "extract-images.template=y/{image}.png")
+    assert told.exit_code == 1
+    assert "none in" in told.output
+    assert "is named as extract-images.template = 'y/{image}.png' says" in told.output
+
+
+def test_all_or_those_of_a_vocabulary(tmp_path: Path) -> None:
+    told = extract(tmp_path, folder(tmp_path), "--all", "--convert", str(tmp_path))
+    assert told.exit_code == 2
+    assert "give one of the two" in told.output
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
+    told = extract(tmp_path, folder(tmp_path), "--all", out="recipe.toml/o.h5")
+    assert told.exit_code == 1
+    assert f"{tmp_path / 'recipe.toml'} is a file, not a folder; name another output" in told.output

@@ -1,6 +1,7 @@
 """`ctrkit import-features` through the command line: each format, each fault, and models trained on what it writes."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -576,3 +577,64 @@ def test_a_run_with_vectors_from_elsewhere(tmp_path: Path) -> None:
     assert {need.stage for need in step.needs} == {"simulate", "convert"}
     assert all(step in other.needs for other in graph.steps if other.stage in ("train", "predict", "report"))
     assert all(other.stage != "extract-images" for other in graph.steps)
+
+
+# --- what strangers brought --------------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_before_the_ids_is_none_of_them(shop: Path) -> None:
+    words = write_npy(shop, IDS, VECTORS)
+    (shop / "ids.txt").write_text("\n".join([*IDS[1:], IDS[0]]), encoding="utf-8-sig")
+    np.save(shop / "vectors.npy", np.roll(VECTORS, -1, axis=0))
+    done(shop, *words)
+    check_by_use(shop)
+
+
+def test_pipes_are_refused(shop: Path) -> None:
+    words = write_npy(shop, IDS, VECTORS)
+    os.mkfifo(shop / "pipe.npy")
+    assert "pipe.npy is not a file; vectors and ids are read" in fault(shop, "--vectors", shop / "pipe.npy", *words[2:])
+    assert "pipe.npy is not a file" in fault(shop, *words[:2], "--ids", shop / "pipe.npy")
+
+
+def test_an_error_of_too_many_is_of_all(shop: Path) -> None:
+    nan = float("nan")
+    ids = ["a", "a", "b", None, "", "c", "d", "e", "f"]
+    vectors = [[1.0, 2.0], [3.0, 4.0], [1e9, -1e9], [1.0, 1.0], [1.0, 1.0], [nan, 1.0], None, [1.0, None], [1.0]]
+    words = ["--vectors", write_parquet(shop / "v.parquet", ids, vectors)]
+    error = fault(shop, *words, convert=False)
+    assert "6 of 9 vectors cannot be used (66.7%)" in error
+    assert "2 × no id (such as row 4 of v.parquet, row 5 of v.parquet)" in error
+    assert "2 × numbers that are missing, infinite or NaN (such as c, e)" in error
+    assert "Besides, 1 have an id that is there before." in error
+    assert done(shop, *words, convert=False, max_bad_rate=1.0)["rejected"] == 6 + 1
+    assert "5 of 5 pictures" not in fault(shop, *words)
+    assert "3 of 5 pictures of the vocabulary have no usable vector (60.0%)" in fault(shop, *words)
+
+
+def test_all_or_those_of_a_vocabulary(shop: Path) -> None:
+    assert "give one of the two" in fault(shop, *write_npy(shop, IDS, VECTORS), "--all", code=2)
+
+
+def test_ids_and_vectors_that_cannot_be(shop: Path) -> None:
+    floats = write_parquet(shop / "v.parquet", [1.5] * 6, VECTORS)
+    assert "id: floats cannot be ids, only texts and whole numbers can" in fault(shop, "--vectors", floats, code=2)
+    words = write_npy(shop, IDS, VECTORS)
+    np.save(shop / "vectors.npy", np.array([{}, 1], dtype=object))
+    for _ in range(2):
+        error = fault(shop, *words)
+        assert "it holds Python objects, or is no NPY file at all" in error
+        assert "pickle" not in error
+        (shop / "vectors.npy").write_bytes(b"not one")
+
+
+def test_after_a_full_disk_it_says_that_it_starts_again(shop: Path) -> None:
+    words = write_npy(shop, IDS, np.ones((6, 100_000), np.float16))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))
+    try:
+        error = fault(shop, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "run the same command again: it starts again" in error
+    assert "goes on from" not in error

@@ -284,6 +284,7 @@ def test_pictures_that_are_left_out(shop: Path, tmp_path: Path) -> None:
     counts = json.loads((tmp_path / "tuned.json").read_text())["counts"]
     assert {k: v for k, v in counts.items() if k not in ("weights", "best")} == {
         "labelled pictures": 65,
+        "rows without a picture": 0,
         "without a category": 1,
         "unusable pictures": 2,
         "pictures in several categories": 1,
@@ -434,3 +435,44 @@ def test_in_a_run_only_where_a_variant_asks_for_it(tmp_path: Path) -> None:
     assert step in features.needs
     assert features.options[-2:] == ("--weights", str(step.output))
     assert steps[Path("runs/asking/features.h5")].options[-2:] == ("--weights", "start.pth")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "batch", "ends"),
+    [
+        (54, 32, [32, 54]),
+        (64, 32, [32, 64]),
+        (65, 32, [32, 65]),
+        (33, 32, [33]),
+        (5, 32, [5]),
+        (3, 2, [3]),
+        (4, 3, [4]),
+    ],
+)
+def test_every_picture_trains_in_every_epoch(pictures: int, batch: int, ends: list[int]) -> None:
+    assert tuning.batch_ends(pictures, batch) == ends
+
+
+def test_rows_without_a_picture_are_listed(shop: Path, tmp_path: Path) -> None:
+    labels = small(tmp_path / "labels.csv")
+    labels.write_text(labels.read_text() + ",red\n,red\n")
+    result = tune(shop, tmp_path / "tuned", *sets(epochs=1, max_bad_rate=0.1), labels=labels)
+    assert result.exit_code == 0, result.output
+    assert "2 rows of" in result.stderr
+    table = pl.read_parquet(tmp_path / "tuned" / "pictures.parquet")
+    rows = table.filter(pl.col("image").is_null()).rows()
+    assert rows == [(None, "red", None, "the row names no picture")] * 2
+    # 24 pictures of which 4 validate: batches of 16 and 4.
+    assert json.loads((tmp_path / "tuned" / "metrics.jsonl").read_text())["step"] == 2
+    counts = json.loads((tmp_path / "tuned.json").read_text())["counts"]
+    assert (counts["labelled pictures"], counts["rows without a picture"]) == (24, 2)
+    told = tune(shop, tmp_path / "tuned", *sets(epochs=1, max_bad_rate=0.05), labels=labels)
+    assert told.exit_code == 1
+    assert "2 of 26 labelled pictures (7.7%) cannot be used" in told.output
+    assert "2 × the row names no picture" in told.output
+
+
+def test_labels_or_raw(shop: Path, tmp_path: Path) -> None:
+    told = tune(shop, tmp_path / "tuned", "--raw", tmp_path)
+    assert told.exit_code == 2
+    assert "give one of the two" in told.output
