@@ -296,6 +296,8 @@ def test_unknown_names_are_told_with_near_ones(backbone: str, said: str) -> None
 def test_pictures_too_small_for_the_model() -> None:
     with pytest.raises(UsageError, match=r"extract-images\.size = 32: inception_v3 cannot take"):
         load("inception_v3:avgpool", size=32)
+    with pytest.raises(UsageError, match=r"extract-images\.size = 64: vit_b_16 cannot take"):
+        load("vit_b_16:heads", size=64)
 
 
 def test_device_that_is_not_there() -> None:
