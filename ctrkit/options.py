@@ -1,5 +1,6 @@
 """Options that every stage shares."""
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,41 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key."),
         click.option("--variant", metavar="NAME", help="Lay this variant's overrides over the recipe."),
         click.option("--recipe", required=True, metavar="NAME|FILE", help="A shipped recipe's name, or a file."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that a run's `ctrkit.pipeline.Setting` has wherever it is asked for; the command gets one keyword
+    `asked`, the fields of it that they give."""
+
+    def wrapped(
+        sets: tuple[str, ...],
+        raw: Path | None,
+        weights: str | None,
+        today: datetime.datetime | None,
+        since: datetime.datetime | None,
+        until: datetime.datetime | None,
+        **rest: Any,
+    ) -> Any:
+        days = {"today": today, "since": since, "until": until}
+        dates = {name: day.date() if day else None for name, day in days.items()}
+        return command(asked={"sets": sets, "raw": raw, "weights": weights, **dates}, **rest)
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option("--to", "until", type=DAY, help="The last of these days. Default: the first."),
+        click.option(
+            "--from", "since", type=DAY, help="Days from this one to --to, each from the model of the day before."
+        ),
+        click.option(
+            "--today", type=DAY, help="Convert this day on top of the last one; outputs go to OUT/NAME/days/DAY/."
+        ),
+        click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`."),
+        path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False),
+        click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key."),
     ):
         wrapped = option(wrapped)
     return wrapped

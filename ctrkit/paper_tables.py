@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from ctrkit import page_templates
 from ctrkit.evaluation import evaluate
 from ctrkit.metric_tables import computed_how, covered_how, number, percent, with_interval
 from ctrkit.recipe import Eval, PaperTable, Recipe
@@ -144,15 +143,8 @@ def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 def html(recipe: Recipe, tables: Mapping[str, Table], figures: Mapping[str, Any], folder: Path) -> str:
     """Return tables.html, which needs no other file; `folder` has the figures' PNG files."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pictures = {name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in figures}
     shown = [(t, *cells(t), *comparison_cells(t)) for t in tables.values()]
-    return environment.get_template("tables.html.j2").render(
+    return page_templates.template("tables.html.j2").render(
         recipe=recipe, tables=shown, figures=figures, pictures=pictures
     )

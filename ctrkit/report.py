@@ -7,10 +7,9 @@ from typing import Any
 
 import h5py
 import polars as pl
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ctrkit import charts, contact_sheet, files, gallery, metric_tables
+from ctrkit import charts, contact_sheet, files, gallery, metric_tables, page_templates
 from ctrkit.curves import read_history
 from ctrkit.errors import UserError
 from ctrkit.metric_tables import UNSEEN
@@ -92,14 +91,7 @@ def render(
     histories = histories or {}
     order = metrics["order"]["variants"]
     names = [*order, *(name for name in histories if name not in order)]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return page_templates.template("report.html.j2").render(
         recipe=recipe,
         title=recipe.report.title or f"{recipe.name}: click models that look at the pictures",
         metrics=metrics,

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
+from ctrkit import page_templates
 from ctrkit.errors import UsageError, UserError, nearest
 from ctrkit.metric_tables import lines, new_table, number, percent, with_interval
 from ctrkit.report import read_metrics
@@ -136,11 +136,4 @@ def table(made: Comparison) -> Table:
 
 def page(made: Comparison, runs: Sequence[str]) -> str:
     """Return the comparison as one HTML page that needs nothing but itself."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html.j2").render(made=made, runs=runs, head=HEAD, left=LEFT, all=ALL)
+    return page_templates.template("compare.html.j2").render(made=made, runs=runs, head=HEAD, left=LEFT, all=ALL)

@@ -3,40 +3,30 @@
 Reads the recipe and its raw data. Writes everything under `OUT/NAME/`.
 """
 
-import datetime
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 import ctrkit
 from ctrkit import pipeline
 from ctrkit.errors import UserError
-from ctrkit.options import DAY, path_option
+from ctrkit.options import path_option, setting_options
 
 
 @click.command("run")
 @click.argument("recipe", default="demo")
-@click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key.")
-@path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False)
-@click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`.")
-@click.option("--today", type=DAY, help="Convert this day on top of the last one; outputs go to OUT/NAME/days/DAY/.")
-@click.option("--from", "since", type=DAY, help="Days from this one to --to, each from the model of the day before.")
-@click.option("--to", "until", type=DAY, help="The last of these days. Default: the first.")
+@setting_options
 @path_option("--out", "Folder of all runs.", default="runs", show_default=True)
 @click.option("-j", "--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Steps made side by side.")
 @click.option("--target", default="all", show_default=True, help="What to make: a stage, or an output's path.")
 def command(
     recipe: str,
-    sets: tuple[str, ...],
-    raw: Path | None,
-    weights: str | None,
-    today: datetime.datetime | None,
-    since: datetime.datetime | None,
-    until: datetime.datetime | None,
+    asked: dict[str, Any],
     out: Path,
     jobs: int,
     target: str,
@@ -57,19 +47,11 @@ def command(
     make = shutil.which("make")
     if make is None:
         raise UserError("`ctrkit run` works through GNU Make, and there is no `make` on the PATH: install it")
-    if since is not None and target == "all":
+    if asked["since"] is not None and target == "all":
         target = "daily"
     graph = pipeline.Graph(
         pipeline.Setting(
-            recipe,
-            raw,
-            weights,
-            sets,
-            out,
-            today.date() if today else None,
-            tables=target == "tables" or target not in ("all", *pipeline.OUTPUTS),
-            since=since.date() if since else None,
-            until=until.date() if until else None,
+            recipe=recipe, out=out, tables=target == "tables" or target not in ("all", *pipeline.OUTPUTS), **asked
         )
     )
     target = pipeline.find_target(graph, target)

@@ -17,7 +17,7 @@ from ctrkit.spool import Ints
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have each test run with and without compiled code."""
     if request.param == "compiled":
-        pytest.importorskip("numba")
+        pytest.importorskip("numba", exc_type=ImportError)
     else:
         monkeypatch.setattr(numba_loops, "load", lambda module: None)
 

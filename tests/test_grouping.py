@@ -147,7 +147,7 @@ def test_counts_of_random_groups_are_those_of_a_loop(
     """However few ids are sorted at once: some rows are far wider than others, many have none."""
     monkeypatch.setattr(grouping, "CELLS", cells)
     if compiled:
-        pytest.importorskip("numba")
+        pytest.importorskip("numba", exc_type=ImportError)
     else:
         monkeypatch.setattr(numba_loops, "load", lambda module: None)
     draw, size, ids = np.random.default_rng(cells), 60, pl.List(pl.UInt32)

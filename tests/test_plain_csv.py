@@ -15,7 +15,7 @@ from ctrkit.tables import open_table
 from tests import reference_data
 from tests.shop import RECIPE, ctrkit, random_rows, write
 
-compiled = pytest.importorskip("ctrkit.compiled")
+compiled = pytest.importorskip("ctrkit.compiled", exc_type=ImportError)
 
 HEADER = "uid,ad,time,click,dwell,x,y,id\n"
 ROW = "u1,a1,1700000000,0,1.5,red,7,100\n"
