@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ class CarefulFile(io.FileIO):
         except OSError as e:
             self.error = e
             return size or 0
+
+    def reserve(self, size: int) -> None:
+        """Have room for so many bytes, or raise OSError: better before HDF5 relies on what it wrote than after."""
+        os.posix_fallocate(self.fileno(), 0, size)
 
     def check(self) -> None:
         """Raise the first error that there was, if any."""

@@ -254,7 +254,9 @@ def _examples(kind: Mapping[str, Any]) -> str:
 
 def _write_frame(out: Path, images: pl.Series, row: Int, shape: tuple[int, int], attributes: Mapping[str, str]) -> None:
     """Write a features.h5 that is complete but for the numbers of its vectors, for which there is room."""
+    texts = int(images.str.len_bytes().sum()) + 16 * images.len()  # and where HDF5 finds each
     with hdf5.create(out) as (h5, below):
+        below.reserve(max(1, shape[0] * shape[1] * 2 + texts + row.nbytes))
         try:
             _write_all_but_vectors(h5, images, row, shape, attributes)
         except (OSError, RuntimeError):
