@@ -20,7 +20,6 @@ import polars as pl
 
 from ctrkit.errors import UserError
 
-Float = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating[Any]]
 Int = npt.NDArray[np.int64]
 

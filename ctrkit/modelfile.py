@@ -178,7 +178,7 @@ def check_recipe(folder: Path, recipe: Train) -> None:
     path = folder / "settings.json"
     if not path.is_file():
         return  # `load` says what is wrong with the folder
-    trained, _ = read_settings(files.read_json(path), path)
+    _, trained, _ = read_settings(folder)
     was, now = (t.model_dump(mode="json", exclude=set(NOT_THE_MODEL)) for t in (trained, recipe))
     differ = [
         f"train.{key} = {json.dumps(was[key])}, not {json.dumps(now[key])}" for key in was if was[key] != now[key]
@@ -193,11 +193,7 @@ def check_recipe(folder: Path, recipe: Train) -> None:
 
 def load(folder: Path, groups: Path, features: Path | None, convert: Path | None) -> TrainedModel:
     """Read a model for use with these groups; a model trained with another vocabulary is an error."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
-    settings = files.read_json(path)
-    train, schema = read_settings(settings, path)
+    settings, train, schema = read_settings(folder)
     here = Schema.read(groups)
     if schema.vocab_digest != here.vocab_digest:
         raise UserError(
@@ -214,17 +210,21 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
     wrong = sorted(k for k in expected.keys() | state.keys() if _shape(state, k) != _shape(expected, k))
     if wrong:
         raise UserError(
-            f"{folder / 'model.pt'} does not fit {path}: {wrong[0]!r} is {_shape(state, wrong[0])}, not "
-            f"{_shape(expected, wrong[0])}. Train the model again."
+            f"{folder / 'model.pt'} does not fit {folder / 'settings.json'}: {wrong[0]!r} is "
+            f"{_shape(state, wrong[0])}, not {_shape(expected, wrong[0])}. Train the model again."
         )
     model.load_state(state)
     return model
 
 
-def read_settings(settings: Any, path: Path) -> tuple[Train, Schema]:
-    """Return the `[train]` table and the schema that `save` wrote."""
+def read_settings(folder: Path) -> tuple[dict[str, Any], Train, Schema]:
+    """Return all settings of a model folder, and of them the `[train]` table and the schema that `save` wrote."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
+    settings = files.read_json(path)
     try:
-        return Train(**settings["train"]), Schema.from_json(settings["schema"])
+        return settings, Train(**settings["train"]), Schema.from_json(settings["schema"])
     except (KeyError, TypeError, ValidationError) as e:
         raise UserError(
             f"{path} is not the settings of a model of this version of ctrkit ({str(e).splitlines()[0]}). Train the "

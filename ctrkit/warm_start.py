@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ctrkit import digests, files, modelfile, state_dict, vocabulary
+from ctrkit import digests, modelfile, state_dict, vocabulary
 from ctrkit.batches import Schema
 from ctrkit.embedding import Table
 from ctrkit.errors import UserError
@@ -59,11 +59,7 @@ class Source:
     @classmethod
     def read(cls, folder: Path) -> "Source":
         """Read what the model says of itself; its tensors stay on disk."""
-        path = folder / "settings.json"
-        if not path.is_file():
-            raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
-        settings = files.read_json(path)
-        train, schema = modelfile.read_settings(settings, path)
+        settings, train, schema = modelfile.read_settings(folder)
         return cls(folder, settings, make_plan(train, schema, settings["picture_width"]))
 
     @property

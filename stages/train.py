@@ -116,10 +116,10 @@ def command(
         users = training.sample_users(valid) if valid else None
         with devices.lock(device):
             trainer = training.Trainer(model, counts, train, valid, users, kept, tensorboard, bad_batch)
-            if source is not None and config.warm_optimiser:
-                warming.optimiser_state(model, trainer.adam, source, vocabularies)
             if last is not None:
                 trainer.resume(last)
+            elif source is not None and config.warm_optimiser:
+                warming.optimiser_state(model, trainer.adam, source, vocabularies)
             begun, samples = time.monotonic(), trainer.samples
             trainer.run()
             rate = (trainer.samples - samples) / (time.monotonic() - begun)
