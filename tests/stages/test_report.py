@@ -70,7 +70,7 @@ def test_the_contact_sheet(made, tiny_run):
         result = run(*common, *words, "--out", made / out)
         assert result.exit_code == 0, result.output
         text = (made / out).read_text()
-        found = re.findall(r'<section class="case">(.*?)</section>', text, re.S)
+        found = re.findall(r'<article class="case">(.*?)</article>', text, re.S)
         return [re.findall(r'<img src="data:image/jpeg[^>]*alt="picture ([^"]*)"', part) for part in found], text
 
     shown, text = sections("a.html")
