@@ -44,7 +44,7 @@ def test_writes_one_file_and_its_sidecar(made):
     result = run("report", *arguments)
     assert result.exit_code == 0, result.output
     text = out.read_text()
-    for word in ("<title>Ours</title>", "Learning curves", "No gallery", "train lr", "3.2"):
+    for word in ("<title>Ours</title>", "Learning curves", "none of the models given has attention", "train lr", "3.2"):
         assert word in text
     assert str(made) not in text
     sidecar = json.loads((made / "report.html.json").read_text())
@@ -91,7 +91,7 @@ def test_the_contact_sheet(made, tiny_run):
     assert [images[0] for images in other] != [images[0] for images in shown[:3]]
     none, text = sections("d.html", "report.sheet_queries=0")
     assert none == []
-    assert "alike to the network" not in text
+    assert "report.sheet_queries is 0" in text
     result = run(*common, "--set", "report.sheet_neighbours=0", "--out", made / "e.html")
     assert result.exit_code == 2
     assert "report.sheet_neighbours" in result.output
