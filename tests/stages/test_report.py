@@ -268,19 +268,25 @@ def test_attention_and_activation_are_the_models(whole):
 
 
 def test_the_map_predicts_what_predict_does(whole):
-    """At the first impression of a user and day the map's click probability is that of predict."""
+    """Where an ad was really shown at the place of the user's first impression of the day, the map says what predict
+    does: position is the tiny shop's only feature of the scene."""
     table = whole.csv("embedding-map")
     users = [column for column in table.columns if column.startswith("ctr ")]
     assert len(users) == 3
     assert whole.section("embedding-map").count('class="point"') == table.height
     assert table["ad"].n_unique() == table.height
+    samples = pl.read_parquet(whole.tiny.convert / "samples" / "*" / "*.parquet").select("sample_id", "position")
     checked = 0
     for user in users:
-        made = whole.predictions("din").filter(pl.col("user") == user.removeprefix("ctr ")).sort("sample_id")
-        own = table.filter(pl.col("ad") == made["ad"][0])
-        assert own[user].to_list() == pytest.approx([made["score"][0]], abs=1e-6)
-        checked += own.height
-    assert checked == 3
+        made = (
+            whole.predictions("din").filter(pl.col("user") == user.removeprefix("ctr ")).join(samples, on="sample_id")
+        )
+        made = made.sort("sample_id").filter(pl.col("position") == pl.col("position").first())
+        both = table.select("ad", user).join(made, on="ad")
+        assert both[user].to_list() == pytest.approx(both["score"].to_list(), abs=1e-6)
+        checked += both.height
+    assert checked > 3
+    assert table.select(users).min_horizontal().n_unique() > 5
     ads = pl.read_csv(whole.tiny.folder / "raw" / "ads.csv").select("ad", "category", "image")
     joined = table.join(ads, on="ad", how="left", suffix="_of_log")
     assert joined["image"].to_list() == joined["image_of_log"].to_list()
