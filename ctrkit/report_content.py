@@ -12,6 +12,7 @@ from ctrkit import surprises as errors_of_models
 from ctrkit.batches import Schema
 from ctrkit.curves import read_metrics_lines
 from ctrkit.errors import UsageError, nearest
+from ctrkit.predictions import is_parquet
 from ctrkit.recipe import Feature, Recipe
 
 CATEGORY_NAMES = ("categor", "cate", "genre", "class")
@@ -279,7 +280,10 @@ def make_map(recipe: Recipe, sources: Sources, why: dict[str, str]) -> embedding
         category=category_feature(recipe, Schema.read(sources.groups)),
     )
     if made is None:
-        why["map"] = f"Not shown: it takes {embedding_map.FEWEST} ads and a user with a history."
+        why["map"] = (
+            f"Not shown: it takes {embedding_map.FEWEST} ads, a user with a history, and a model that reads ids or "
+            "pictures of ads."
+        )
     return made
 
 
@@ -326,6 +330,9 @@ def make_errors(recipe: Recipe, sources: Sources, metrics: dict[str, Any], why: 
     variant = main_variant(recipe, sources, metrics) if recipe.report.surprises else None
     if variant is None:
         why["errors"] = "Not shown: no predictions were given."
+        return None
+    if not is_parquet(sources.predictions[variant]):
+        why["errors"] = "Not shown: the predictions are no Parquet file."
         return None
     columns = {"sample_id", "user", "ad", "day", "click", "score"}
     if lacking := columns - set(pl.read_parquet_schema(sources.predictions[variant])):

@@ -414,6 +414,14 @@ def test_a_recipe_without_pictures_and_one_variant(tmp_path):
     assert 'class="point"' in page
 
 
+def test_predictions_that_are_text(made):
+    pl.read_parquet(made / "lr.parquet").write_csv(made / "lr.csv")
+    arguments = ["--metrics", made / "metrics.json", "--predictions", f"lr={made / 'lr.csv'}", "--out", made / "x.html"]
+    result = run("report", "--recipe", made / "r.toml", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "the predictions are no Parquet file" in (made / "x.html").read_text()
+
+
 def test_a_setting_that_names_nothing(whole):
     for key, says in (("category", "'ad_categry' is no id feature of ads"), ("map_variant", "none of the models")):
         result = whole.report("x.html", "--set", f"report.{key}=ad_categry")
