@@ -422,6 +422,27 @@ def test_predictions_that_are_text(made):
     assert "the predictions are no Parquet file" in (made / "x.html").read_text()
 
 
+def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
+    """A variant may have groups of its own: on these its weights and scores would be others than those predicted."""
+    shutil.copytree(whole.folder / "din", tmp_path / "din")
+    sidecar = tmp_path / "din" / "model.json"
+    told = json.loads(sidecar.read_text())
+    told["inputs"]["groups"] = "others"
+    sidecar.write_text(json.dumps(told))
+    given = ["--metrics", whole.metrics, *whole.tiny.reads(), "--pictures", whole.pictures]
+    given += [
+        "--model",
+        f"din={tmp_path / 'din' / 'model'}",
+        "--predictions",
+        f"din={tmp_path / 'din'}/predictions.parquet",
+    ]
+    result = run("report", "--recipe", whole.tiny.recipe, *given, "--out", tmp_path / "x.html")
+    assert result.exit_code == 0, result.output
+    figures = {p.stem for p in (tmp_path / "x-figures").iterdir()}
+    assert {"activation", "embedding-map"}.isdisjoint(figures)
+    assert {"surprises", "learning-curves"} <= figures
+
+
 def test_a_setting_that_names_nothing(whole):
     for key, says in (("category", "'ad_categry' is no id feature of ads"), ("map_variant", "none of the models")):
         result = whole.report("x.html", "--set", f"report.{key}=ad_categry")
