@@ -18,6 +18,7 @@ import pyarrow
 import zstandard
 
 from ctrkit import thrift
+from ctrkit.files import write_back
 from ctrkit.spool import Ints, whole
 from ctrkit.thrift import BINARY, I32, I64, LIST, STRUCT, struct
 
@@ -67,6 +68,7 @@ def write_blocks(frame: pl.DataFrame, path: Path, rows: int) -> None:
             (6, BINARY, b"ctrkit"),
         )
         f.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
+    write_back(path)
 
 
 class _Column:

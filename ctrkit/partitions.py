@@ -20,6 +20,7 @@ def write_parquet(frame: pl.DataFrame, path: Path, **options: Any) -> None:
     """Write a Parquet file whole or not at all, so that a task may be done twice."""
     with whole(path) as tmp:
         frame.write_parquet(tmp, statistics=False, **options)
+    files.write_back(path)
 
 
 def write_rows(frame: pl.DataFrame, path: Path, packed: Collection[str]) -> None:
@@ -38,6 +39,7 @@ def write_rows(frame: pl.DataFrame, path: Path, packed: Collection[str]) -> None
             write_statistics=False,
             store_schema=False,
         )
+    files.write_back(path)
 
 
 def _codec(packed: bool) -> str:
