@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ctrkit import columns, daily, dictionaries, files, numba_loops, partitions, spool, vocabulary
+from ctrkit import columns, daily, dictionaries, numba_loops, partitions, spool, vocabulary
 from ctrkit.gathering import by_day, gather
 from ctrkit.job import Job, Labelled, maps, state, texts
 from ctrkit.partitions import ARROW
@@ -246,7 +246,9 @@ def encode_impressions(job: Job, part: int) -> int:
     }
     for name in job.features("impressions"):
         index, codes = _indexes(job.work, name), there[job.inputs[name].dictionary]
-        found[name] = index.gather(codes) if index.dtype == pl.List else index.to_numpy()[codes].astype(np.uint32)
+        found[name] = (
+            index.gather(codes) if index.dtype == pl.List else spool.take(index.to_numpy(), codes).astype(np.uint32)
+        )
     frame = pl.DataFrame(found)
     if job.recipe.convert.negative_rate < 1:
         frame = frame.filter(pl.Series(np.fromfile(f"{rows.stem}.kept", bool)))
@@ -287,23 +289,18 @@ def encode_behaviours(job: Job, part: int) -> int:
     rows = gather(job, "behaviours", part, plain, [dictionary for dictionary, _ in tables.values()])
     code = _write_users(job, rows.users, part)
     days, order = by_day(job, rows.columns, rows.users.len())
-    ordered = {name: column[order] for name, column in rows.columns.items()}
-    found: dict[str, Any] = {"user_code": code[ordered["user"]], "time": ordered["time"]}
+    ordered = {name: spool.take(column, order) for name, column in rows.columns.items()}
+    found: dict[str, Any] = {"user_code": spool.take(code, ordered["user"]), "time": ordered["time"]}
     found |= dict.fromkeys((*(name for name in CODES.values() if name in tables), *(["dwell_ms"] if plain else [])))
     for name, (dictionary, table) in tables.items():
         codes = ordered[dictionary]
-        found[name] = table.gather(codes) if table.dtype == pl.List else table.to_numpy()[codes]
+        found[name] = table.gather(codes) if table.dtype == pl.List else spool.take(table.to_numpy(), codes)
     if plain:
         dwell = ordered["dwell"]
         found["dwell_ms"] = dwell.astype(np.int32 if dwell.itemsize < 4 else np.int64) - 1
     dates = [day for day, _ in state(job.work, "scan")["midnights"]]
-    partitions.write_days(pl.DataFrame(found), dates, days, job.out / "behaviours", part, _write_behaviours, ARROW)
+    partitions.write_days(pl.DataFrame(found), dates, days, job.out / "behaviours", part, partitions.write_arrow, ARROW)
     return len(order)
-
-
-def _write_behaviours(frame: pl.DataFrame, path: Path) -> None:
-    spool.write_frame(path, frame)
-    files.write_back(path)
 
 
 def _write_users(job: Job, users: pl.Series, part: int) -> Ints:

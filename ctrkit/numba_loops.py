@@ -59,7 +59,7 @@ def _one_at_a_time() -> Iterator[None]:
         yield
 
 
-def compiled(*signatures: str) -> Callable[[F], F]:
+def compiled(*signatures: Any) -> Callable[[F], F]:
     """Compile a function for these types, or load what was compiled before.
 
     Numba keeps it beside this file, or where that cannot be written in the user's cache (or NUMBA_CACHE_DIR); where

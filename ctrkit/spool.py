@@ -16,6 +16,8 @@ import numpy.typing as npt
 import polars as pl
 import polars_hash
 
+from ctrkit import numba_loops
+
 Ints = npt.NDArray[np.integer[Any]]
 
 
@@ -70,6 +72,10 @@ def partition_of(texts: pl.Series, partitions: int) -> Ints:
 NULL = (1 << 32) - 1
 RANGE = 1 << 20
 """Numbers that lie this close together are coded by a table."""
+TAKEN = (np.uint8, np.uint16, np.uint32, np.int64)
+"""Types of values and places that `take` has a loop for."""
+MANY = 1 << 13
+"""Places from which on the loop is worth its call."""
 SAMPLE, FEW = 2048, 512
 """A column is taken to have few distinct texts if so many rows of it have."""
 
@@ -166,6 +172,16 @@ def text_order(texts: pl.Series) -> Ints:
         order = np.array(order)
         order[tied] = some["row"].to_numpy()
     return order
+
+
+def take(values: Ints, places: Ints) -> Ints:
+    """Return `values[places]`, a copy, in a third of the time where there are many; they are not checked then."""
+    code = numba_loops.load("ctrkit.compiled_take") if len(places) >= MANY else None
+    if code is None or values.dtype not in TAKEN or places.dtype not in TAKEN or not values.flags.c_contiguous:
+        return values[places]
+    out = np.empty(len(places), values.dtype)
+    code.take(values, np.ascontiguousarray(places), out)
+    return out
 
 
 def offsets(parts: Ints, partitions: int) -> list[int]:
