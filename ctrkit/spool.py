@@ -75,7 +75,7 @@ RANGE = 1 << 20
 TAKEN = (np.uint8, np.uint16, np.uint32, np.int64)
 """Types of values and places that `take` has a loop for."""
 MANY = 1 << 13
-"""Places from which on the loop is worth its call."""
+"""Rows from which on a compiled loop is worth that it is loaded."""
 SAMPLE, FEW = 2048, 512
 """A column is taken to have few distinct texts if so many rows of it have."""
 
