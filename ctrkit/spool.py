@@ -111,6 +111,23 @@ def _code_range(values: pl.Series, low: int, high: int) -> tuple[Ints, pl.Series
     return codes[place], pl.Series("value", words, dtype=pl.Int64)
 
 
+def code_ranges(parts: Sequence[pl.Series]) -> tuple[list[Ints], pl.Series] | None:
+    """Return what `code` would give of the whole numbers of all parts (Int64, without nulls), the codes (UInt32) part
+    by part; None where they are not from a small range. Nothing but the codes grows with the parts."""
+    full = [part.to_numpy() for part in parts if part.len()]
+    if not full:
+        return None
+    low, high = min(int(p.min()) for p in full), max(int(p.max()) for p in full)
+    if high - low >= max(RANGE, 4 * sum(map(len, full))):
+        return None
+    there = np.zeros(high - low + 1, bool)
+    for part in full:
+        there[part - low] = True
+    codes = np.cumsum(there, dtype=np.uint32)
+    words = pl.Series("value", np.flatnonzero(there) + low, dtype=pl.Int64)
+    return [codes[part.to_numpy() - low] for part in parts], words
+
+
 def _code_few(texts: pl.Series) -> tuple[Ints, Ints]:
     """Return codes, and the first row of each: polars' own, given in order of appearance; fast for few texts."""
     codes = texts.cast(pl.Categorical(pl.Categories.random())).to_physical()

@@ -152,3 +152,19 @@ def test_values_are_taken_from_their_places(monkeypatch: pytest.MonkeyPatch, row
                 assert found.dtype == dtype
                 assert found.tolist() == [int(some[place]) for place in where]
                 assert found.flags.writeable
+
+
+@pytest.mark.parametrize("parts", [[[]], [[], [7]], [[3, -2], [], [9, 3]], [[5], [5 + 2 * spool.RANGE]]])
+def test_numbers_in_parts_are_coded_as_those_of_all(parts: list[list[int]]) -> None:
+    series = [pl.Series("value", part, dtype=pl.Int64) for part in parts]
+    found = spool.code_ranges(series)
+    flat = [number for part in parts for number in part]
+    if not flat or max(flat) - min(flat) >= spool.RANGE:
+        assert found is None
+        return
+    assert found is not None
+    codes, words = found
+    expected = spool.code(pl.concat(series))
+    assert np.concatenate(codes).tolist() == expected[0].tolist()
+    assert [len(some) for some in codes] == [len(part) for part in parts]
+    assert words.equals(expected[1])
