@@ -29,7 +29,7 @@ from ctrkit.recipe import ExtractImages, Recipe, Split
 from ctrkit.sampling import WINDOW, distinct_in_all
 from ctrkit.scan import Log
 
-PLAIN_SHARE = 0.55
+PLAIN_SHARE = 0.25
 """Of the time that a sample's rows take to be read and scanned: that of compiled code for plain CSV, which samples do
 not go through."""
 START_SECONDS = 2.0
