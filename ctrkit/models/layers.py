@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrkit.models.compiled_layers import DiceRows, GatherRows, PReLURows, loops
+
 
 class Dice(nn.Module):
     """DIN's data-dependent activation (eqs. 4, 5): y·(p + a·(1 − p)), p = sigmoid((y − E[y]) / (√Var[y] + ε)).
@@ -44,6 +46,10 @@ class Dice(nn.Module):
 
     def forward(self, y: Tensor, count: Tensor | None = None) -> Tensor:
         y = _wide(y)
+        run = loops(y) if y.dtype == self.a_H.dtype and y.ndim == 2 and count is None else None
+        if run is not None and self.training and len(y):
+            out: Tensor = DiceRows.apply(y, self.a_H, self, run)
+            return out
         if self.training and len(y):
             if count is None:
                 mean_H, var_H = y.mean(0), y.var(0, unbiased=False)
@@ -71,7 +77,10 @@ class PReLU(nn.PReLU):
         plain = torch.compiler.is_compiling() or input.device.type != "cpu" or input.dtype != self.weight.dtype
         if plain or input.ndim != 2:
             return super().forward(input)
-        out: Tensor = _PReLU.apply(input, self.weight)
+        run = loops(input)
+        out: Tensor = (
+            _PReLU.apply(input, self.weight) if run is None else PReLURows.apply(input, self.weight, self, run)
+        )
         return out
 
 
@@ -136,6 +145,13 @@ class Discriminator(nn.Module):
             x_SD = self.norm(x_SD)
         out_S2: Tensor = self.layers(x_SD)
         return out_S2[:, 1] - out_S2[:, 0]
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of x [rows, D] that `index` [n] names."""
+    run = loops(x, "ctrkit.compiled_rows")
+    out: Tensor = x.index_select(0, index) if run is None else GatherRows.apply(x, index, run)
+    return out
 
 
 def _wide(x: Tensor) -> Tensor:

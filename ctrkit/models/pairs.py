@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ctrkit.models.compiled_layers import loops
 from ctrkit.models.layers import Dice, PReLU, activation, mlp, segment_softmax, segment_sum
 from ctrkit.models.pair_blocks import Attend, Pairs
-from ctrkit.models.pair_threads import CompiledPairs, loops
+from ctrkit.models.pair_threads import CompiledPairs
 
 
 class PairMLP(nn.Module):
