@@ -7,11 +7,9 @@ up thread by thread, always in the same order, so the same number of threads giv
 Shape letters as in `ctrkit.models.pair_blocks`; T the pairs of a thread.
 """
 
-import concurrent.futures
 import functools
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,29 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctrkit.models import threads
 from ctrkit.models.compiled_layers import ROWS, CompiledDice, CompiledPReLU, CompiledSigmoid
 from ctrkit.models.layers import Dice, PReLU
 from ctrkit.models.pair_blocks import Moments, Room
 
 _own = threading.local()
 """`rooms`: dtype and rows → the buffers of this thread."""
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
-    # set_num_threads is of the thread that calls it: each does its operations alone.
-    return concurrent.futures.ThreadPoolExecutor(threads, "pairs", torch.set_num_threads, (1,))
-
-
-def side_by_side(work: Callable[[int], None], threads: int) -> None:
-    """Call work(0), work(1), …, each in a thread that does its tensor operations alone."""
-
-    def alone(i: int) -> None:
-        with torch.no_grad():
-            work(i)
-
-    for future in [_pool(threads, os.getpid()).submit(alone, i) for i in range(threads)]:
-        future.result()
 
 
 class Part:
@@ -84,7 +66,7 @@ class CompiledPairs:
         scale: float,
     ) -> None:
         self.run, self.modules, self.softmax, self.scale = run, modules, softmax, scale
-        self.depth, self.n_pairs, self.threads = len(modules), len(sample_P), torch.get_num_threads()
+        self.depth, self.n_pairs, self.threads = len(modules), len(sample_P), threads.count()
         sample_p, behaviour_p = sample_P.contiguous().numpy(), behaviour_P.contiguous().numpy()
         self.parts = []
         wanted = np.arange(1, self.threads) * self.n_pairs // self.threads
@@ -121,7 +103,7 @@ class CompiledPairs:
                 part.into = [self._new(n, width) for width in inner] if keep or waits else []
                 part.logit_T1 = self._new(n, 1)
         for begin, end in self.sweeps:
-            side_by_side(functools.partial(self._sweep, begin, end, w_P.numpy(), out_SE.numpy()), self.threads)
+            threads.side_by_side(functools.partial(self._sweep, begin, end, w_P.numpy(), out_SE.numpy()), self.threads)
             if end < self.depth:
                 act, moments = self.acts[end], Moments()
                 for part in self.parts:
@@ -144,7 +126,7 @@ class CompiledPairs:
         arrays = [None if x is None else x.numpy() for x in found]
         weights, dout = w_P.numpy(), dout_SE.contiguous().numpy()
         for begin, end in reversed(self.sweeps):
-            side_by_side(functools.partial(self._sweep_back, begin, end, weights, dout, arrays), self.threads)
+            threads.side_by_side(functools.partial(self._sweep_back, begin, end, weights, dout, arrays), self.threads)
             if begin:
                 act, sums = self.acts[begin - 1], self._sum([part.sums[begin - 1] for part in self.parts])
                 assert isinstance(act, CompiledDice)
