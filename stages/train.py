@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ctrkit import provenance, waiting
+from ctrkit import provenance
 from ctrkit.errors import UsageError
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
@@ -77,7 +77,6 @@ def command(
     with provenance.output("train", recipe, inputs, out) as work:
         import time
 
-        waiting.wait_briefly()
         import torch
 
         from ctrkit import checkpoints, devices, modelfile, training, training_days
