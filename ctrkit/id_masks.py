@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-DROPOUT = 0xD0
-"""Scrambles the sample's id before the place joins it: neighbours would else share their draws."""
+UNKNOWN, DROPOUT = 0xA1, 0xD0
+"""What a draw is for. Hashed with the sample first: a neighbour with the neighbouring id would else share its draw."""
 
 
 def unknown_mask(
@@ -25,7 +25,7 @@ def unknown_mask(
     """
     if rate == 0.0:
         return np.zeros(index.shape, np.bool_)
-    return (index > 1) & (_uniform(key, index, *seed) < _unknown_chance(count_i, rate))
+    return (index > 1) & (_uniform(key, UNKNOWN, index, *seed) < _unknown_chance(count_i, rate))
 
 
 def with_unknown(count_V: Ints, rate: float) -> npt.NDArray[np.float64]:

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import importlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,21 @@ def load(module: str) -> ModuleType | None:
         import numba  # noqa: F401
     except ImportError:
         return None
-    with _one_at_a_time():
+    with _one_at_a_time(), _without_linear_algebra():
         return importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def _without_linear_algebra() -> Iterator[None]:
+    """Have imports of scipy.linalg fail: Numba looks for it, which no loop here uses, and it takes 0.2 s."""
+    if "scipy.linalg" in sys.modules:
+        yield
+        return
+    sys.modules["scipy.linalg"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["scipy.linalg"]
 
 
 @contextlib.contextmanager
@@ -45,20 +59,32 @@ def _one_at_a_time() -> Iterator[None]:
         yield
 
 
-def compiled(*signatures: str) -> Callable[[F], F]:
+def compiled(*signatures: Any) -> Callable[[F], F]:
     """Compile a function for these types, or load what was compiled before.
 
     Numba keeps it beside this file, or where that cannot be written in the user's cache (or NUMBA_CACHE_DIR); where
     there is no such place either, every process compiles for itself.
     """
 
+    return _decorator(list(signatures))
+
+
+def compiled_as_called(*fastmath: str) -> Callable[[F], F]:
+    """Compile a function for the types that it is called with, when it first is, or load what was compiled before.
+
+    Multiplications and additions may fuse; `fastmath` names what else may be done to floating-point arithmetic.
+    """
+    return _decorator(None, fastmath={"contract", *fastmath}, error_model="numpy")
+
+
+def _decorator(signatures: list[str] | None, **options: Any) -> Callable[[F], F]:
     import numba
 
     def decorate(function: F) -> F:
         try:
-            made: Any = numba.njit(list(signatures), cache=True, nogil=True, boundscheck=False)(function)
+            made: Any = numba.njit(signatures, cache=True, nogil=True, boundscheck=False, **options)(function)
         except RuntimeError:
-            made = numba.njit(list(signatures), nogil=True, boundscheck=False)(function)
+            made = numba.njit(signatures, nogil=True, boundscheck=False, **options)(function)
         return cast(F, made)
 
     return decorate

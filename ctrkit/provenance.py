@@ -390,17 +390,8 @@ def _guard_beside(target: Path, beside: Path) -> None:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide bytes."""
     found = {"python": platform.python_version()}
-    for package in (
-        "ctrkit",
-        "torch",
-        "torchvision",
-        "polars",
-        "numpy",
-        "h5py",
-        "pillow",
-        "matplotlib",
-        "scikit-learn",
-    ):
+    packages = "ctrkit torch torchvision polars numpy numba h5py pillow matplotlib scikit-learn"
+    for package in packages.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

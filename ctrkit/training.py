@@ -27,7 +27,9 @@ from ctrkit.collate import Collator
 from ctrkit.errors import UserError
 from ctrkit.gauc import gauc
 from ctrkit.modelfile import Counts, TrainedModel
+from ctrkit.models import threads
 from ctrkit.models.batch import Batch, Lookup
+from ctrkit.models.compiled_layers import loops
 from ctrkit.progress import Meter, say
 from ctrkit.scoring import scores
 from ctrkit.tensorboard import Board
@@ -133,6 +135,7 @@ class Trainer:
             raise UserError("the training days have no sample; [split] in the recipe decides which days train")
         with (
             self._somewhere(),
+            self._threads(),
             Meter("train", n_samples * self.config.epochs, "samples", done=self.samples) as meter,
             Board(self.tensorboard, self.steps) as board,
         ):
@@ -365,6 +368,13 @@ class Trainer:
         torch.set_rng_state(state["random.cpu"].clone())
         if "random.cuda" in state and self._device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"].clone(), self._device)
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        """Have threads of ours share out the work, where compiled loops do what torch's threads would."""
+        plain = self.config.compile or self.config.precision == "bfloat16"
+        if plain or loops(next(self.model.network.parameters())) is None:
+            return contextlib.nullcontext()
+        return threads.own(self.config.threads)
 
     @contextlib.contextmanager
     def _somewhere(self) -> Iterator[None]:

@@ -90,12 +90,12 @@ def per_sample(groups: list[Group], found: dict[str, list[int]]) -> list[dict[st
 
 def test_unknown_ids_do_not_depend_on_batching_or_grouping(vectors: PictureVectors) -> None:
     made, groups = model(vectors), random_groups(3, [3] * 40, [2] * 40)
-    whole = per_sample(groups, unknown(made, groups, (1, 0), 0.1))
+    whole = per_sample(groups, unknown(made, groups, (1, 0), 0.3))
     apart = alone(groups)
-    assert per_sample(apart, unknown(made, apart, (1, 0), 0.1)) == whole
-    halves = [per_sample(part, unknown(made, part, (1, 0), 0.1)) for part in (groups[:17], groups[17:])]
+    assert per_sample(apart, unknown(made, apart, (1, 0), 0.3)) == whole
+    halves = [per_sample(part, unknown(made, part, (1, 0), 0.3)) for part in (groups[:17], groups[17:])]
     assert halves[0] + halves[1] == whole
-    other_epoch = per_sample(groups, unknown(made, groups, (1, 1), 0.1))
+    other_epoch = per_sample(groups, unknown(made, groups, (1, 1), 0.3))
     plain = per_sample(groups, unknown(made, groups, None, 0.0))
     for name in made.plan.ids:
         assert [s[name] for s in whole] != [s[name] for s in other_epoch]

@@ -61,6 +61,18 @@ def test_draws_of_other_seeds_are_independent() -> None:
     assert abs((first[1:] & first[:-1]).mean() - 0.25) < 0.01
 
 
+def test_neighbours_draw_each_for_itself() -> None:
+    """Samples 2k and 2k + 1 with ids 4 and 5: of a half, two independent draws have a quarter in common."""
+    even = np.arange(10_000, 210_000, 2)
+    count = np.ones(len(even))
+
+    def draw(key: npt.NDArray[np.int64], index: int) -> npt.NDArray[np.bool_]:
+        return unknown_mask(key, (1, 0), np.full(len(even), index), count, 0.01)
+
+    for key, index in ((even + 1, 5), (even + 1, 4), (even, 5)):
+        assert abs((draw(even, 4) & draw(key, index)).mean() - 0.25) < 0.01, (key[0], index)
+
+
 # Dropout of behaviours.
 
 

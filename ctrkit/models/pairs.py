@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ctrkit.models.layers import Dice, PReLU, activation, mlp, segment_softmax, segment_sum
+from ctrkit.models.compiled_layers import loops
+from ctrkit.models.layers import Dice, PReLU, activation, linear, mlp, segment_softmax, segment_sum
 from ctrkit.models.pair_blocks import Attend, Pairs
+from ctrkit.models.pair_threads import CompiledPairs
 
 
 class PairMLP(nn.Module):
@@ -38,7 +40,7 @@ class PairMLP(nn.Module):
         w_q, w_k = self.weight["q"], self.weight["k"]
         if "d" in self.parts:
             w_q, w_k = w_q + self.weight["d"], w_k - self.weight["d"]
-        return nn.functional.linear(q_SD, w_q, self.bias), nn.functional.linear(k_BD, w_k)
+        return linear(q_SD, w_q, self.bias), linear(k_BD, w_k)
 
     def forward(self, q_SD: Tensor, k_BD: Tensor, sample_P: Tensor, behaviour_P: Tensor) -> Tensor:
         h_SH, h_BH = self.project(q_SD, k_BD)
@@ -63,15 +65,16 @@ def attend(
 ) -> Tensor:
     """Return [S, E]: Σ w·v over the pairs of each sample, w = scale·unit(q, k), or its softmax over them.
 
-    A sample without pairs has the zero vector. In blocks (`ctrkit.models.pair_blocks`), without second derivatives;
-    under torch.compile and autocast as `attend_plain`.
+    A sample without pairs has the zero vector. In blocks (`ctrkit.models.pair_threads` where Numba is installed, else
+    `pair_blocks`), without second derivatives; under torch.compile and autocast as `attend_plain`.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(q_SD.device.type):
         return attend_plain(unit, q_SD, k_BD, v_BE, sample_P, behaviour_P, softmax=softmax, scale=scale)
     activations = [unit.act, *list(unit.rest)[1::2]]
     product_HD = unit.weight["p"] if "p" in unit.parts else None
+    run, how = loops(q_SD), (activations, sample_P, behaviour_P, softmax, scale)
     out_SE: Tensor = Attend.apply(
-        Pairs(activations, sample_P, behaviour_P, softmax=softmax, scale=scale),
+        Pairs(*how) if run is None else CompiledPairs(run, *how),
         torch.is_grad_enabled(),
         *unit.project(q_SD, k_BD),
         *((None, None) if product_HD is None else (q_SD, k_BD)),
