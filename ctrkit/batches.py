@@ -206,7 +206,7 @@ class GroupedData:
         self.schema = Schema.read(groups)
         self.split = split
         self._in_days = pl.lit(True) if days is None else pl.col("day").is_between(*days)
-        self._names = list(features)
+        self.names = list(features)
         for name in features:
             if name not in self.schema.features:
                 raise UserError(
@@ -232,10 +232,10 @@ class GroupedData:
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
         """Yield the blocks, in file order or in the order given."""
-        by_owner = {o: [n for n in self._names if self.schema.features[n].of in o] for o in _OWNERS}
+        by_owner = self._by_owner()
         for i in range(len(self._blocks)) if order is None else order:
             file, start, n = self._blocks[i]
-            wanted = [*META, "group_id", "common", *self._names]
+            wanted = [*META, "group_id", "common", *self.names]
             frame = _resolve(self._read(file, start, n, wanted), [*by_owner[("user",)], *by_owner[("behaviour",)]])
             if (frame := frame.filter(self._in_days)).height:
                 yield _block(frame, by_owner, self.schema)
@@ -251,6 +251,13 @@ class GroupedData:
             found.append(rows.select(*columns, block=block).collect())
             before += sum(of == file for of, _, _ in self._blocks)
         return pl.concat(found)
+
+    def block(self, frame: pl.DataFrame) -> Block:
+        """Return rows as `frames` yields them, with `sample_id`, `click`, `group_id` and the features, as a block."""
+        return _block(frame, self._by_owner(), self.schema)
+
+    def _by_owner(self) -> dict[tuple[str, ...], list[str]]:
+        return {o: [n for n in self.names if self.schema.features[n].of in o] for o in _OWNERS}
 
     def _read(self, file: Path, start: int, n: int, columns: list[str]) -> pl.DataFrame:
         """Read rows of a file: these columns, and the day where it decides."""

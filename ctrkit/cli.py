@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("ctrkit.stages.predict", "Score the impressions of a split with a trained model."),
     "eval": ("ctrkit.stages.eval", "Compute GAUC and its kin from predictions, ours or anyone's."),
     "compare": ("ctrkit.stages.compare", "Lay the metrics of several runs side by side."),
-    "report": ("ctrkit.stages.report", "Write one HTML file of tables, curves and attention galleries."),
+    "report": ("ctrkit.stages.report", "Write one HTML file of tables, figures and pictures."),
     "explain": (
         "ctrkit.stages.explain",
         "Take one prediction apart: what it is without each of its inputs.",

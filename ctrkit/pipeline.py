@@ -39,6 +39,8 @@ OUTPUTS = {
 }
 
 
+FIGURES = "report-figures"
+"""Folder of the report's figures, which `report` makes with `report.html`."""
 DAYS = "days"
 """Folder of the runs of single days."""
 CHAIN = "by-day"
@@ -435,7 +437,7 @@ def _check_names(home: Path, recipe: Recipe) -> None:
             f"outputs would go to {str(home)!r}, and Make cannot work with {bad.group()!r} in their path; give OUT=… "
             f"(make) or --out (ctrkit run) without it, perhaps relative to where you are"
         )
-    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS, CHAIN}
+    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS, CHAIN, FIGURES}
     if clash := sorted(taken & set(recipe.variants)):
         raise UsageError(f"a variant cannot be called {clash[0]!r}, which is the name of an output; rename it")
 

@@ -593,9 +593,23 @@ class Report(Table):
     title: str = ""
     gallery_variant: str = ""
     """Whose attention is shown. Default: the first variant with attention over pictures."""
-    gallery_cases: Annotated[int, Field(ge=0)] = 8
+    gallery_cases: Annotated[int, Field(ge=0)] = 12
     gallery_pictures: Annotated[int, Field(ge=1)] = 6
     """Pictures in each of the two rows, highest and lowest weight."""
+    category: str = ""
+    """The ad's feature that stands for its category. Default: the one whose column is called category, genre or the
+    like, else the one of the fewest values."""
+    activation_variant: str = ""
+    """Whose activation of behaviours is shown. Default: the first DIN."""
+    activation_cases: Annotated[int, Field(ge=0)] = 4
+    map_variant: str = ""
+    """Whose ads are mapped. Default: the first DIN, else the first that is not logistic regression."""
+    map_ads: Annotated[int, Field(ge=0, le=2000)] = 800
+    """Ads on the map, those shown most; 0: no map."""
+    map_users: Annotated[int, Field(ge=1, le=10)] = 3
+    """Users whose click probabilities the map shows."""
+    surprises: Annotated[int, Field(ge=0, le=100)] = 8
+    """Impressions of each kind that the model was most wrong about, and ads of each that it is worst calibrated on."""
     sheet_queries: Annotated[int, Field(ge=0, le=100)] = 8
     """Pictures on the contact sheet, each with those most like it; 0: no contact sheet."""
     sheet_neighbours: Annotated[int, Field(ge=1, le=100)] = 6

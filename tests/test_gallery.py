@@ -65,13 +65,16 @@ def test_candidates_are_distinct_users_with_long_histories_first(tmp_path):
         {
             "sample_id": [1, 2, 3, 4, 5, 6],
             "user": ["a", "a", "b", "c", "d", "e"],
+            "ad": list("xxyyzz"),
             "click": [0, 1, 0, 1, 1, 1],
             "history_length": [9, 9, 8, 3, 0, 4],
         },
         schema_overrides={"history_length": pl.UInt32, "click": pl.Int8},
     ).write_parquet(tmp_path / "p.parquet")
     # From 4 behaviours on, two rows of two are full: 2, 6 (clicked), 3 (not); then the short 4; never the empty 5.
-    assert gallery.candidates(tmp_path / "p.parquet", 8, 2) == [2, 6, 3, 4]
+    found = gallery.candidates(tmp_path / "p.parquet", 8, 4)
+    assert found.rows() == [(2, "a", "x"), (6, "e", "z"), (3, "b", "y"), (4, "c", "y")]
+    assert gallery.candidates(tmp_path / "p.parquet", 1, 4)["sample_id"].to_list() == [2]
 
 
 def model(folder, name, **train):

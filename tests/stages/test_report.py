@@ -44,7 +44,7 @@ def test_writes_one_file_and_its_sidecar(made):
     result = run("report", *arguments)
     assert result.exit_code == 0, result.output
     text = out.read_text()
-    for word in ("<title>Ours</title>", "Learning curves", "No gallery", "train lr", "3.2"):
+    for word in ("<title>Ours</title>", "Learning curves", "none of the models given has attention", "train lr", "3.2"):
         assert word in text
     assert str(made) not in text
     sidecar = json.loads((made / "report.html.json").read_text())
@@ -70,7 +70,7 @@ def test_the_contact_sheet(made, tiny_run):
         result = run(*common, *words, "--out", made / out)
         assert result.exit_code == 0, result.output
         text = (made / out).read_text()
-        found = re.findall(r'<section class="case">(.*?)</section>', text, re.S)
+        found = re.findall(r'<article class="case">(.*?)</article>', text, re.S)
         return [re.findall(r'<img src="data:image/jpeg[^>]*alt="picture ([^"]*)"', part) for part in found], text
 
     shown, text = sections("a.html")
@@ -91,7 +91,7 @@ def test_the_contact_sheet(made, tiny_run):
     assert [images[0] for images in other] != [images[0] for images in shown[:3]]
     none, text = sections("d.html", "report.sheet_queries=0")
     assert none == []
-    assert "alike to the network" not in text
+    assert "report.sheet_queries is 0" in text
     result = run(*common, "--set", "report.sheet_neighbours=0", "--out", made / "e.html")
     assert result.exit_code == 2
     assert "report.sheet_neighbours" in result.output
