@@ -53,7 +53,13 @@ def input_table(made: Explanation) -> Table:
     for head in ("score without", "adds to log-odds"):
         table.add_column(head, justify="right")
     for one in made.inputs:
-        cells = (one.name, held(one.values), one.without, f"{one.score.probability:.4f}", f"{one.adds:+.3f}")
+        cells = (
+            one.name,
+            held(one.values) or histories(made),
+            one.without,
+            f"{one.score.probability:.4f}",
+            f"{one.adds:+.3f}",
+        )
         table.add_row(*map(Text, cells))
     return table
 
@@ -87,6 +93,11 @@ def ranked(made: Explanation) -> list[Behaviour]:
 def held(values: dict[str, list[Value]]) -> str:
     """Say what features hold."""
     return ", ".join(f"{name} {' '.join(map(str, some)) or 'none'}" for name, some in values.items())
+
+
+def histories(made: Explanation) -> str:
+    """Say how many behaviours there are, which is what groups of behaviours' inputs hold."""
+    return f"{len(made.behaviours)} behaviour{'' if len(made.behaviours) == 1 else 's'}"
 
 
 def number(value: float | None) -> str:
@@ -152,7 +163,7 @@ def page(made: Explanation, thumbnails: Thumbnails) -> str:
         shows_pictures=bool(made.ad_image) or any(b.image for b in made.behaviours),
         thumbnails=thumbnails,
         time=datetime.datetime.fromtimestamp(made.impression.time / 1000, datetime.UTC),
-        held=held,
+        histories=histories,
         number=number,
         input_bar=lambda adds: bar(adds, of_inputs),
         behaviour_bar=lambda adds: bar(adds, of_behaviours),

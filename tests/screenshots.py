@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 from PIL import Image
+from playwright.sync_api import Locator
 
 from ctrkit import files, gallery
 from ctrkit.cli import main as ctrkit
@@ -46,17 +47,21 @@ def explained(run: Path, page: Path) -> None:
     ctrkit.main(words, standalone_mode=False)
 
 
-def cut(watched: Watched, first: str, last: str, number: int) -> bytes | None:
-    """Return the page from one element's top to another's end, PNG; None where the page has them not."""
+def cut(watched: Watched, first: str, last: str, number: int, hover: Locator | None = None) -> bytes | None:
+    """Return the page from one element's top to another's end, PNG; None where the page has them not. The pointer rests
+    on `hover`."""
     page = watched.page
     ends = page.locator(last)
     if not page.locator(first).count() or not ends.count():
         return None
     top: float = page.locator(first).first.evaluate("e => e.getBoundingClientRect().top + scrollY")
     end: float = ends.nth(min(number, ends.count() - 1)).evaluate("e => e.getBoundingClientRect().bottom + scrollY")
-    y = max(0.0, top - MARGIN)
-    clip = {"x": 0.0, "y": y, "width": float(WIDTH), "height": end + 4 - y}
-    return page.screenshot(clip=clip, full_page=True)
+    top = max(0.0, top - MARGIN)
+    page.set_viewport_size({"width": WIDTH, "height": round(end + 4 - top)})
+    at: float = page.evaluate("y => { scrollTo({ top: y, behavior: 'instant' }); return scrollY; }", top)
+    if hover is not None:
+        hover.hover(force=True)
+    return page.screenshot(clip={"x": 0, "y": top - at, "width": WIDTH, "height": end + 4 - top})
 
 
 def write(shot: bytes, path: Path) -> None:
@@ -83,9 +88,8 @@ def screenshots(run: Path, folder: Path) -> None:
         with Watched(browser, run / "report.html", WIDTH) as watched:
             marks = watched.page.locator("#map .point")
             for name, (first, last, number) in PARTS.items():
-                if name == "embedding-map" and marks.count():
-                    marks.nth(marks.count() // 2).hover(force=True)
-                shot = cut(watched, first, last, number)
+                hover = marks.nth(marks.count() // 2) if name == "embedding-map" and marks.count() else None
+                shot = cut(watched, first, last, number, hover)
                 if shot is None:
                     print(f"screenshots: the report has no {name}")
                 else:
@@ -93,7 +97,7 @@ def screenshots(run: Path, folder: Path) -> None:
         page = Path(work) / "explain.html"
         explained(run, page)
         with Watched(browser, page, WIDTH) as watched:
-            shot = cut(watched, "header", "#behaviours .card", 6)
+            shot = cut(watched, "header", "#behaviours .card", 0)
             if shot is not None:
                 write(shot, folder / "explain.png")
 
