@@ -253,7 +253,8 @@ def columns(rows: Sequence[tuple[str, float, str]], label: str) -> Markup:
         y = _n(bottom - tick / high * (bottom - top))
         parts.append(f'<line stroke="{RULE}" stroke-width="1" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text {TICK} x="{left - 6}" y="{float(y) + 4:g}" text-anchor="end">{tick:,g}</text>')
-    named = {round(n * (len(rows) - 1) / max(1, min(4, len(rows) - 1))) for n in range(5) if n < len(rows)}
+    steps = min(3, len(rows) - 1)
+    named = {round(n * (len(rows) - 1) / max(1, steps)) for n in range(steps + 1)}
     for n, (name, value, ink) in enumerate(rows):
         tall = value / high * (bottom - top)
         x = left + n * wide

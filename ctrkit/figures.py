@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
+SHADED = (0.02, 0.98)
+"""Quantiles of the click probabilities at the ends of the map's scale."""
 STYLES = ("-", "--", ":", "-.")
 PLACE = 72
 """Pixels of a picture's side in figures of pictures."""
@@ -156,9 +158,10 @@ def embedding_map(canvas: "Canvas", table: pl.DataFrame) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     users = [c for c in table.columns if c.startswith("ctr ")]
+    keys: dict[str, Any] = {}
     for n, user in enumerate(users):
         axes = canvas.add_subplot(1, len(users), n + 1)
-        low, high = table[user].min(), table[user].max()
+        low, high = (table[user].quantile(q, "linear") for q in SHADED)
         drawn = None
         for (shape,), part in table.group_by("shape", maintain_order=True):
             marker = OTHER_MARKER if shape is None else MARKERS[int(shape)]
@@ -173,12 +176,14 @@ def embedding_map(canvas: "Canvas", table: pl.DataFrame) -> None:
                 cmap=LinearSegmentedColormap.from_list("scale", SCALE),
                 linewidths=0,
             )
+            keys.setdefault("other categories" if shape is None else part["category"][0], drawn)
         axes.set_title(_short(f"user {user.removeprefix('ctr ')}", 30), fontsize=8, parse_math=False)
         axes.set_aspect("equal")
         axes.set_xticks([])
         axes.set_yticks([])
         if drawn is not None:
             canvas.colorbar(drawn, ax=axes, orientation="horizontal", shrink=0.8, label="predicted CTR", pad=0.02)
+    _legend(canvas, list(keys.values()), [name or "no category" for name in keys], 5)
 
 
 def picture_rows(
@@ -260,8 +265,8 @@ def _names(axes: "Axes", names: Sequence[str]) -> None:
     axes.invert_yaxis()
 
 
-def _legend(canvas: "Canvas", lines: Sequence[object], names: Sequence[str]) -> None:
-    legend = canvas.legend(lines, names, loc="outside lower center", ncols=3, fontsize=7, frameon=False)  # type: ignore[call-overload]
+def _legend(canvas: "Canvas", lines: Sequence[object], names: Sequence[str], across: int = 3) -> None:
+    legend = canvas.legend(lines, names, loc="outside lower center", ncols=across, fontsize=7, frameon=False)  # type: ignore[call-overload]
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -161,8 +161,8 @@ def calibration_table(metrics: dict[str, Any]) -> pl.DataFrame:
 
 
 def slice_table(metrics: dict[str, Any]) -> pl.DataFrame:
-    """Return the GAUC of each variant over each slice, where `FEW` users or more stand behind it. A sort of a single
-    slice is left out."""
+    """Return the GAUC of each variant over each slice with `FEW` users or more (over all slices, in a run so small
+    that none has as many). A sort of a single slice is left out."""
     schema = {"sort": pl.String, "slice": pl.String, "variant": pl.String, "impressions": pl.Int64}
     schema |= {"users_kept": pl.Int64, **dict.fromkeys(("gauc", "gauc_low", "gauc_high"), pl.Float64)}
     by_sort: dict[str, list[str]] = {}
@@ -173,11 +173,12 @@ def slice_table(metrics: dict[str, Any]) -> pl.DataFrame:
         for name in some if len(some) > 1 else ():
             for variant in metrics["order"]["variants"]:
                 one = metrics["variants"][variant]["slices"].get(name)
-                if one is not None and one["users_kept"] >= FEW:
+                if one is not None:
                     own = {"sort": SORTS.get(sort, sort), "slice": name, "variant": variant}
                     rows.append(own | {key: one[key] for key in schema if key in one})
-    table = pl.DataFrame(rows, schema=schema)
-    return table.filter(pl.col("slice").n_unique().over("sort") > 1)
+    table, several = pl.DataFrame(rows, schema=schema), pl.col("slice").n_unique().over("sort") > 1
+    many = table.filter(pl.col("users_kept") >= FEW).filter(several)
+    return many if many.height else table.filter(several)
 
 
 def attention_table(shown: Gallery) -> pl.DataFrame:

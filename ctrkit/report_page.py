@@ -8,14 +8,11 @@ from markupsafe import Markup
 
 from ctrkit import charts, contact_sheet, gallery, metric_tables, page_templates, story
 from ctrkit import surprises as errors_of_models
-from ctrkit.figures import Figure
+from ctrkit.figures import SHADED, Figure
 from ctrkit.metric_tables import UNSEEN
 from ctrkit.recipe import Recipe
 from ctrkit.report_content import Content
 from ctrkit.report_figures import SORTS, gauc_table, shaped_categories, variant_names
-
-SHADED = (0.02, 0.98)
-"""Quantiles of the click probabilities at the ends of the map's scale."""
 
 
 def render(recipe: Recipe, content: Content, made: Sequence[Figure]) -> str:

@@ -20,7 +20,7 @@ from ctrkit.gallery import Activation, Behaviour, Case, Thumbnails
 from ctrkit.metric_tables import read_metrics
 from ctrkit.recipe import Eval, ExtractImages, Recipe
 from ctrkit.report_content import Activations, Content, Errors, Gallery
-from ctrkit.report_figures import make_figures
+from ctrkit.report_figures import make_figures, slice_table
 from ctrkit.report_page import render
 from ctrkit.surprises import TOO_HIGH, UNLIKELY
 
@@ -272,6 +272,16 @@ def test_pictures_are_inlined_and_missing_ones_have_a_place(recipe, metrics, tmp
         "4 earlier",
     ):
         assert word in page.text
+
+
+def test_slices_of_few_users_are_not_drawn(metrics):
+    made = slice_table(metrics)
+    slices = metrics["variants"]["basic"]["slices"]
+    expected = {name for name, one in slices.items() if one["users_kept"] >= 30}
+    assert set(made["slice"]) == expected < set(slices)
+    for one in [one for v in metrics["variants"].values() for one in v["slices"].values()]:
+        one["users_kept"] = 3
+    assert set(slice_table(metrics)["slice"]) == set(slices)
 
 
 def test_overfitting_is_told(recipe, metrics, tmp_path):
