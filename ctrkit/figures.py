@@ -137,12 +137,12 @@ def slices(canvas: "Canvas", table: pl.DataFrame) -> None:
 
 
 def day_columns(canvas: "Canvas", table: pl.DataFrame) -> None:
-    """Draw `impressions` by `day`, coloured by `split`, and the click rate as a line."""
+    """Draw `impressions` by `first_day`, coloured by `split`, and the click rate as a line."""
     axes = canvas.add_subplot()
     colours = [SPLIT_COLOURS[s] for s in table["split"]]
     axes.bar(range(table.height), table["impressions"].to_list(), color=colours)
     step = max(1, table.height // 8)
-    axes.set_xticks(range(0, table.height, step), table["day"].to_list()[::step], fontsize=7)
+    axes.set_xticks(range(0, table.height, step), table["first_day"].to_list()[::step], fontsize=7)
     axes.set_ylabel("impressions")
     _plain(axes)
     rates = axes.twinx()
@@ -171,8 +171,8 @@ def embedding_map(canvas: "Canvas", table: pl.DataFrame) -> None:
                 c=part[user].to_list(),
                 marker=marker,
                 s=16,
-                vmin=low,  # type: ignore[arg-type]
-                vmax=high,  # type: ignore[arg-type]
+                vmin=low,
+                vmax=high,
                 cmap=LinearSegmentedColormap.from_list("scale", SCALE),
                 linewidths=0,
             )

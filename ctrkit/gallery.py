@@ -119,11 +119,12 @@ def candidates(predictions: Path, most: int, long: int) -> pl.DataFrame:
     )
 
 
-def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
+def choose_cases(weights: pl.DataFrame, cases: int, per_row: int, thumbnails: "Thumbnails | None" = None) -> list[Case]:
     """Return the cases to show: those that fill both rows first, clicked before others, then by spread of weights.
 
     `weights` is what `ctrkit.scoring.attention_weights` returns: one row a behaviour, oldest first; and, where it has
-    them, `user`, `ad` and `category`, text. An ad's picture is shown once, as long as there are others.
+    them, `user`, `ad` and `category`, text. An ad's picture is shown once, as long as there are others; one that cannot
+    be read (of `thumbnails`, where they are given) after all that can.
     """
     found = []
     for rows in weights.partition_by("sample_id", maintain_order=True):
@@ -153,7 +154,14 @@ def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
     for case in ranked:
         (repeats if case.ad_image in seen else firsts).append(case)
         seen.add(case.ad_image)
-    return (firsts + repeats)[:cases]
+    order = firsts + repeats
+    if thumbnails is None or thumbnails.where is None:
+        return order[:cases]
+    seen_ones: list[Case] = []
+    for case in order:
+        if len(seen_ones) < cases and thumbnails.picture(case.ad_image) is not None:
+            seen_ones.append(case)
+    return [*seen_ones, *(case for case in order if case not in seen_ones)][:cases]
 
 
 def _words(row: Mapping[str, Any]) -> dict[str, str]:

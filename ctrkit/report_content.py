@@ -116,7 +116,7 @@ def gather(recipe: Recipe, sources: Sources) -> Content:
         picture_facts=story.picture_facts(sources.features) if sources.features else [],
         models=story.model_facts(sources.models),
         histories={name: read_metrics_lines(model) for name, model in sources.models.items()},
-        attention=make_gallery(recipe, sources, why),
+        attention=make_gallery(recipe, sources, thumbnails, why),
         activation=make_activations(recipe, sources, why),
         map=make_map(recipe, sources, why),
         sheet=make_sheet(recipe, sources, thumbnails, why),
@@ -172,7 +172,7 @@ def weights_of(recipe: Recipe, sources: Sources, variant: str, chosen: pl.DataFr
     assert sources.convert is not None
     schema = Schema.read(sources.groups)
     category = category_feature(recipe, schema)
-    called = next((n for n, f in schema.features.items() if f.of == "behaviour" and category_like(n, f, category)), "")
+    called = behaviour_name(schema)
     table = attention_weights(
         sources.models[variant],
         sources.groups,
@@ -192,13 +192,16 @@ def weights_of(recipe: Recipe, sources: Sources, variant: str, chosen: pl.DataFr
     return table
 
 
-def category_like(name: str, feature: Feature, category: str) -> bool:
-    """Say whether a behaviour's feature tells what a behaviour was: its category, or whatever id there is."""
-    named_so = (feature.column or name).lower().startswith(CATEGORY_NAMES)
-    return feature.kind == "id" and (named_so or not category)
+def behaviour_name(schema: Schema) -> str:
+    """Return the feature that tells what a behaviour was: its category where there is one, else the first id; or ""."""
+    ids = {n: f for n, f in schema.features.items() if f.of == "behaviour" and f.kind == "id" and not f.hash_buckets}
+    named_so = [n for n, f in ids.items() if (f.column or n).lower().startswith(CATEGORY_NAMES)]
+    return next(iter([*named_so, *ids]), "")
 
 
-def make_gallery(recipe: Recipe, sources: Sources, why: dict[str, str]) -> Gallery | None:
+def make_gallery(
+    recipe: Recipe, sources: Sources, thumbnails: gallery.Thumbnails, why: dict[str, str]
+) -> Gallery | None:
     """Choose the cases of the attention gallery and read their weights."""
     settings = recipe.report
     variant = gallery.choose_variant(recipe, sources.models) if settings.gallery_cases else None
@@ -216,7 +219,7 @@ def make_gallery(recipe: Recipe, sources: Sources, why: dict[str, str]) -> Galle
         why["attention"] = "Not shown: no user has a history."
         return None
     weights = weights_of(recipe, sources, variant, chosen)
-    cases = gallery.choose_cases(weights, settings.gallery_cases, settings.gallery_pictures)
+    cases = gallery.choose_cases(weights, settings.gallery_cases, settings.gallery_pictures, thumbnails)
     return Gallery(variant=variant, cases=cases, looked_at=chosen.height)
 
 

@@ -11,6 +11,8 @@ from ctrkit.figures import Figure
 from ctrkit.metric_tables import FEW, UNSEEN
 from ctrkit.report_content import Activations, Content, Gallery
 
+MOST_COLUMNS = 90
+"""Columns of the chart of days."""
 SORTS = {"unseen_ad": "ads seen in training or not", "history": "behaviours in the history", "day": "day"}
 """Sort of slices → its title."""
 
@@ -90,7 +92,7 @@ def make_figures(content: Content) -> list[Figure]:
         title = f"Ads on which {content.errors.variant} is worst calibrated: predicted / observed clicks"
         made.append(Figure(name="calibration-by-ad", title=title, table=table, draw=draw, size=size))
     if content.days is not None and content.days.height:
-        table = content.days.with_columns(click_rate=pl.col("clicks") / pl.col("impressions"))
+        table = day_table(content.days)
         made.append(
             Figure(name="days", title="Impressions by day", table=table, draw=figures.day_columns, size=(7.2, 3))
         )
@@ -217,6 +219,21 @@ def shaped_categories(made: embedding_map.EmbeddingMap) -> list[str]:
     counts = made.ads.filter(pl.col("category") != "").group_by("category").len()
     names: list[str] = counts.sort(["len", "category"], descending=[True, False])["category"].to_list()
     return names[: len(charts.SHAPES)]
+
+
+def day_table(days: pl.DataFrame) -> pl.DataFrame:
+    """Return impressions, clicks and click rate by day; where there are more than `MOST_COLUMNS`, by runs of as many
+    days with samples each, from `first_day` to `last_day`, none across two splits."""
+    at_once = -(-days.height // MOST_COLUMNS)
+    run = pl.int_range(pl.len()).over("split") // at_once
+    summed = days.group_by(run.alias("run"), "split", maintain_order=True).agg(
+        first_day=pl.col("day").first(),
+        last_day=pl.col("day").last(),
+        impressions=pl.col("impressions").sum(),
+        clicks=pl.col("clicks").sum(),
+    )
+    rate = pl.col("clicks") / pl.col("impressions")
+    return summed.select("first_day", "last_day", "split", "impressions", "clicks", click_rate=rate)
 
 
 def neighbour_table(sheet: contact_sheet.ContactSheet) -> pl.DataFrame:

@@ -44,6 +44,7 @@ def render(recipe: Recipe, content: Content, made: Sequence[Figure]) -> str:
         slice_charts=slice_charts(tables.get("slices"), names),
         map=map_view(content, tables),
         days_chart=days_chart(tables.get("days")),
+        one_day_each="days" in tables and tables["days"].height == content.days.height,  # type: ignore[union-attr]
         split_colours={k: v for k, v in charts.SPLIT_COLOURS.items() if k},
         same=contact_sheet.SAME,
         figures=[figure.name for figure in made],
@@ -174,7 +175,9 @@ def days_chart(table: pl.DataFrame | None) -> Markup:
     """Draw the impressions of each day."""
     if table is None:
         return Markup("")
-    rows = [(r["day"], float(r["impressions"]), charts.SPLIT_COLOURS[r["split"]]) for r in table.iter_rows(named=True)]
+    rows = [
+        (r["first_day"], float(r["impressions"]), charts.SPLIT_COLOURS[r["split"]]) for r in table.iter_rows(named=True)
+    ]
     return charts.columns(rows, "impressions by day")
 
 

@@ -20,7 +20,7 @@ from ctrkit.gallery import Activation, Behaviour, Case, Thumbnails
 from ctrkit.metric_tables import read_metrics
 from ctrkit.recipe import Eval, ExtractImages, Recipe
 from ctrkit.report_content import Activations, Content, Errors, Gallery
-from ctrkit.report_figures import make_figures, slice_table
+from ctrkit.report_figures import day_table, make_figures, slice_table
 from ctrkit.report_page import render
 from ctrkit.surprises import TOO_HIGH, UNLIKELY
 
@@ -282,6 +282,18 @@ def test_slices_of_few_users_are_not_drawn(metrics):
     for one in [one for v in metrics["variants"].values() for one in v["slices"].values()]:
         one["users_kept"] = 3
     assert set(slice_table(metrics)["slice"]) == set(slices)
+
+
+def test_many_days_are_drawn_together():
+    split = ["train"] * 180 + ["test"] * 20
+    days = {"day": [f"d{k:03}" for k in range(200)], "split": split, "impressions": [10] * 200, "clicks": [1] * 200}
+    made = day_table(pl.DataFrame(days))
+    assert made.height == 60 + 7
+    assert made.row(0) == ("d000", "d002", "train", 30, 3, 0.1)
+    assert made.row(-1) == ("d198", "d199", "test", 20, 2, 0.1)
+    assert made["impressions"].sum() == 2000
+    few = day_table(pl.DataFrame(days).head(5))
+    assert few["first_day"].to_list() == few["last_day"].to_list() == days["day"][:5]
 
 
 def test_overfitting_is_told(recipe, metrics, tmp_path):

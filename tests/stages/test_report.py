@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ctrkit.cli import COMMANDS, main
+from tests import shop
 
 
 def run(*arguments):
@@ -327,9 +328,10 @@ def test_days_are_those_of_the_samples(whole):
     table = whole.csv("days")
     split = json.loads((whole.tiny.convert / "split.json").read_text())
     for row in table.iter_rows(named=True):
-        samples = pl.read_parquet(whole.tiny.convert / "samples" / f"day={row['day']}" / "*.parquet")
+        assert row["first_day"] == row["last_day"]
+        samples = pl.read_parquet(whole.tiny.convert / "samples" / f"day={row['first_day']}" / "*.parquet")
         assert (row["impressions"], row["clicks"]) == (samples.height, samples["click"].sum())
-        assert row["day"] in split[row["split"]]
+        assert row["first_day"] in split[row["split"]]
     assert table.height == sum(len(split[name]) for name in ("train", "valid", "test"))
 
 
@@ -377,6 +379,33 @@ def test_what_is_not_given_is_told(whole):
         assert told <= absent
         assert kept <= {p.stem for p in (whole.folder / "less-figures").iterdir()}
         assert "<img" not in out.read_text() or "--pictures" in words
+
+
+def test_a_recipe_without_pictures_and_one_variant(tmp_path):
+    recipe = "\n".join(line for line in shop.RECIPE.splitlines() if "image" not in line)
+    shop.write(tmp_path, recipe, **shop.random_rows(3))
+    shop.run_all(tmp_path, {"workers": 1})
+    common = ["--recipe", tmp_path / "recipe.toml", "--set", "train.model=base", "--set", "train.epochs=1"]
+    groups, model, scores = tmp_path / "groups", tmp_path / "model", tmp_path / "predictions.parquet"
+    given = ["--model", f"base={model}", "--predictions", f"base={scores}", "--convert", tmp_path / "convert"]
+    metrics = tmp_path / "metrics.json"
+    for words in (
+        ["train", *common, "--groups", groups, "--out", model],
+        ["predict", *common, "--groups", groups, "--model", model, "--out", scores],
+        ["eval", "--gauc", f"base={scores}", "--json", metrics],
+        ["report", *common, "--metrics", metrics, "--groups", groups, *given, "--out", tmp_path / "report.html"],
+    ):
+        result = run(*words)
+        assert result.exit_code == 0, (result.output, result.exception)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Not shown: this recipe has no pictures.") == 2  # attention, pictures alike
+    assert "none of the models given is a DIN" in page
+    assert "<img" not in page
+    goods = pl.read_csv(tmp_path / "report-figures" / "embedding-map.csv")
+    shown = pl.read_parquet(scores).group_by("ad").len().sort(["len", "ad"], descending=[True, False])
+    assert goods["ad"].to_list() == shown["ad"].to_list()
+    assert goods["image"].to_list() == [""] * goods.height
+    assert 'class="point"' in page
 
 
 def test_a_setting_that_names_nothing(whole):
