@@ -115,16 +115,16 @@ def test_the_gallery_by_category(made: Path, browser: Browser) -> None:
     with Watched(browser, made / "report.html") as watched:
         page = watched.page
         cases = page.locator("#attention .case")
-        every = [one.get_attribute("data-category") for one in cases.all()]
+        every = cases.evaluate_all("cs => cs.map(c => c.dataset.category)")
         names = page.locator("#attention-filter option").all_inner_texts()
         assert sorted(set(every)) == sorted(names[1:])
         assert len(names) > 2
         for name in names[1:]:
             page.select_option("#attention-filter", label=name)
-            seen = [one.get_attribute("data-category") for one in cases.all() if one.is_visible()]
+            seen = cases.evaluate_all("cs => cs.filter(c => c.checkVisibility()).map(c => c.dataset.category)")
             assert seen == [name] * every.count(name)
         page.select_option("#attention-filter", index=0)
-        assert all(one.is_visible() for one in cases.all())
+        assert cases.evaluate_all("cs => cs.every(c => c.checkVisibility())")
         assert watched.messages == []
 
 
@@ -146,7 +146,8 @@ def test_the_map_tells_what_is_under_the_pointer(width: int, made: Path, browser
         page.locator("#embedding-map").scroll_into_view_if_needed()
         assert not tip.is_visible()
         told = set()
-        for n in range(0, page.locator("#map .point").count(), 5):
+        marks = page.locator("#map .point").count()
+        for n in range(0, marks, marks // 6):
             point = page.locator("#map .point").nth(n)
             point.scroll_into_view_if_needed()
             box = point.bounding_box()
@@ -168,8 +169,9 @@ def test_the_map_by_user_and_category(made: Path, browser: Browser) -> None:
         page = watched.page
         points = page.locator("#map .point")
 
-        def fills() -> list[str | None]:
-            return [point.get_attribute("fill") for point in points.all()]
+        def fills() -> list[str]:
+            found: list[str] = points.evaluate_all("ps => ps.map(p => p.getAttribute('fill'))")
+            return found
 
         users = page.locator("#map-user option").count()
         assert users > 1
@@ -180,7 +182,7 @@ def test_the_map_by_user_and_category(made: Path, browser: Browser) -> None:
         categories = [ad[1] for ad in data["ads"]]
         page.select_option("#map-category", index=1)
         chosen = page.locator("#map-category option").nth(1).inner_text()
-        faded = ["off" in (point.get_attribute("class") or "").split() for point in points.all()]
+        faded = points.evaluate_all("ps => ps.map(p => p.classList.contains('off'))")
         assert faded == [category != chosen for category in categories]
         assert True in faded
         assert False in faded
