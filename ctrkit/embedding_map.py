@@ -108,7 +108,8 @@ def make_map(
                 parts = look.samples_S(ids)
                 if isinstance(network, DICM) and (picture_AD := network.pictures(batch)[0]) is not None:
                     parts.append(picture_AD)
-                vectors_AD = torch.cat(parts, 1).numpy().astype(np.float64)
+                if parts:
+                    vectors_AD = torch.cat(parts, 1).numpy().astype(np.float64)
         users.append(user)
     if not users or not vectors_AD.shape[1]:
         return None

@@ -157,11 +157,11 @@ def choose_cases(weights: pl.DataFrame, cases: int, per_row: int, thumbnails: "T
     order = firsts + repeats
     if thumbnails is None or thumbnails.where is None:
         return order[:cases]
-    seen_ones: list[Case] = []
+    pictured: list[Case] = []
     for case in order:
-        if len(seen_ones) < cases and thumbnails.picture(case.ad_image) is not None:
-            seen_ones.append(case)
-    return [*seen_ones, *(case for case in order if case not in seen_ones)][:cases]
+        if len(pictured) < cases and thumbnails.picture(case.ad_image) is not None:
+            pictured.append(case)
+    return [*pictured, *(case for case in order if case not in pictured)][:cases]
 
 
 def _words(row: Mapping[str, Any]) -> dict[str, str]:

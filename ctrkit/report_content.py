@@ -12,6 +12,7 @@ from ctrkit import surprises as errors_of_models
 from ctrkit.batches import Schema
 from ctrkit.curves import read_metrics_lines
 from ctrkit.errors import UsageError, nearest
+from ctrkit.predictions import is_parquet
 from ctrkit.recipe import Feature, Recipe
 
 CATEGORY_NAMES = ("categor", "cate", "genre", "class")
@@ -153,6 +154,19 @@ def needs(sources: Sources, variant: str, *names: str) -> str:
     return f"Not shown: it needs {' and '.join(missing)}." if missing else ""
 
 
+def fitting(sources: Sources) -> dict[str, Path]:
+    """Return the models that were trained on the groups and features given, as far as sidecars tell: those of variants
+    with data of their own would give other scores here than `predict` did."""
+    made = {name: story.read_sidecar(path).get("content") for name, path in sources.named().items() if path is not None}
+
+    def fits(model: Path) -> bool:
+        read = story.read_sidecar(model).get("inputs", {})
+        known = [(read[name], made[name]) for name in ("groups", "features") if name in read and made.get(name)]
+        return all(then == now for then, now in known)
+
+    return {name: model for name, model in sources.models.items() if fits(model)}
+
+
 def looks_at_pictures(model: Path) -> bool:
     """Say whether a model directory holds a model that reads picture vectors."""
     train = files.read_json(model / "settings.json").get("train", {})
@@ -204,7 +218,7 @@ def make_gallery(
 ) -> Gallery | None:
     """Choose the cases of the attention gallery and read their weights."""
     settings = recipe.report
-    variant = gallery.choose_variant(recipe, sources.models) if settings.gallery_cases else None
+    variant = gallery.choose_variant(recipe, fitting(sources)) if settings.gallery_cases else None
     if variant is None:
         reason = "none of the models given has attention over pictures"
         why["attention"] = f"Not shown: {reason}." if has_pictures(sources.groups) else no_pictures()
@@ -231,7 +245,7 @@ def no_pictures() -> str:
 def make_activations(recipe: Recipe, sources: Sources, why: dict[str, str]) -> Activations | None:
     """Choose impressions, and read how much each of the user's behaviours is activated by the ad."""
     settings = recipe.report
-    variant = gallery.choose_activation(recipe, sources.models) if settings.activation_cases else None
+    variant = gallery.choose_activation(recipe, fitting(sources)) if settings.activation_cases else None
     if variant is None:
         why["activation"] = "Not shown: none of the models given is a DIN."
         return None
@@ -255,7 +269,7 @@ def make_activations(recipe: Recipe, sources: Sources, why: dict[str, str]) -> A
 def make_map(recipe: Recipe, sources: Sources, why: dict[str, str]) -> embedding_map.EmbeddingMap | None:
     """Map the ads by what a model has learned of them."""
     settings = recipe.report
-    variant = embedding_map.choose_variant(recipe, sources.models) if settings.map_ads else None
+    variant = embedding_map.choose_variant(recipe, fitting(sources)) if settings.map_ads else None
     if variant is None:
         why["map"] = "Not shown: none of the models given has embeddings of more than one number."
         return None
@@ -279,7 +293,10 @@ def make_map(recipe: Recipe, sources: Sources, why: dict[str, str]) -> embedding
         category=category_feature(recipe, Schema.read(sources.groups)),
     )
     if made is None:
-        why["map"] = f"Not shown: it takes {embedding_map.FEWEST} ads and a user with a history."
+        why["map"] = (
+            f"Not shown: it takes {embedding_map.FEWEST} ads, a user with a history, and a model that reads ids or "
+            "pictures of ads."
+        )
     return made
 
 
@@ -314,7 +331,7 @@ def make_sheet(
 
 def main_variant(recipe: Recipe, sources: Sources, metrics: dict[str, Any]) -> str | None:
     """Return the variant whose errors are shown: the gallery's, else, of those with predictions, the best by GAUC."""
-    named = gallery.choose_variant(recipe, sources.models)
+    named = gallery.choose_variant(recipe, fitting(sources))
     if named in sources.predictions:
         return named
     gauc = {name: metrics["variants"].get(name, {}).get("all", {}).get("gauc") for name in sources.predictions}
@@ -326,6 +343,9 @@ def make_errors(recipe: Recipe, sources: Sources, metrics: dict[str, Any], why: 
     variant = main_variant(recipe, sources, metrics) if recipe.report.surprises else None
     if variant is None:
         why["errors"] = "Not shown: no predictions were given."
+        return None
+    if not is_parquet(sources.predictions[variant]):
+        why["errors"] = "Not shown: the predictions are no Parquet file."
         return None
     columns = {"sample_id", "user", "ad", "day", "click", "score"}
     if lacking := columns - set(pl.read_parquet_schema(sources.predictions[variant])):

@@ -1,5 +1,6 @@
 """The report's figures as tables of numbers, which the page and `ctrkit.figures` draw."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -11,6 +12,8 @@ from ctrkit.figures import Figure
 from ctrkit.metric_tables import FEW, UNSEEN
 from ctrkit.report_content import Activations, Content, Gallery
 
+MOST_POINTS = 400
+"""Training losses of a variant that are drawn."""
 MOST_COLUMNS = 90
 """Columns of the chart of days."""
 SORTS = {"unseen_ad": "ads seen in training or not", "history": "behaviours in the history", "day": "day"}
@@ -123,7 +126,8 @@ def variant_names(content: Content) -> list[str]:
 
 def history_table(content: Content) -> pl.DataFrame:
     """Return the learning curves, a row a line of metrics.jsonl that is drawn. `loss` is the training loss since the
-    line before; `best` marks the validation of the highest GAUC, whose model is kept."""
+    line before (of very long trainings, the mean of several); `best` marks the validation of the highest GAUC, whose
+    model is kept."""
     schema = {
         "variant": pl.String,
         "step": pl.Int64,
@@ -137,7 +141,8 @@ def history_table(content: Content) -> pl.DataFrame:
     rows = []
     for name in variant_names(content):
         lines = content.histories.get(name, ())
-        between = [line for line in lines if "valid_gauc" not in line]
+        between = thinned([line for line in lines if "valid_gauc" not in line])
+        lines = sorted([*between, *(line for line in lines if "valid_gauc" in line)], key=lambda line: line["step"])
         gaucs = [line["valid_gauc"] for line in lines if line.get("valid_gauc") is not None]
         best = max(gaucs, default=None)
         for line in lines:
@@ -149,6 +154,13 @@ def history_table(content: Content) -> pl.DataFrame:
                     row["loss"] = None
             rows.append(row)
     return pl.DataFrame(rows, schema=schema)
+
+
+def thinned(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return lines of training loss, where there are more than `MOST_POINTS` means of as many consecutive ones each."""
+    at_once = -(-len(lines) // MOST_POINTS) or 1
+    runs = [lines[n : n + at_once] for n in range(0, len(lines), at_once)]
+    return [run[-1] | {"loss": sum(line["loss"] for line in run) / len(run)} for run in runs]
 
 
 def calibration_table(metrics: dict[str, Any]) -> pl.DataFrame:

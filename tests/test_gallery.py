@@ -124,7 +124,7 @@ def test_thumbnails_are_small_jpegs_and_missing_ones_none(tmp_path):
 
 def test_ads_without_a_picture_come_last(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png")
-    thumbnails = gallery.Thumbnails(tmp_path, ExtractImages(template="{image}.png", size=8))
+    thumbnails = gallery.Thumbnails(tmp_path, ExtractImages(template="{image}.png", size=64))
     three = weights((1, "a", 1, (0.9, 0.1)), (2, "b", 0, (0.5, 0.5)), (3, "c", 1, (0.6, 0.4)))
     assert [c.sample_id for c in gallery.choose_cases(three, 3, 1)] == [1, 3, 2]
     assert [c.sample_id for c in gallery.choose_cases(three, 3, 1, thumbnails)] == [2, 1, 3]

@@ -20,7 +20,7 @@ from ctrkit.gallery import Activation, Behaviour, Case, Thumbnails
 from ctrkit.metric_tables import read_metrics
 from ctrkit.recipe import Eval, ExtractImages, Recipe
 from ctrkit.report_content import Activations, Content, Errors, Gallery
-from ctrkit.report_figures import day_table, make_figures, slice_table
+from ctrkit.report_figures import day_table, history_table, make_figures, slice_table
 from ctrkit.report_page import render
 from ctrkit.surprises import TOO_HIGH, UNLIKELY
 
@@ -282,6 +282,18 @@ def test_slices_of_few_users_are_not_drawn(metrics):
     for one in [one for v in metrics["variants"].values() for one in v["slices"].values()]:
         one["users_kept"] = 3
     assert set(slice_table(metrics)["slice"]) == set(slices)
+
+
+def test_long_trainings_are_thinned(metrics):
+    lines = [{"step": n, "epoch": 1, "samples": n, "loss": float(n)} for n in range(1, 1001)]
+    lines.insert(500, {"step": 500, "epoch": 1, "samples": 500, "loss": 9.0, "valid_loss": 1.0, "valid_gauc": 0.6})
+    content = Content(metrics=metrics, thumbnails=Thumbnails(None, ExtractImages()), histories={"basic": lines})
+    made = history_table(content)
+    losses = made.filter(pl.col("loss").is_not_null())
+    assert losses["loss"].to_list()[:2] == [2.0, 5.0]
+    assert losses["step"].to_list()[-2:] == [999, 1000]
+    assert made.filter(pl.col("best")).select("step", "valid_gauc").rows() == [(500, 0.6)]
+    assert made["step"].is_sorted()
 
 
 def test_many_days_are_drawn_together():

@@ -268,19 +268,25 @@ def test_attention_and_activation_are_the_models(whole):
 
 
 def test_the_map_predicts_what_predict_does(whole):
-    """At the first impression of a user and day the map's click probability is that of predict."""
+    """Where an ad was really shown at the place of the user's first impression of the day, the map says what predict
+    does: position is the tiny shop's only feature of the scene."""
     table = whole.csv("embedding-map")
     users = [column for column in table.columns if column.startswith("ctr ")]
     assert len(users) == 3
     assert whole.section("embedding-map").count('class="point"') == table.height
     assert table["ad"].n_unique() == table.height
+    samples = pl.read_parquet(whole.tiny.convert / "samples" / "*" / "*.parquet").select("sample_id", "position")
     checked = 0
     for user in users:
-        made = whole.predictions("din").filter(pl.col("user") == user.removeprefix("ctr ")).sort("sample_id")
-        own = table.filter(pl.col("ad") == made["ad"][0])
-        assert own[user].to_list() == pytest.approx([made["score"][0]], abs=1e-6)
-        checked += own.height
-    assert checked == 3
+        made = (
+            whole.predictions("din").filter(pl.col("user") == user.removeprefix("ctr ")).join(samples, on="sample_id")
+        )
+        made = made.sort("sample_id").filter(pl.col("position") == pl.col("position").first())
+        both = table.select("ad", user).join(made, on="ad")
+        assert both[user].to_list() == pytest.approx(both["score"].to_list(), abs=1e-6)
+        checked += both.height
+    assert checked > 3
+    assert table.select(users).min_horizontal().n_unique() > 5
     ads = pl.read_csv(whole.tiny.folder / "raw" / "ads.csv").select("ad", "category", "image")
     joined = table.join(ads, on="ad", how="left", suffix="_of_log")
     assert joined["image"].to_list() == joined["image_of_log"].to_list()
@@ -406,6 +412,35 @@ def test_a_recipe_without_pictures_and_one_variant(tmp_path):
     assert goods["ad"].to_list() == shown["ad"].to_list()
     assert goods["image"].to_list() == [""] * goods.height
     assert 'class="point"' in page
+
+
+def test_predictions_that_are_text(made):
+    pl.read_parquet(made / "lr.parquet").write_csv(made / "lr.csv")
+    arguments = ["--metrics", made / "metrics.json", "--predictions", f"lr={made / 'lr.csv'}", "--out", made / "x.html"]
+    result = run("report", "--recipe", made / "r.toml", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "the predictions are no Parquet file" in (made / "x.html").read_text()
+
+
+def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
+    """A variant may have groups of its own: on these its weights and scores would be others than those predicted."""
+    shutil.copytree(whole.folder / "din", tmp_path / "din")
+    sidecar = tmp_path / "din" / "model.json"
+    told = json.loads(sidecar.read_text())
+    told["inputs"]["groups"] = "others"
+    sidecar.write_text(json.dumps(told))
+    given = ["--metrics", whole.metrics, *whole.tiny.reads(), "--pictures", whole.pictures]
+    given += [
+        "--model",
+        f"din={tmp_path / 'din' / 'model'}",
+        "--predictions",
+        f"din={tmp_path / 'din'}/predictions.parquet",
+    ]
+    result = run("report", "--recipe", whole.tiny.recipe, *given, "--out", tmp_path / "x.html")
+    assert result.exit_code == 0, result.output
+    figures = {p.stem for p in (tmp_path / "x-figures").iterdir()}
+    assert {"activation", "embedding-map"}.isdisjoint(figures)
+    assert {"surprises", "learning-curves"} <= figures
 
 
 def test_a_setting_that_names_nothing(whole):
