@@ -240,6 +240,18 @@ class GroupedData:
             if (frame := frame.filter(self._in_days)).height:
                 yield _block(frame, by_owner, self.schema)
 
+    def find(self, condition: pl.Expr, columns: Sequence[str] = ()) -> pl.DataFrame:
+        """Return these columns of the rows for which a condition on columns of groups/ holds, in file order, and
+        `block`, the place of each in the order of the blocks. Only those columns are read."""
+        found: list[pl.DataFrame] = []
+        before = 0
+        for file in self._files:
+            rows = pl.scan_parquet(file, row_index_name=_ROW).filter(condition, self._in_days).select(_ROW, *columns)
+            block = before + pl.col(_ROW).cast(pl.Int64) // self.schema.block_groups
+            found.append(rows.select(*columns, block=block).collect())
+            before += sum(of == file for of, _, _ in self._blocks)
+        return pl.concat(found)
+
     def block(self, frame: pl.DataFrame) -> Block:
         """Return rows as `frames` yields them, with `sample_id`, `click`, `group_id` and the features, as a block."""
         return _block(frame, self._by_owner(), self.schema)
@@ -284,6 +296,7 @@ class GroupedData:
             yield Block.concat(waiting)
 
 
+_ROW = "row of the file"
 _SHARED = ("user", "behaviour")
 _OWNERS: tuple[tuple[str, ...], ...] = (("user",), ("ad", "scene"), ("behaviour",))
 

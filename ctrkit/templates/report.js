@@ -87,7 +87,7 @@
   category.addEventListener("change", fade);
   map.addEventListener("pointermove", show);
   map.addEventListener("pointerdown", show);
-  map.addEventListener("pointerleave", hide);
+  map.addEventListener("pointerleave", function (event) { if (event.pointerType === "mouse") { hide(); } }); // a lifted finger leaves
   colour();
   fade();
 })();
