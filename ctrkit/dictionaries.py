@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from ctrkit import spool
@@ -57,11 +58,12 @@ def _merge(name: str, words_of: Sequence[pl.Series], folder: Path, in_order: boo
         order = spool.text_order(words)
         rank = np.empty(len(order) + 1, np.uint32)
         rank[0], rank[order + 1] = 0, np.arange(1, len(order) + 1)
-        pieces, words = [rank[piece] for piece in pieces], words.gather(order)
+        words = words.gather(order)
     begins = [0]
     with spool.whole(folder / f"{name}.map") as tmp, open(tmp, "wb") as f:
         for piece in pieces:
-            f.write(np.append(np.uint32(0), piece).astype(spool.smallest(words.len() + 1)).data)
+            codes = np.append(np.uint32(0), rank[piece] if in_order else piece)
+            f.write(codes.astype(spool.smallest(words.len() + 1), copy=False).data)
             begins.append(begins[-1] + len(piece) + 1)
     spool.write_frame(folder / f"{name}.words", words.rename("value").to_frame())
     return {"size": words.len() + 1, "begins": begins}
@@ -71,7 +73,7 @@ def _code_each(words_of: Sequence[pl.Series]) -> tuple[Sequence[Ints], pl.Series
     """Return the codes (UInt32) of each of several dictionaries' words in one of them all, and its words, String."""
     if words_of and words_of[0].dtype == pl.Int64 and (coded := spool.code_ranges(words_of)) is not None:
         return coded[0], coded[1].cast(pl.String)
-    pieces: Sequence[Ints] = []
+    pieces: list[npt.NDArray[np.uint32]] = []
     words = pl.Series("value", [], dtype=words_of[0].dtype if words_of else pl.String)
     waiting: list[pl.Series] = []
     for i, some in enumerate(words_of):
@@ -80,7 +82,9 @@ def _code_each(words_of: Sequence[pl.Series]) -> tuple[Sequence[Ints], pl.Series
             continue
         codes, together = spool.code(pl.concat([words, *waiting]))
         changed, *new = np.split(codes.astype(np.uint32), np.cumsum([words.len(), *(w.len() for w in waiting)])[:-1])
-        pieces = [*(changed[piece - 1] for piece in pieces), *new]
+        for at, piece in enumerate(pieces):
+            pieces[at] = changed[piece - 1]
+        pieces += new
         words, waiting = together, []
     return pieces, words.cast(pl.String)
 
