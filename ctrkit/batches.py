@@ -4,8 +4,9 @@ Letters in names: G groups (user, day) of a batch, S samples, B behaviours of it
 pairs, U distinct rows of an embedding table, N distinct pictures, F features, D width.
 """
 
+import dataclasses
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ctrkit.recipe import Feature
 Array = npt.NDArray[np.generic]
 Ints = npt.NDArray[np.int64]
 META = ("sample_id", "click")
+OF_THE_MODEL = {"width", "switch"}
+"""Keys of a feature that groups have nothing of."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,26 @@ class Schema:
             block_groups,
             float(str(data.get("negative_rate", 1.0))),
         )
+
+    def of_recipe(self, features: Mapping[str, Feature], groups: Path) -> "Schema":
+        """Return this schema with the widths and switches of a recipe's `[features]`, in the order of the groups.
+
+        Those decide what a model makes of the indexes. All else decides the indexes: where it differs, UserError.
+        """
+        again = "run ctrkit group again with this recipe (and what comes before it), or give the groups that it made"
+        differ = sorted(set(features) ^ set(self.features))
+        if differ:
+            fault = "has no feature" if differ[0] in features else "has a feature that the recipe lacks:"
+            raise UserError(f"{groups} {fault} {differ[0]!r}: {again}")
+        for name, own in self.features.items():
+            was, now = own.model_dump(exclude=OF_THE_MODEL), features[name].model_dump(exclude=OF_THE_MODEL)
+            for key in was:
+                if was[key] != now[key]:
+                    raise UserError(
+                        f"{groups} was made with features.{name}.{key} = {was[key]!r}, and the recipe says "
+                        f"{now[key]!r}: {again}"
+                    )
+        return dataclasses.replace(self, features={name: features[name] for name in self.features})
 
     def to_json(self) -> dict[str, object]:
         """Return a JSON object; `order` keeps the features' order in files whose keys are sorted."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ctrkit.errors import UsageError
+from ctrkit.errors import UsageError, UserError
 from ctrkit.progress import say
 
 
@@ -25,11 +25,25 @@ def resolve(name: str, setting: str = "device") -> str:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"{setting} = {name!r} is not a device; use 'auto', 'cpu' or 'cuda'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{setting} = {name!r} is not supported; use 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"{setting} = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"{setting} = {name!r}, but torch finds {torch.cuda.device_count()} GPU(s) here, from cuda:0")
     return str(device)
+
+
+@contextlib.contextmanager
+def memory_told(mend: str) -> Iterator[None]:
+    """Within the block, make of an error about memory that is not there the user's, which ends with what mends it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = (str(e).splitlines() or [""])[0]
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        raise UserError(f"there is not enough memory: {text.rpartition('] ')[2] or 'none is left'}. {mend}") from None
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import click
 from ctrkit import files, provenance
 from ctrkit.cli import main as ctrkit_command
 from ctrkit.errors import UsageError, nearest
-from ctrkit.recipe import Recipe, load
+from ctrkit.recipe import NO_CURVE, Recipe, load
 
 OUTPUTS = {
     "simulate": "raw",
@@ -201,6 +201,9 @@ class Graph:
         tables, curves = self._base.paper_tables.values(), self._base.curves.values()
         in_tables = dict.fromkeys(row.variant for table in tables for row in table.rows)
         in_curves = dict.fromkeys(row.variant for figure in curves for row in figure.rows)
+        for name in in_curves:
+            if not self._load(name).train.validation:
+                raise UsageError(f"variant {name!r}, which [curves] draws, has {NO_CURVE}")
         options: list[str] = []
         needs: list[Step] = []
         for name in in_tables:

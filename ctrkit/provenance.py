@@ -54,6 +54,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "tables": ("tables", "curves", "eval", "name", "about"),
     "daily": ("daily", "eval", "name"),
 }
+FOLDERS = frozenset(["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "tables", "daily"])
+"""Stages whose output is a folder; that of the others is a file."""
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
 """Input → the stage that makes such a folder. Where it has a sidecar, it must be as that stage left it."""
 MARKS = {"simulate": "truth.parquet", "convert": "split.json", "group": "schema.json", "train": "model.pt"}
@@ -299,7 +301,7 @@ def output(
         )
         known.save()
         raise Checked(fresh)
-    _guard(inputs, target)
+    _guard(stage, inputs, target)
     if beside is not None:
         _guard_beside(target, beside)
     with files.locked(target):
@@ -362,18 +364,24 @@ def _parts_folder(target: Path, key: str) -> Path:
     return folder
 
 
-def _guard(inputs: Inputs, target: Path) -> None:
-    """Refuse to write over an input, or over a folder that is somebody else's. A run's own folder is the run's."""
+def _guard(stage: str, inputs: Inputs, target: Path) -> None:
+    """Refuse to write over an input or into one, over what is of another kind than the output, or over a folder that is
+    somebody else's. A run's own folder is the run's."""
     for name, path in inputs.items():
         if path is not None and path.exists() and target.exists() and path.samefile(target):
             raise UserError(f"{target} is an input ({name}) and would be written over; name another output")
-    if os.environ.get("CTRKIT_UNLESS_FRESH") or not target.is_dir() or not any(target.iterdir()):
-        return
-    if not files.is_ours(target):
+        if path is not None and stage in FOLDERS and files.is_inside(target, path):
+            raise UserError(f"{target} lies in an input ({name}: {path}), which it would change; name another output")
+    runs = bool(os.environ.get("CTRKIT_UNLESS_FRESH"))
+    if not runs and target.is_dir() and any(target.iterdir()) and not files.is_ours(target):
         raise UserError(
             f"{target} is a folder that ctrkit did not write (no {files.sidecar_path(target).name} beside it), and all "
             "in it would be lost; name another output, or remove the folder yourself"
         )
+    there = "a folder" if target.is_dir() else "a file" if target.is_file() else "neither a file nor a folder"
+    wanted = "a folder" if stage in FOLDERS else "a file"
+    if target.exists() and there != wanted and read_sidecar(target).get("stage") != stage:
+        raise UsageError(f"{target} is {there}, and {wanted} is to be written; name another output")
 
 
 def _guard_beside(target: Path, beside: Path) -> None:

@@ -83,6 +83,8 @@ class Trainer:
     """Parquet file to be written if loss or gradient are not finite: the batch whose were not."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """The lines of metrics.jsonl."""
+    output: Path | None = None
+    """Whose curves they are: those of an earlier training of the same output give way."""
 
     def __post_init__(self) -> None:
         self.config = self.model.plan.train
@@ -137,7 +139,7 @@ class Trainer:
             self._somewhere(),
             self._threads(),
             Meter("train", n_samples * self.config.epochs, "samples", done=self.samples) as meter,
-            Board(self.tensorboard, self.steps) as board,
+            Board(self.tensorboard, self.steps, self.output) as board,
         ):
             self._saved = time.monotonic()
             self._told = self._saved, self.samples

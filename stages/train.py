@@ -13,6 +13,8 @@ from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
+SMALLER = "Make [train] batch smaller, or extractor, tower, attention, or the features' width"
+
 
 @click.command("train")
 @recipe_options
@@ -73,6 +75,10 @@ def command(
         "vocabulary of warm start": vocabularies[0],
         "vocabulary": vocabularies[1],
     }
+    if tensorboard is not None:
+        for name, path in {"--out": out, **{name: path for name, path in inputs.items() if path is not None}}.items():
+            if tensorboard.resolve() == path.resolve() or path.resolve() in tensorboard.resolve().parents:
+                raise UsageError(f"--tensorboard {tensorboard} lies in {path} ({name}); name a folder elsewhere")
     bad_batch = out.with_name(f"{out.name}.bad-batch.parquet")
     with provenance.output("train", recipe, inputs, out) as work:
         import time
@@ -85,19 +91,21 @@ def command(
 
         device = devices.resolve(config.device, "train.device")
         devices.set_up(device, config.threads)
-        schema = Schema.read(groups)
+        schema = Schema.read(groups).of_recipe(recipe.features, groups)
+        modelfile.check_conversion(convert, schema, groups)
         pictures = modelfile.open_pictures(config, features, convert)
         days = training_days.days_of(groups, "train")
         span = training_days.choose(config, days)
         whole = span == (days[0], days[-1])
         counts = modelfile.read_counts(groups, schema) if whole else training_days.read_counts(groups, schema, span)
-        model = modelfile.build(config, schema, counts, pictures)
+        with devices.memory_told(SMALLER):
+            model = modelfile.build(config, schema, counts, pictures)
         decides = [
             config.model_dump(mode="json", exclude={"checkpoint_minutes", "save_optimiser", "device"}),
             [torch.device(device).type, work.inputs, recipe.tables("features")],
             [provenance.code_digest("train"), provenance.versions()],
         ]
-        kept = checkpoints.Checkpoints(checkpoints.folder(out, decides))
+        kept = checkpoints.of_output(out, decides)
         last = kept.latest()
         if pictures is not None and last is None:
             pictures.fit(None if whole else counts["image"])
@@ -114,8 +122,9 @@ def command(
             valid = GroupedData(groups, "valid", model.plan.features)
             seen["valid"] = held_out[0], held_out[-1]
         users = training.sample_users(valid) if valid else None
-        with devices.lock(device):
+        with devices.lock(device), devices.memory_told(SMALLER):
             trainer = training.Trainer(model, counts, train, valid, users, kept, tensorboard, bad_batch)
+            trainer.output = out
             if last is not None:
                 trainer.resume(last)
             elif source is not None and config.warm_optimiser:
@@ -128,6 +137,8 @@ def command(
             split: {"first": str(first), "last": str(last)} for split, (first, last) in seen.items()
         }
         days_seen["train"]["samples"] = len(train)
+        if warmed is not None:
+            days_seen["before"] = {"last": str(warmed.until)}
         modelfile.save(model, work.path, {"pictures": backbone, "days": days_seen})
         if config.save_optimiser:
             modelfile.save_optimiser(trainer.optimiser_state(), work.path)
