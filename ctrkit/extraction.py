@@ -23,6 +23,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import xxhash
 from torch import Tensor
@@ -72,16 +74,17 @@ def read_vocabulary(path: Path, folder: Path | None = None) -> Vocabulary:
         raise UserError(f"{path} is not there: has the recipe a feature of kind 'image', and is convert done?")
     images, counts = Texts(folder=folder), Table(np.int64, folder)
     try:
-        rows = pl.scan_parquet(path, glob=False).select("value", "index", pl.col("count").cast(pl.Int64))
         before = -1
-        for some in rows.collect_batches(chunk_size=SLICE, maintain_order=True):
+        columns = ["value", "index", "count"]
+        for batch in pq.ParquetFile(path).iter_batches(SLICE, columns=columns, use_threads=False):
+            some = pl.DataFrame(batch).cast({"count": pl.Int64})
             index = some["index"].to_numpy()
             if len(some) and not (np.diff(index, prepend=before).astype(np.int64) > 0).all():
                 raise UserError(f"{path} is not in the order of its index, as convert writes it; run convert again")
             before = int(index[-1]) if len(some) else before
             images.extend(some["value"])
             counts.append(some["count"].to_numpy())
-    except (pl.exceptions.PolarsError, OSError) as e:
+    except (pl.exceptions.PolarsError, pa.ArrowException, KeyError, OSError) as e:
         if files.no_room(e):
             raise
         reason = str(e).splitlines()[0]

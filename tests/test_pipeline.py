@@ -84,7 +84,7 @@ def test_what_follows_a_change_of_the_recipe(run: Run) -> None:
 
 def test_a_setting_changed_and_set_back(run: Run) -> None:
     before, others = run.contents(), run.times("pictures")
-    run.make("predict", "SET=variants.basic.train.epochs=2")
+    run.make("predict", "SET=variants.basic.train.learning_rate=0.004")
     there = run.contents()
     assert {name for name in there if there[name] != before[name]} == {
         "basic/model/metrics.jsonl",
