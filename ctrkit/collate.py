@@ -26,6 +26,7 @@ class Collator:
     tables: width → embedding table.
     pictures: the picture vectors, if the model looks at any.
     unknown_rate: see `ctrkit.id_masks.unknown_mask`; 0 outside training.
+    rows_only: name the rows of pictures and do not read their vectors, for somebody else does.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class Collator:
         pictures: PictureVectors | None,
         counts: Mapping[str, npt.NDArray[np.int64]] | None = None,
         unknown_rate: float = 0.0,
+        *,
+        rows_only: bool = False,
     ) -> None:
         self.plan, self.tables, self.pictures = plan, tables, pictures
-        self.counts, self.unknown_rate = counts or {}, unknown_rate
+        self.counts, self.unknown_rate, self.rows_only = counts or {}, unknown_rate, rows_only
         self._place_V: dict[int, npt.NDArray[np.int32]] = {}
         self._lock = threading.Lock()
 
@@ -76,7 +79,9 @@ class Collator:
             if name and self.pictures is not None:
                 column = (block.sample if name == self.plan.ad_image else block.behaviour)[name]
                 assert isinstance(column, np.ndarray)
-                batch.picture_NW[name], batch.picture_index[name] = self.pictures.gather(column)
+                batch.picture_row[name], batch.picture_index[name] = self.pictures.distinct(column)
+                if not self.rows_only:
+                    batch.picture_NW[name] = self.pictures.vectors(batch.picture_row[name].numpy())
         return batch
 
     def _ids(self, block: Block, batch: Batch, seed: Sequence[int] | None) -> None:
@@ -139,13 +144,13 @@ class Collator:
     def _distinct(self, width: int, rows: Ints) -> tuple[Ints, Ints]:
         """Return the distinct rows, rising, and the place of each row in them: `np.unique` with an inverse, in a third
         of its time, by a table that has room for a place of each row of the embedding table."""
-        ordered = np.sort(rows.astype(np.int32 if len(self.tables[width].weight_VD) < 1 << 31 else np.int64))
+        ordered = np.sort(rows.astype(np.int32 if self.tables[width].n_rows < 1 << 31 else np.int64))
         first = np.ones(len(ordered), np.bool_)
         np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
         distinct_U = ordered[first].astype(np.int64)
         with self._lock:
             if width not in self._place_V:
-                self._place_V[width] = np.empty(len(self.tables[width].weight_VD), np.int32)
+                self._place_V[width] = np.empty(self.tables[width].n_rows, np.int32)
             place_V = self._place_V[width]
             place_V[distinct_U] = np.arange(len(distinct_U), dtype=np.int32)
             return distinct_U, place_V[rows].astype(np.int64)
