@@ -54,19 +54,20 @@ class DataParallel:
         wrapped.register_comm_hook(self, _sum)  # DDP's own hook takes the mean over ranks
         return wrapped
 
-    def share(self, block: Block) -> Block:
-        """Return this rank's share of a batch: neighbouring groups, cut where the samples are most evenly shared."""
-        offsets = block.sample_offsets
-        targets = block.n_samples * np.arange(self.ranks.count + 1) / self.ranks.count
-        after = np.searchsorted(offsets, targets)
-        before = np.maximum(after - 1, 0)
-        cuts = np.where(targets - offsets[before] <= offsets[after] - targets, before, after)
-        first, last = cuts[self.ranks.rank], cuts[self.ranks.rank + 1]
-        return block.samples(int(offsets[first]), int(offsets[last]))
-
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' tensors. A collective, between steps."""
         return summed(x, self.between)
+
+
+def share(block: Block, ranks: Ranks) -> Block:
+    """Return a rank's share of a batch: neighbouring groups, cut where the samples are most evenly shared."""
+    offsets = block.sample_offsets
+    targets = block.n_samples * np.arange(ranks.count + 1) / ranks.count
+    after = np.searchsorted(offsets, targets)
+    before = np.maximum(after - 1, 0)
+    cuts = np.where(targets - offsets[before] <= offsets[after] - targets, before, after)
+    first, last = cuts[ranks.rank], cuts[ranks.rank + 1]
+    return block.samples(int(offsets[first]), int(offsets[last]))
 
 
 def _group(backend: str) -> dist.ProcessGroup:

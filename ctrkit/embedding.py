@@ -67,8 +67,9 @@ class Table:
             known = torch.from_numpy(np.asarray(counts[name], np.float64)).to(dtype)
             n_V[self.offsets[name] + 1 : self.offsets[name] + size] = known[1:size].clamp(min=1.0)
         self.count_V = torch.cat([n_V[:1], self.own(n_V)]) if self.sharded else n_V
-        self.m_VD = torch.zeros_like(self.weight_VD)
-        self.v_VD = torch.zeros_like(self.weight_VD)
+        # Written, not `zeros`, whose pages come one by one, by a fault each, when a step first touches them.
+        self.m_VD = torch.full_like(self.weight_VD, 0.0)
+        self.v_VD = torch.full_like(self.weight_VD, 0.0)
         self.step = 0
 
     @property

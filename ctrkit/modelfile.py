@@ -162,13 +162,21 @@ def build(
     return TrainedModel(plan, network, tables, pictures)
 
 
-def open_pictures(train: Train, features: Path | None, convert: Path | None) -> PictureVectors | None:
-    """Return the picture vectors that the model needs, or None."""
+def open_pictures(
+    train: Train, features: Path | None, convert: Path | None, ranks: Ranks = ALONE
+) -> PictureVectors | None:
+    """Return the picture vectors that the model needs, or None. Several ranks share the memory that one may take."""
     if not train.looks_at_pictures:
         return None
     if features is None or convert is None:
         raise UserError("this model looks at pictures: give --features (made by `ctrkit extract-images`) and --convert")
-    return PictureVectors(features, convert, shuffle=train.shuffle_pictures, has_picture=train.has_picture)
+    return PictureVectors(
+        features,
+        convert,
+        shuffle=train.shuffle_pictures,
+        has_picture=train.has_picture,
+        sharing=ranks.count,
+    )
 
 
 def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
@@ -219,7 +227,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
             f"{schema.vocab_digest[:8]} and {here.vocab_digest[:8]}): its ids would mean other things. Train it again "
             "on these groups, or make the groups with the vocabulary it was trained with."
         )
-    pictures = open_pictures(train, features, convert)
+    pictures = open_pictures(train, features, convert, ranks)
     if pictures is not None:
         _check_pictures(pictures, settings, folder)
     nothing = {v: np.zeros(n, np.int64) for v, n in schema.vocab_sizes.items()}

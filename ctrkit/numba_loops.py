@@ -52,13 +52,25 @@ def compiled(*signatures: str) -> Callable[[F], F]:
     there is no such place either, every process compiles for itself.
     """
 
+    return _decorator(list(signatures))
+
+
+def compiled_as_called(*fastmath: str) -> Callable[[F], F]:
+    """Compile a function for the types that it is called with, when it first is, or load what was compiled before.
+
+    Multiplications and additions may fuse; `fastmath` names what else may be done to floating-point arithmetic.
+    """
+    return _decorator(None, fastmath={"contract", *fastmath}, error_model="numpy")
+
+
+def _decorator(signatures: list[str] | None, **options: Any) -> Callable[[F], F]:
     import numba
 
     def decorate(function: F) -> F:
         try:
-            made: Any = numba.njit(list(signatures), cache=True, nogil=True, boundscheck=False)(function)
+            made: Any = numba.njit(signatures, cache=True, nogil=True, boundscheck=False, **options)(function)
         except RuntimeError:
-            made = numba.njit(list(signatures), nogil=True, boundscheck=False)(function)
+            made = numba.njit(signatures, nogil=True, boundscheck=False, **options)(function)
         return cast(F, made)
 
     return decorate

@@ -36,12 +36,21 @@ class PictureVectors:
     convert: the folder that `ctrkit convert` wrote, for its vocabulary `image`.
     shuffle: give each picture another picture's vector, a control.
     has_picture: add a last coordinate, 1 for a picture that has a vector and 0 otherwise.
+    sharing: processes that share the memory in which features are held.
     """
 
-    def __init__(self, features: Path, convert: Path, *, shuffle: bool = False, has_picture: bool = False) -> None:
+    def __init__(
+        self,
+        features: Path,
+        convert: Path,
+        *,
+        shuffle: bool = False,
+        has_picture: bool = False,
+        sharing: int = 1,
+    ) -> None:
         self.has_picture = has_picture
         seed = CONTROL_SEED if shuffle else None
-        self.store = FeatureStore(features, shuffle_seed=seed, cache_bytes=MEMORY_LIMIT)
+        self.store = FeatureStore(features, shuffle_seed=seed, cache_bytes=MEMORY_LIMIT // sharing)
         self._vocabulary = convert / "vocab" / "image.parquet"
         vocab = pl.read_parquet(self._vocabulary)
         row_V = np.full(int(vocab["index"].max() or 1) + 1, -1, np.int64)  # type: ignore[arg-type]

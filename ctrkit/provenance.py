@@ -379,7 +379,7 @@ def _guard(inputs: Inputs, target: Path) -> None:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide bytes."""
     found = {"python": platform.python_version()}
-    for package in ("ctrkit", "torch", "torchvision", "polars", "numpy", "h5py", "pillow"):
+    for package in ("ctrkit", "torch", "torchvision", "polars", "numpy", "numba", "h5py", "pillow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -12,6 +12,7 @@ import torch
 
 from ctrkit.batches import Block, GroupedData
 from ctrkit.collate import Collator
+from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
 from ctrkit.feature_service import gather
 from ctrkit.modelfile import TrainedModel, load
@@ -50,7 +51,7 @@ def scores(model: TrainedModel, data: GroupedData, batch: int, label: str = "") 
     quiet = service is not None and service.parallel.ranks.rank > 0
     with Meter(label, len(data), "samples", quiet=quiet) if label else contextlib.nullcontext() as meter:
         for block in data.epoch(batch):
-            own = block if service is None else service.parallel.share(block)
+            own = block if service is None else share(block, service.parallel.ranks)
             made = collate(own).to(model.device)
             if service is not None:
                 service.prepare(made, training=False)

@@ -24,6 +24,7 @@ from ctrkit.bad_batches import BadBatch
 from ctrkit.batches import Block, GroupedData
 from ctrkit.checkpoints import Checkpoint, Checkpoints
 from ctrkit.collate import Collator
+from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
 from ctrkit.feature_service import Rows, gather
 from ctrkit.gauc import gauc
@@ -291,7 +292,7 @@ class Trainer:
             yield batch
 
     def _share(self, block: Block) -> Block:
-        return block if self.service is None else self.service.parallel.share(block)
+        return block if self.service is None else share(block, self.ranks)
 
     def _count(self, loss: Tensor, samples: int) -> None:
         self.batch += 1

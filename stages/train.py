@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ctrkit import launch, provenance
+from ctrkit import launch, provenance, waiting
 from ctrkit.errors import UsageError
 from ctrkit.options import path_option, rank_options, recipe_options
 from ctrkit.progress import say
@@ -88,6 +88,7 @@ def command(
     if launch.wanted(nproc or config.processes):
         raise click.exceptions.Exit(launch.launch(nproc or config.processes, max_restarts))
     bad_batch = out.with_name(f"{out.name}.bad-batch.parquet")
+    waiting.wait_briefly()
     job = Job(recipe, groups, features, convert, warm_start, vocabularies, tensorboard, out, bad_batch)
     ranks = Ranks.of_environment()
     with ranks.joined():
@@ -141,7 +142,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     if config.compile and ranks.count > 1:
         raise UsageError("train.compile = true is for one process; leave it out, or train without --nproc and torchrun")
     schema = Schema.read(groups)
-    pictures = modelfile.open_pictures(config, job.features, job.convert)
+    pictures = modelfile.open_pictures(config, job.features, job.convert, ranks)
     days = training_days.days_of(groups, "train")
     span = training_days.choose(config, days)
     whole = span == (days[0], days[-1])

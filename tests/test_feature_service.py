@@ -1,9 +1,11 @@
 """Training by 2 and 4 real processes against the plain Trainer of one: the same losses, predictions and tables."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from ctrkit import training
 from ctrkit.batches import GroupedData, Schema
 from ctrkit.data_parallel import DataParallel
 from ctrkit.embedding import Table
+from ctrkit.errors import UserError
 from ctrkit.feature_service import FeatureService
 from ctrkit.modelfile import build, open_pictures, read_counts
 from ctrkit.placement import spreads_pictures
@@ -66,8 +69,8 @@ def write(folder: Path) -> None:
     write_image_vocabulary(folder / "convert", [f"p{i}" for i in range(n)], [1] * n)
 
 
-def trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Train for so many steps; return what came of it."""
+def trainer(config: Train, ranks: Ranks, folder: Path) -> training.Trainer:
+    """Return the trainer of a rank, as the stage makes it."""
     groups = folder / "groups"
     schema = Schema.read(groups)
     counts = read_counts(groups, schema)
@@ -83,7 +86,13 @@ def trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, 
         pictures.fit(counts["image"])
     valid = GroupedData(groups, "valid", model.plan.features)
     users = training.sample_users(valid)
-    made = training.Trainer(model, counts, GroupedData(groups, "train", model.plan.features), valid, users)
+    return training.Trainer(model, counts, GroupedData(groups, "train", model.plan.features), valid, users)
+
+
+def trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Train for so many steps; return what came of it."""
+    made = trainer(config, ranks, folder)
+    model = made.model
     losses: list[float] = []
     empty = 0
     step = made.step
@@ -99,7 +108,8 @@ def trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, 
 
     made.step = counted  # type: ignore[method-assign]
     made.run()
-    score, _ = all_scores(model, valid, 7)
+    assert made.valid is not None
+    score, _ = all_scores(model, made.valid, 7)
     tensors = {**model.tensors(), **made.optimiser_state()}
     plain = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
     out = {"losses": losses, "empty": empty, "records": made.records, "scores": score}
@@ -110,7 +120,40 @@ def trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, 
 
 def every_case(ranks: Ranks, folder: Path) -> dict[str, Any]:
     cases, steps = (SHORT, FEW) if ranks.count == 3 else (CASES, STEPS)
-    return {name: trained(Train(**{**SMALL, **case}), steps, ranks, folder) for name, case in cases.items()}
+    found: dict[str, Any] = {
+        name: trained(Train(**{**SMALL, **case}), steps, ranks, folder) for name, case in cases.items()
+    }
+    return found | {"spoilt": spoilt(ranks, folder)}
+
+
+def spoilt(ranks: Ranks, folder: Path) -> tuple[str, str]:
+    """Train until the fourth step, in which a weight is not a number; return which error comes, and its text."""
+    made = trainer(Train(**{**SMALL, "model": "lr"}), ranks, folder)
+    made.bad_batch = folder / f"bad-{ranks.count}-{ranks.rank}.parquet"
+    step = made.step
+
+    def spoiling(batch: Any) -> torch.Tensor:
+        if made.steps == 3:
+            made.model.network.bias.data.fill_(math.nan)  # type: ignore[operator, union-attr]
+        return step(batch)
+
+    made.step = spoiling  # type: ignore[method-assign]
+    with pytest.raises(UserError) as error:
+        made.run()
+    return type(error.value).__name__, error.value.message
+
+
+def test_a_step_that_is_not_finite_is_told_by_the_first_rank(folder: Path, found: dict[int, list[Any]]) -> None:
+    one = spoilt(ALONE, folder)
+    whole = pl.read_parquet(folder / "bad-1-0.parquet")
+    assert whole.height == BATCH
+    for count, ranks in found.items():
+        first, *others = (rank["spoilt"] for rank in ranks)
+        assert first[0] == "UserError"
+        assert first[1] == one[1].replace("bad-1-0", f"bad-{count}-0")
+        assert [kind for kind, _ in others] == ["ToldByFirst"] * (count - 1)
+        assert pl.read_parquet(folder / f"bad-{count}-0.parquet").equals(whole)
+        assert not (folder / f"bad-{count}-1.parquet").exists()
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ class Pairs:
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], sample_P: Tensor, behaviour_P: Tensor, *, softmax: bool, scale: float
+        self, modules: Sequence[nn.Module], sample_P: Tensor, behaviour_P: Tensor, softmax: bool, scale: float
     ) -> None:
         self.modules, self.sample_P, self.behaviour_P = modules, sample_P, behaviour_P
         self.softmax, self.scale = softmax, scale
@@ -264,8 +264,20 @@ class Pairs:
                     moments.add(h_CH, room)
         return moments
 
-    def backward(self, dlogit_P: Tensor) -> list[Tensor | None]:
-        """Return the gradients of what `take` took, from those of the logits; None in v's place."""
+    def forward(self, keep: bool) -> tuple[Tensor, Tensor]:
+        """Return ([S, E], [P]): Σ w·v over the pairs of each sample, and w; `keep` what the way back needs."""
+        w_P = self.logits(keep).mul_(self.scale)
+        if self.softmax:
+            w_P = segment_softmax(w_P, self.sample_P, len(self.h_SH))
+        return self.weigh(w_P), w_P
+
+    def backward(self, w_P: Tensor, dout_SE: Tensor) -> list[Tensor | None]:
+        """Return the gradients of what `take` took, from those of the sum."""
+        dw_P, dv_BE = self.weigh_back(w_P, dout_SE)
+        if self.softmax:
+            mean_S = segment_sum(dw_P * w_P, self.sample_P, len(dout_SE))
+            dw_P = dw_P.sub_(mean_S.index_select(0, self.sample_P)).mul_(w_P)
+        dlogit_P = dw_P.mul_(self.scale)
         waiting = {begin - 1: torch.empty_like(self.into[begin - 1]) for begin, _ in self.sweeps if begin}
         for begin, end in reversed(self.sweeps):
             self.sweep_back(begin, end, dlogit_P, waiting)
@@ -275,7 +287,7 @@ class Pairs:
         out: list[Tensor | None] = [self.sum("h_S", *self.h_SH.shape), self.sum("h_B", *self.h_BH.shape)]
         for name, x in (("q", self.q_SD), ("k", self.k_BD), ("product", self.product_HD)):
             out.append(None if x is None else self.sum(name, *x.shape))
-        out.append(None)
+        out.append(dv_BE)
         for layer in range(self.depth):
             n = self.acts[layer].n_sums
             out.append(self.sum(f"act {layer}", n, self.widths[layer])[0] if n else None)
@@ -332,14 +344,15 @@ class Attend(torch.autograd.Function):
     """`attend` after the projections."""
 
     @staticmethod
-    def forward(ctx: Any, pairs: Pairs, keep: bool, *tensors: Tensor | None) -> Tensor:
-        """Return [S, E]. `tensors`: h_SH, h_BH, q_SD, k_BD, product_HD (these three or none), v_BE, a slope (or None) a
-        hidden layer, then matrix and bias of each layer after the first."""
+    def forward(ctx: Any, pairs: Any, keep: bool, *tensors: Tensor | None) -> Tensor:
+        """Return [S, E].
+
+        `pairs`: a `Pairs`, or what does the same another way. `tensors`: h_SH, h_BH, q_SD, k_BD, product_HD (these
+        three or none), v_BE, a slope (or None) a hidden layer, then matrix and bias of each layer after the first.
+        """
         pairs.take(tensors)
-        w_P = pairs.logits(keep).mul_(pairs.scale)
-        if pairs.softmax:
-            w_P = segment_softmax(w_P, pairs.sample_P, len(pairs.h_SH))
-        out_SE = pairs.weigh(w_P)
+        out_SE: Tensor
+        out_SE, w_P = pairs.forward(keep)
         pairs.drop()
         if keep:
             ctx.save_for_backward(*tensors, w_P)
@@ -348,14 +361,9 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_SE: Tensor) -> Any:
-        pairs: Pairs = ctx.pairs
+        pairs = ctx.pairs
         *tensors, w_P = ctx.saved_tensors
         pairs.take(tensors)
-        dw_P, dv_BE = pairs.weigh_back(w_P, dout_SE)
-        if pairs.softmax:
-            mean_S = segment_sum(dw_P * w_P, pairs.sample_P, len(dout_SE))
-            dw_P = dw_P.sub_(mean_S.index_select(0, pairs.sample_P)).mul_(w_P)
-        found = pairs.backward(dw_P.mul_(pairs.scale))
-        found[5] = dv_BE
+        found = pairs.backward(w_P, dout_SE)
         pairs.drop()
         return (None, None, *found)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ctrkit.models.layers import Dice, PReLU, activation, mlp, segment_softmax, segment_sum
 from ctrkit.models.pair_blocks import Attend, Pairs
+from ctrkit.models.pair_threads import CompiledPairs, loops
 
 
 class PairMLP(nn.Module):
@@ -63,15 +64,18 @@ def attend(
 ) -> Tensor:
     """Return [S, E]: Σ w·v over the pairs of each sample, w = scale·unit(q, k), or its softmax over them.
 
-    A sample without pairs has the zero vector. In blocks (`ctrkit.models.pair_blocks`), without second derivatives;
-    under torch.compile and autocast as `attend_plain`.
+    A sample without pairs has the zero vector. In blocks (`ctrkit.models.pair_threads` where Numba is installed, else
+    `pair_blocks`), without second derivatives; under torch.compile and autocast as `attend_plain`.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(q_SD.device.type):
         return attend_plain(unit, q_SD, k_BD, v_BE, sample_P, behaviour_P, softmax=softmax, scale=scale)
     activations = [unit.act, *list(unit.rest)[1::2]]
     product_HD = unit.weight["p"] if "p" in unit.parts else None
+    # The loops know nothing of other ranks' rows, which Dice's statistics are to be of.
+    over_ranks = any(isinstance(module, Dice) and module.group is not None for module in activations)
+    run, how = None if over_ranks else loops(q_SD), (activations, sample_P, behaviour_P, softmax, scale)
     out_SE: Tensor = Attend.apply(
-        Pairs(activations, sample_P, behaviour_P, softmax=softmax, scale=scale),
+        Pairs(*how) if run is None else CompiledPairs(run, *how),
         torch.is_grad_enabled(),
         *unit.project(q_SD, k_BD),
         *((None, None) if product_HD is None else (q_SD, k_BD)),

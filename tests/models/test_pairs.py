@@ -1,13 +1,17 @@
-"""Attention in blocks against the same written plainly, in float64: values, every gradient, Dice's running averages."""
+"""Attention in blocks against the same written plainly, in float64: values, every gradient, Dice's running averages.
+
+With and without compiled loops.
+"""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ctrkit.models import pair_blocks
+from ctrkit import numba_loops
+from ctrkit.models import pair_blocks, pair_threads
 from ctrkit.models.layers import Dice, PReLU
 from ctrkit.models.pairs import PairMLP, attend, attend_plain
 
@@ -19,6 +23,24 @@ LENGTHS = {
     "ends without history": ([1, 2, 1], [0, 7, 0]),
 }
 """Groups: samples and behaviours of each."""
+
+
+@pytest.fixture(params=["torch", "compiled"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Without Numba's loops, and with them by two threads."""
+    if request.param == "compiled":
+        pytest.importorskip("numba", exc_type=ImportError)
+    else:
+        monkeypatch.setattr(numba_loops, "load", lambda module: None)
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pairs_of(samples: Sequence[int], behaviours: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -75,6 +97,7 @@ def test_blocks_are_the_plain_form(
         pairs, leaves = pairs_of(*lengths), inputs(sum(lengths[0]), sum(lengths[1]), torch.float64)
         for block in (3, 1000):
             monkeypatch.setitem(pair_blocks.BLOCK, "cpu", block)
+            monkeypatch.setattr(pair_threads, "ROWS", block)
             for one, other in zip(*both(unit, leaves, pairs, softmax), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
@@ -94,6 +117,7 @@ class Pooled(nn.Module):
 def test_gradcheck(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against central differences, through Dice's batch statistics too."""
     monkeypatch.setitem(pair_blocks.BLOCK, "cpu", 4)
+    monkeypatch.setattr(pair_threads, "ROWS", 4)
     unit = random_unit(4, (5, 3), act, "qkdp", torch.float64).train()
     pairs, leaves = pairs_of([2, 1, 1], [3, 0, 2]), inputs(4, 5, torch.float64)
     names = [name for name, _ in unit.named_parameters()]
@@ -145,19 +169,50 @@ def test_the_same_bits_every_time(act: str) -> None:
     """With two threads, and pairs for several blocks."""
     pairs, leaves = pairs_of([60] * 6, [60] * 6), inputs(360, 360, torch.float32)
     unit = random_unit(4, (16, 8), act, "qkdp", torch.float32).train()
-    assert len(pairs[0]) > 2 * pair_blocks.BLOCK["cpu"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        found = []
-        for _ in range(3):
-            own = copy.deepcopy(unit)
-            out = attend(own, *leaves, *pairs, softmax=True)
-            found.append([out, *torch.autograd.grad(out.sum(), [*leaves, *own.parameters()]), *own.buffers()])
-    finally:
-        torch.set_num_threads(threads)
+    assert len(pairs[0]) > 2 * pair_blocks.BLOCK["cpu"] > 2 * pair_threads.ROWS
+    found = []
+    for _ in range(3):
+        own = copy.deepcopy(unit)
+        out = attend(own, *leaves, *pairs, softmax=True)
+        found.append([out, *torch.autograd.grad(out.sum(), [*leaves, *own.parameters()]), *own.buffers()])
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+def test_which_way_is_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled loops where there is Numba, torch's operations without it."""
+    taken = []
+    for name, cls in (("torch", pair_blocks.Pairs), ("compiled", pair_threads.CompiledPairs)):
+        take = cls.take
+        monkeypatch.setattr(cls, "take", lambda *x, name=name, take=take: (taken.append(name), take(*x)))
+    pairs, leaves = pairs_of(*LENGTHS["mixed"]), inputs(9, 77, torch.float32)
+    attend(random_unit(4, (6, 4), "prelu", "qkdp", torch.float32), *leaves, *pairs, softmax=True)
+    assert taken == [way]
+
+
+@pytest.mark.parametrize("act", ["prelu", "dice", "sigmoid"])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_what_is_not_finite_stays_so(act: str, softmax: bool) -> None:
+    """A NaN in one behaviour reaches the vectors of its samples, and the gradients."""
+    pairs, (q, k, v) = pairs_of([2, 1], [3, 4]), inputs(3, 7, torch.float32)
+    unit = random_unit(4, (6, 4), act, "qkdp", torch.float32).eval()
+    with torch.no_grad():
+        k[1, 2] = torch.nan
+    out = attend(unit, q, k, v, *pairs, softmax=softmax)
+    assert out[:2].isnan().all()
+    assert out[2].isfinite().all()
+    gradients = torch.autograd.grad(out[:2].sum(), list(unit.parameters()))
+    assert any(gradient.isnan().any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    for lengths in ([[2, 1, 3, 1, 0, 2], [3, 0, 5, 1, 2, 66]], [[1] * 9, [4] * 9], [[3], [5]]):
+        pairs, leaves = pairs_of(*lengths), inputs(sum(lengths[0]), sum(lengths[1]), torch.float64)
+        unit = random_unit(4, (6, 4), "dice", "qkdp", torch.float64).train()
+        for one, other in zip(*both(unit, leaves, pairs, True), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_prelu_on_rows_is_torchs() -> None:
