@@ -149,3 +149,22 @@ class FeatureService:
         names.append("bytes of dense gradients")
         total = self._sum(np.array(mine, np.float64)).astype(np.int64).tolist()
         return dict(zip(names, total, strict=True))
+
+
+def told(traffic: Mapping[str, int]) -> str:
+    """Say what `FeatureService.traffic` found in a few words."""
+
+    def megabytes(*kinds: str) -> str:
+        return f"{sum(traffic[f'bytes of {kind}'] for kind in kinds) / 1e6:,.1f} MB"
+
+    parts = [
+        f"{megabytes('table ids', 'picture ids')} of ids",
+        f"{megabytes('table vectors', 'table gradients')} of embeddings and their gradients",
+        f"{megabytes('picture vectors', 'picture gradients', 'picture counts')} of pictures' vectors and gradients",
+        f"and summed {megabytes('dense gradients')} of dense gradients",
+    ]
+    if traffic["pictures named"]:
+        parts.append(
+            f"{traffic['pictures extracted']:,} pictures extracted where {traffic['pictures named']:,} were named"
+        )
+    return ", ".join(parts)

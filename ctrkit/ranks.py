@@ -110,6 +110,8 @@ class Ranks:
                 if _lost(e):
                     raise self._lost_another(e) from None
                 raise
+            except OSError as e:
+                raise Resumable(f"rank {self.rank} of {self.count} cannot go on: {_first_line(e)}. {AGAIN}") from None
             finally:
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()

@@ -130,11 +130,10 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
 
     import torch
 
-    from ctrkit import checkpoints, devices, modelfile, placement, training, training_days
+    from ctrkit import checkpoints, devices, feature_service, modelfile, placement, training, training_days
     from ctrkit import warm_start as warming
     from ctrkit.batches import GroupedData, Schema
     from ctrkit.data_parallel import DataParallel
-    from ctrkit.feature_service import FeatureService
 
     config, groups, out = job.recipe.train, job.groups, job.out
     device = devices.of_rank(config.device, "train.device", ranks)
@@ -172,7 +171,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     kept, last = ranks.tell((kept, last))
     service = None
     if ranks.count > 1:
-        service = FeatureService(
+        service = feature_service.FeatureService(
             DataParallel(ranks, device),
             model.tables,
             pictures,
@@ -219,6 +218,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     work.counts["samples a second"] = round(rate, 1)
     if traffic is not None:
         work.counts["ranks"] = {"ranks": ranks.count, **traffic}
+        say(f"train: {ranks.count} processes sent each other {feature_service.told(traffic)}")
     if warmed is not None:
         work.counts["warm start"] = warmed.counts()
         say(f"train: {out}: started from {warmed}")

@@ -1,5 +1,6 @@
 """Real processes for tests: forked from one that has imported all, and joined through gloo as torchrun's are."""
 
+import contextlib
 import os
 import pickle
 import socket
@@ -12,7 +13,7 @@ from typing import Any
 SECONDS = 120
 
 
-def main(module: str, function: str, counts: list[int], folder: Path) -> None:
+def main(module: str, function: str, counts: list[int], joined: bool, folder: Path) -> None:
     """Run `function(ranks, folder)` of a module on each number of ranks; pickle what each rank returns."""
     import importlib
 
@@ -33,7 +34,7 @@ def main(module: str, function: str, counts: list[int], folder: Path) -> None:
                 given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in given.items()}, MASTER_ADDR="127.0.0.1")
                 ranks = Ranks.of_environment()
-                with ranks.joined():
+                with ranks.joined() if joined else contextlib.nullcontext():
                     found = act(ranks, folder)
                 (folder / f"{count}-{rank}.pickle").write_bytes(pickle.dumps(found))
                 sys.stderr.flush()
@@ -43,10 +44,14 @@ def main(module: str, function: str, counts: list[int], folder: Path) -> None:
                 sys.exit(1)
 
 
-def on_ranks(act: Callable[..., Any], counts: list[int], folder: Path) -> dict[int, list[Any]]:
-    """Return number of ranks → what `act(ranks, folder)`, a module's function, returned on each."""
-    code = f"from pathlib import Path; from tests.ranks import main; main(*{(act.__module__, act.__name__, counts)!r},"
-    command = [sys.executable, "-c", f"{code} Path({str(folder)!r}))"]
+def on_ranks(act: Callable[..., Any], counts: list[int], folder: Path, *, joined: bool = True) -> dict[int, list[Any]]:
+    """Return number of ranks → what `act(ranks, folder)`, a module's function, returned on each.
+
+    joined: whether they are connected already; else `act` does it.
+    """
+    given = (act.__module__, act.__name__, counts, joined)
+    code = f"from pathlib import Path; from tests.ranks import main; main(*{given!r}, Path({str(folder)!r}))"
+    command = [sys.executable, "-c", code]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
