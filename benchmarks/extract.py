@@ -157,7 +157,7 @@ def end_to_end(network: Any, settings: ExtractImages, source: Any, names: list[s
     from ctrkit import extraction, files
     from ctrkit.ranks import Ranks
 
-    vocabulary = extraction.Vocabulary(names, np.zeros(len(names), dtype=np.int64))
+    vocabulary = extraction.Vocabulary(names, None)
     target = work / "features.h5"
     started = time.perf_counter()
     with files.atomic(target) as out:

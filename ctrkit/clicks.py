@@ -26,6 +26,8 @@ from ctrkit import numba_loops, partitions, spool
 from ctrkit.days import DAY_MS
 from ctrkit.engine import Engine
 from ctrkit.errors import UsageError, UserError, nearest
+from ctrkit.facts import read_facts
+from ctrkit.partitions import ARROW
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe, SelectClicks
 from ctrkit.spool import Ints
@@ -40,7 +42,7 @@ NEVER = np.iinfo(np.int64).max
 
 
 def select_clicks(recipe: Recipe, convert_folder: Path, out: Path, engine: Engine) -> dict[str, Any]:
-    """Write `out/day=*/part-PPPP.parquet` (docs/formats.md), one row a user and day with a history.
+    """Write `out/day=*/part-PPPP.arrow` (docs/formats.md), one row a user and day with a history.
 
     Returns the counts.
     """
@@ -52,7 +54,7 @@ def select_clicks(recipe: Recipe, convert_folder: Path, out: Path, engine: Engin
         raise UserError(f"{convert_folder} has no samples; run ctrkit convert with this recipe first")
     if not (convert_folder / "users").is_dir():
         raise UserError(f"{convert_folder} has no behaviours; it is of another recipe: run ctrkit convert again")
-    facts = partitions.read_facts(convert_folder)
+    facts = read_facts(convert_folder)
     tasks = [(recipe, convert_folder, out, part) for part in range(facts["partitions"])]
     for note in unknown_types(recipe.select_clicks, _types(recipe.select_clicks, convert_folder)):
         say(f"select-clicks: note: {note}")
@@ -121,13 +123,11 @@ def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> d
     served = pairs[lists["pair"]]
     lists = lists.select(users.gather(served["user"]).alias("user"), pl.exclude("pair"))
     by_day = served.group_by("day", maintain_order=True).agg(pl.len())
-    partitions.write_days(lists, [str(d) for d in by_day["day"]], by_day["len"], out, part, _write)
+    partitions.write_days(
+        lists, [str(d) for d in by_day["day"]], by_day["len"], out, part, partitions.write_arrow, ARROW
+    )
     counts["of these with a history"] = lists.height
     return counts
-
-
-def _write(lists: pl.DataFrame, path: Path) -> None:
-    partitions.write_parquet(lists, path, compression="uncompressed")  # read once or twice, by `group`
 
 
 def _gather(column: pl.Series, rows: Ints) -> pl.Series:

@@ -40,6 +40,8 @@ EIGHT, ONE, ZERO = np.uint64(8), np.uint64(1), np.uint64(0)
 ZEROS, TEN_OR_MORE = np.uint64(0x3030303030303030), np.uint64(0x7676767676767676)
 AHEAD = 16
 """Cells after which a place of the table will be needed."""
+BLOCK, EMPTY = 64, -2
+"""Cells that are looked at together, and what stands for an empty one among them."""
 DIGITS = 15
 """That a float holds exactly."""
 WHOLE_DIGITS = 18
@@ -306,22 +308,34 @@ def code_numbers(
 
     Returns the cell where it ended, the count, and the number of that cell, −1 if it is none.
     """
-    for i in range(begin, len(cells)):
-        cell = cells[i]
-        if cell == ZERO:
-            codes[i] = 0
-            continue
-        rest = _behind(cell, data, prefix, length) if length else cell
-        number = _number(rest) if rest else -1
-        if number < 0 or number >= len(table):
-            return i, count, number
-        code = table[number]
-        if code == 0:
-            words[count] = cell
-            count += 1
-            code = np.uint32(count)
-            table[number] = code
-        codes[i] = code
+    numbers = np.empty(BLOCK, np.int64)
+    for start in range(begin, len(cells), BLOCK):
+        end = good = min(start + BLOCK, len(cells))
+        for i in range(start, end):  # all numbers first, so that their places are fetched side by side
+            cell = cells[i]
+            number: Any = EMPTY
+            if cell != ZERO:
+                rest = _behind(cell, data, prefix, length) if length else cell
+                number = _number(rest) if rest else -1
+                if number < 0 or number >= len(table):
+                    good = i
+                    break
+                _prefetch(table, number)
+            numbers[i - start] = number
+        for i in range(start, good):
+            at = numbers[i - start]
+            if at == EMPTY:
+                codes[i] = 0
+                continue
+            code = table[at]
+            if code == 0:
+                words[count] = cells[i]
+                count += 1
+                code = np.uint32(count)
+                table[at] = code
+            codes[i] = code
+        if good < end:
+            return good, count, number
     return len(cells), count, -1
 
 

@@ -1,8 +1,18 @@
-"""How many samples have an id, by a loop that Numba compiles. See `ctrkit.grouping.count_samples`."""
+"""How many rows have a code, and samples an id, by loops that Numba compiles. See `ctrkit.indexing.add_counts` and
+`ctrkit.grouping.count_samples`."""
 
 from typing import Any
 
+import numpy as np
+
 from ctrkit.numba_loops import compiled
+
+
+@compiled("void(u1[::1],u4[::1])", "void(u2[::1],u4[::1])", "void(u4[::1],u4[::1])")
+def count_codes(codes: Any, counts: Any) -> None:
+    """Add to the counts of codes the rows that have them."""
+    for i in range(len(codes)):
+        counts[codes[i]] += np.uint32(1)
 
 
 @compiled("void(i8[::1],u4[::1],i8[::1],u4[::1],u4[::1],i8[::1])")

@@ -11,6 +11,7 @@ import polars as pl
 
 from ctrkit import days, partitions, vocabulary
 from ctrkit.errors import UsageError, UserError
+from ctrkit.facts import read_facts
 from ctrkit.parquet_footer import row_groups
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
@@ -26,7 +27,7 @@ def check_previous(recipe: Recipe, previous: Path, today: datetime.date | None, 
     """Check that an earlier conversion can be extended by today; return its number of user partitions."""
     if today is None:
         raise UsageError("--extend needs --today, the day to add")
-    facts = partitions.read_facts(previous)
+    facts = read_facts(previous)
     there = partitions.days_there(previous / "samples")
     if today <= there[-1]:
         raise UserError(
@@ -122,14 +123,14 @@ def training_ads(previous: Path, train: Sequence[datetime.date]) -> pl.Series:
 
 def next_sample_id(previous: Path) -> int:
     """Return the first sample_id that no earlier day has."""
-    return int(partitions.read_facts(previous)["next_sample_id"])
+    return int(read_facts(previous)["next_sample_id"])
 
 
 def known_before(recipe: Recipe, previous: Path, today: datetime.date) -> dict[str, dict[str, int]]:
     """Return the sizes that the vocabularies had before today, and before each earlier day that was added by itself."""
     vocabs = dict.fromkeys(f.vocab for f in recipe.features.values() if f.kind != "image")
     sizes = {v: vocabulary.size(vocabulary.read(previous / "vocab", v)) for v in vocabs}
-    earlier = partitions.read_facts(previous).get("known_before", {})
+    earlier = read_facts(previous).get("known_before", {})
     kept = {str(d) for d in kept_days(recipe, previous, today)}
     return {day: found for day, found in earlier.items() if day in kept} | {str(today): sizes}
 
@@ -139,7 +140,7 @@ def known_sizes(convert_folder: Path) -> dict[str, int]:
 
     Empty where the vocabularies were built from the training days alone.
     """
-    facts = partitions.read_facts(convert_folder)
+    facts = read_facts(convert_folder)
     held_out = sorted([*facts["valid"], *facts["test"]])
     extended = sorted(day for day in facts.get("known_before", {}) if held_out and day >= held_out[0])
     return {str(v): int(size) for v, size in facts["known_before"][extended[0]].items()} if extended else {}

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrkit import files, partitions, vocabulary
+from ctrkit import files, vocabulary
 from ctrkit.errors import UserError
 from ctrkit.evaluation import evaluate
+from ctrkit.facts import read_facts
 from ctrkit.metric_tables import UNSEEN, computed_how, interval, number, percent, with_interval
 from ctrkit.recipe import Recipe
 
@@ -84,7 +85,7 @@ def training(model: Path) -> Row:
 
 def new_ids(convert: Path, day: str) -> int | None:
     """Return how many ids of all vocabularies a day brought; None where it was not added to earlier days."""
-    before = partitions.read_facts(convert).get("known_before", {}).get(day)
+    before = read_facts(convert).get("known_before", {}).get(day)
     if before is None:
         return None
     sizes = {v: vocabulary.size(vocabulary.read(convert / "vocab", v)) for v in before}

@@ -50,21 +50,29 @@ def unify(names: Sequence[str], chunks: Sequence[Chunk], folder: Path, in_order:
 
 
 def _merge(name: str, words_of: Sequence[pl.Series], folder: Path, in_order: bool) -> dict[str, Any]:
-    codes, words = spool.code(pl.concat(words_of) if words_of else pl.Series("value", [], dtype=pl.String))
-    codes, words = codes.astype(np.uint32), words.cast(pl.String)
+    pieces, words = _code_each(words_of)
     if in_order:
         order = spool.text_order(words)
         rank = np.empty(len(order) + 1, np.uint32)
         rank[0], rank[order + 1] = 0, np.arange(1, len(order) + 1)
-        codes, words = rank[codes], words.gather(order)
+        pieces, words = [rank[piece] for piece in pieces], words.gather(order)
     begins, parts = [0], []
-    for piece in np.split(codes, np.cumsum([w.len() for w in words_of])[:-1]):
+    for piece in pieces:
         parts += [np.zeros(1, np.uint32), piece]
         begins.append(begins[-1] + len(piece) + 1)
     every = np.concatenate([np.empty(0, np.uint32), *parts]).astype(spool.smallest(words.len() + 1), copy=False)
     spool.write_array(folder / f"{name}.map", every)
     spool.write_frame(folder / f"{name}.words", words.rename("value").to_frame())
     return {"size": words.len() + 1, "begins": begins}
+
+
+def _code_each(words_of: Sequence[pl.Series]) -> tuple[list[Ints], pl.Series]:
+    """Return the codes (UInt32) of each of several dictionaries' words in one of them all, and its words, String."""
+    if words_of and words_of[0].dtype == pl.Int64 and (coded := spool.code_ranges(words_of)) is not None:
+        return coded[0], coded[1].cast(pl.String)
+    codes, words = spool.code(pl.concat(words_of) if words_of else pl.Series("value", [], dtype=pl.String))
+    ends = np.cumsum([w.len() for w in words_of])[:-1]
+    return np.split(codes.astype(np.uint32), ends), words.cast(pl.String)
 
 
 def words(folder: Path, name: str) -> pl.Series:

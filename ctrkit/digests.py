@@ -24,6 +24,9 @@ SETTLED_SECONDS = 0.05
 """A file's times move only every few milliseconds: what is read sooner after a change may change again unseen."""
 
 
+FILE, FOLDER, LINK = "file", "folder", "linked folder"
+MANY = 1 << 16
+"""Names of a folder from which on they are sorted on disk."""
 AT_ONCE = 4096
 """Files whose digests are computed at a time."""
 
@@ -98,17 +101,35 @@ def _gone(path: Path, error: OSError) -> str:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder and of those in it, in the order of paths, but for hidden ones and linked folders.
-    The names of one folder at a time are in memory."""
+    Of one folder at a time the names are in memory, or in a temporary file."""
+    for text in _sorted(_entries(folder)):
+        name, _, kind = text.partition("\0")
+        if kind == FILE:
+            yield folder / name
+        elif kind == FOLDER:
+            yield from _walk(folder / name)
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """Yield the name and, after NUL, the kind of each file and folder in a folder, in no order."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted((e.name, _is_folder(e), e.is_symlink()) for e in entries if not e.name.startswith("."))
+            for e in entries:
+                if not e.name.startswith("."):
+                    yield e.name + "\0" + ((LINK if e.is_symlink() else FOLDER) if _is_folder(e) else FILE)
     except OSError as e:
         raise UserError(f"{folder} cannot be read: {e.strerror}") from None
-    for name, is_folder, is_link in found:
-        if not is_folder:
-            yield folder / name
-        elif not is_link:
-            yield from _walk(folder / name)
+
+
+def _sorted(texts: Iterator[str]) -> Iterator[str]:
+    """Yield texts in order, very many through a temporary file."""
+    some = list(itertools.islice(texts, MANY))
+    if len(some) < MANY:
+        yield from sorted(some)
+        return
+    from ctrkit.disk_texts import sorted_texts  # which imports numpy
+
+    yield from sorted_texts(itertools.chain(some, texts))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ctrkit import numba_loops
 from ctrkit.errors import Resumable, UserError
 from ctrkit.progress import Meter
 from ctrkit.workers import die_with_parent
@@ -107,10 +108,10 @@ class Pool:
 def start_early(
     name: str, workers: int, tasks: int, modules: Sequence[str]
 ) -> contextlib.AbstractContextManager[Pool | None]:
-    """Start the processes for an engine while the stage still looks at its inputs, with these modules imported; None
-    where it will need none.
+    """Start the processes for an engine while the stage still looks at its inputs, with these modules imported, those
+    of compiled loops too; None where it will need none.
 
-    tasks: how many there will be at least. For the rest see `engine`.
+    tasks: how many there will be at least. For the rest see `engine`. The stages import what takes long after it.
     """
     workers = min(workers or os.cpu_count() or 1, tasks)
     if name != "local" or workers < 2:
@@ -122,7 +123,9 @@ def start_early(
 
 def _import(modules: Sequence[str]) -> None:
     for name in modules:
-        with contextlib.suppress(ImportError):
+        if name.startswith("ctrkit.compiled"):
+            numba_loops.load(name)
+        else:
             importlib.import_module(name)
 
 

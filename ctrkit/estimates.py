@@ -18,7 +18,7 @@ from typing import Any
 
 import polars as pl
 
-from ctrkit import numba_loops, partitions
+from ctrkit import numba_loops, partitions, plain_csv
 from ctrkit.checking import Inputs, days_of, local_days
 from ctrkit.clicks import select_clicks
 from ctrkit.convert import PARTITION_BYTES, SMALL_BYTES, convert, input_bytes
@@ -29,6 +29,9 @@ from ctrkit.recipe import ExtractImages, Recipe, Split
 from ctrkit.sampling import WINDOW, distinct_in_all
 from ctrkit.scan import Log
 
+PLAIN_SHARE = 0.25
+"""Of the time that a sample's rows take to be read and scanned: that of compiled code for plain CSV, which samples do
+not go through."""
 START_SECONDS = 2.0
 """Of a stage and its worker processes."""
 EMPTY_BYTES = 4096
@@ -63,13 +66,18 @@ class Timed(Engine):
         super().__init__(folder)
         self.wall: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
+        self.logs: dict[str, Log] = {}
+        """Those that were scanned, by name."""
 
     def run(self, phase: str, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Return `function(*task)` of each task, in order."""
         (self.folder / phase).mkdir(exist_ok=True)
         results = []
         for task in tasks:
-            name = f"{phase} {task[0].table.name}" if isinstance(task[0], Log) else phase
+            name = phase
+            if isinstance(task[0], Log):
+                name = f"{phase} {task[0].table.name}"
+                self.logs[task[0].table.name] = task[0]
             wall, cpu = time.perf_counter(), time.process_time()
             results.append(json.loads(json.dumps(function(*task))))
             self.wall[name] = self.wall.get(name, 0.0) + time.perf_counter() - wall
@@ -97,7 +105,7 @@ class Trial:
 
 def attempt(recipe: Recipe, inputs: Inputs, folder: Path) -> Trial:
     """Run the data stages on the samples of the inputs, within `folder`. All days train."""
-    for module in ("ctrkit.compiled_windows", "ctrkit.compiled_counts"):
+    for module in ("ctrkit.compiled_windows", "ctrkit.compiled_counts", "ctrkit.compiled_take"):
         numba_loops.load(module)  # so that no phase's time has it
     there = inputs.seen["behaviours"].good if "behaviours" in inputs.seen else pl.DataFrame()
     types = set(there["type"].drop_nulls().unique()) if "type" in there.columns else set()
@@ -294,10 +302,13 @@ def _number(variants: Mapping[str, Recipe], *tables: str) -> int:
 def _convert(recipe: Recipe, inputs: Inputs, trial: Trial, grown: Growth, workers: int) -> Stage:
     engine, out = trial.engines["convert"], trial.folder / "convert"
     reading = 0.0
-    for one in inputs.seen.values():
+    share = {name: PLAIN_SHARE if _is_plain(engine.logs.get(name), inputs) else 1.0 for name in inputs.seen}
+    for name, one in inputs.seen.items():
         took = one.sample.seconds if workers == 1 else one.sample.cpu
-        reading += took * one.sample.read / max(one.sample.frame.height, 1)
-    seconds = reading / workers + engine.seconds(grown.of_phase, workers) + (START_SECONDS if workers > 1 else 0)
+        reading += took * one.sample.read / max(one.sample.frame.height, 1) * share[name]
+    scans = {f"scan {name}": part for name, part in share.items()}
+    seconds = reading / workers + engine.seconds(lambda p: grown.of_phase(p) * scans.get(p, 1.0), workers)
+    seconds += START_SECONDS if workers > 1 else 0
     size = size_of(out, "samples/") * grown.impressions + size_of(out, "behaviours/") * grown.behaviours
     size += size_of(out, "rejects.parquet") * grown.impressions
     size += (size_of(out, "vocab/") + size_of(out, "goods.parquet")) * grown.words
@@ -307,6 +318,14 @@ def _convert(recipe: Recipe, inputs: Inputs, trial: Trial, grown: Growth, worker
         one.sample.rows_in_all for name, one in inputs.seen.items() if name in ("impressions", "clicks", "behaviours")
     )
     return Stage("convert", f"{rows:,} rows of logs, {grown.samples:,.0f} samples", seconds, size, temporary)
+
+
+def _is_plain(log: Log | None, inputs: Inputs) -> bool:
+    """Say whether the files of a log that was scanned are read by compiled code, if no cell of theirs is quoted."""
+    if log is None:
+        return False
+    table = inputs.tables[log.table.name]
+    return all(plain_csv.is_plain(table, i, log.texts(), log.needed) for i in range(len(table.files)))
 
 
 def _select_clicks(trial: Trial, grown: Growth, workers: int, times: int) -> Stage:

@@ -9,10 +9,11 @@ Several ranks (see ranks.py) have a run of neighbouring batches each, of which e
 `NAME.shards/`; `features` is then a virtual data set over the shards.
 """
 
+import functools
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,13 +27,16 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ctrkit import decoding, files, hdf5, pictures, provenance, shards
+from ctrkit import bad_pictures, decoding, files, hdf5, pictures, provenance, shards
 from ctrkit.backbones import Backbone
+from ctrkit.bad_pictures import SHOWN, AllBad, BadPictures, Reasons
 from ctrkit.batch_log import BatchLog, Notes
 from ctrkit.decoding import Decoded, Decoder
+from ctrkit.disk_tables import Table
+from ctrkit.disk_texts import Texts
+from ctrkit.distinct_pictures import Counts, DistinctPictures, tell_distinct
 from ctrkit.errors import UserError
-from ctrkit.picture_ids import PictureIds
-from ctrkit.pictures import Contents, Pixels, Source
+from ctrkit.pictures import Pixels, Source
 from ctrkit.progress import Meter, say
 from ctrkit.ranks import Ranks
 from ctrkit.recipe import ExtractImages
@@ -41,9 +45,6 @@ Int = npt.NDArray[np.int64]
 Half = npt.NDArray[np.float16]
 Results = tuple[Tensor, Tensor, Tensor]
 """Of a batch: vectors [n, width] float16, how many values were clipped, whether all were finite."""
-
-Bad = dict[int, tuple[int, str]]
-"""Place in the order of use → the content there, and why it cannot be used."""
 
 LARGEST = float(np.finfo(np.float16).max)
 SLICE = 1 << 16
@@ -59,28 +60,38 @@ class Vocabulary:
     """The pictures to extract, in the order of their indexes."""
 
     images: Sequence[str]
-    counts: Int
-    """[pictures]: times seen in training."""
+    counts: Counts | None
+    """Of each picture: times seen in training. None: never."""
     whole: bool = False
     """Whether it is every picture of the source, so that those without an id count among the bad ones."""
 
 
-def read_vocabulary(path: Path) -> Vocabulary:
-    """Read `vocab/image.parquet` (value, index, count)."""
+def read_vocabulary(path: Path, folder: Path | None = None) -> Vocabulary:
+    """Read `vocab/image.parquet` (value, index, count) into nameless files in the file system of `folder`."""
     if not path.is_file():
         raise UserError(f"{path} is not there: has the recipe a feature of kind 'image', and is convert done?")
+    images, counts = Texts(folder=folder), Table(np.int64, folder)
     try:
-        table = pl.read_parquet(path, columns=["value", "index", "count"]).sort("index")
+        rows = pl.scan_parquet(path, glob=False).select("value", "index", pl.col("count").cast(pl.Int64))
+        before = -1
+        for some in rows.collect_batches(chunk_size=SLICE, maintain_order=True):
+            index = some["index"].to_numpy()
+            if len(some) and not (np.diff(index, prepend=before).astype(np.int64) > 0).all():
+                raise UserError(f"{path} is not in the order of its index, as convert writes it; run convert again")
+            before = int(index[-1]) if len(some) else before
+            images.extend(some["value"])
+            counts.append(some["count"].to_numpy())
     except (pl.exceptions.PolarsError, OSError) as e:
+        if files.no_room(e):
+            raise
         reason = str(e).splitlines()[0]
         raise UserError(f"{path} is not a vocabulary (value, index, count): {reason}") from None
-    return Vocabulary(PictureIds(table["value"]), table["count"].cast(pl.Int64).to_numpy())
+    return Vocabulary(images, counts)
 
 
 def whole_source(source: Source) -> Vocabulary:
     """Return every picture there is, in the order of their names, as a vocabulary without counts."""
-    images = PictureIds(source.find())
-    return Vocabulary(images, np.zeros(len(images), dtype=np.int64), whole=True)
+    return Vocabulary(source.find(), None, whole=True)
 
 
 def extract(
@@ -106,146 +117,93 @@ def extract(
     Returns the counts for the sidecar; on other ranks than the first, nothing. Raises UserError if there are more bad
     pictures than `max_bad_rate`.
     """
-    images = vocabulary.images
+    images, folder = vocabulary.images, target.parent
     if not images:
         raise UserError("there are no pictures to extract: none in the vocabulary, or none in --pictures")
+    share = functools.partial(_share, target, ranks)
     with pictures.quiet():
-        contents = _distinct(source, images, ranks)
-        bad = _Bad(images, contents, settings.max_bad_rate, source.unnamed if vocabulary.whole else ())
-        bad.check()
-        order = _by_use(contents, vocabulary.counts)
-        key = _key(network, settings, contents, order)
+        unnamed = source.unnamed if vocabulary.whole else None
+        bad = BadPictures(folder)
+
+        def check(found: Sequence[Reasons]) -> None:
+            bad_pictures.check(found, images, settings.max_bad_rate, unnamed)
+
+        distinct = tell_distinct(source, images, vocabulary.counts, bad, ranks, share, folder)
+        check(ranks.gather(bad.reasons))
+        key = _key(network, settings, distinct)
         if any(other != key for other in ranks.gather(key)):
             raise UserError(
                 f"rank {ranks.rank} of {ranks.count} sees other pictures, weights, settings or versions than another "
                 "one; give all of them the same command, files that all see, and the same installation"
             )
-        share = ranks.share(-(-len(order) // settings.batch))
+        batches = ranks.share(-(-len(distinct) // settings.batch))
         parts = target.with_name(f".{target.name}.parts-{key}")
-        with BatchLog(parts, network.width, share.start, share.stop) as log:
-            clipped = _extract_missing(log, network, settings, contents, order, bad, ranks)
-            shares = ranks.gather((bad.places, clipped))
-            for places, _ in shares:
-                bad.add(places)
-            bad.check()
+        with BatchLog(parts, network.width, batches.start, batches.stop) as log:
+            clipped = sum(
+                ranks.gather(
+                    _extract_missing(log, network, settings, distinct, bad, lambda: check([bad.reasons]), ranks)
+                )
+            )
+            reasons = ranks.gather(bad.reasons)
+            check(reasons)
+            all_bad = AllBad(share(bad.unreadable, "unreadable"), share(bad.places, "places"), reasons, folder)
             shard = _write_shard(log, network, settings, target, key, ranks) if ranks.count > 1 else None
             written = [of_rank for of_rank in ranks.gather(shard) if of_rank is not None]
             if out is None:
                 return {}
-            row = _rows(contents, order, bad)
             with hdf5.create(out) as (h5, below):
                 if written:
                     _write_virtual(h5, written, network.width)
                 else:
                     _write_features(h5, below, log, ranks)
                 _write_attributes(h5, network, settings)
-                _write_map(h5, below, images, row)
-    _write_rejects(bad, source, target)
+                with_vector = _write_map(h5, below, images, distinct.pictures_by_row(all_bad.places()))
+    with files.atomic(target.with_name(target.name + ".rejects.parquet")) as tmp:
+        bad_pictures.write_rejects(tmp, all_bad.pictures(distinct.of), images, source)
     return {
         "pictures": len(images),
-        "with a vector": int((row >= 0).sum()),
-        "rejected": len(bad.reasons) + len(source.unnamed),
+        "with a vector": with_vector,
+        "rejected": len(images) - with_vector + len(source.unnamed),
         "without an id": len(source.unnamed),
-        "rows": len(order) - len(bad.places),
+        "rows": len(distinct) - len(all_bad),
         "width": network.width,
-        "values clipped": sum(clipped for _, clipped in shares),
+        "values clipped": clipped,
         "weights": network.weights,
         **({"shards": [shard.path for shard in written]} if written else {}),
     }
 
 
+def _share(target: Path, ranks: Ranks, table: Table, name: str) -> list[Table]:
+    """Give a table to the other ranks, through a file beside the target; return that of each. All have to call it."""
+    if ranks.count == 1:
+        return [table]
+    path = target.with_name(f".{target.name}.tmp-{name}-{ranks.rank:05}-of-{ranks.count:05}")
+    try:
+        table.copy_to(path)
+        paths = [target.with_name(other) for other in ranks.gather(path.name)]
+        found = [Table.open(table.dtype, other) for other in paths]
+        ranks.gather(None)  # all have opened it, and it stays until they close it
+    finally:
+        path.unlink(missing_ok=True)
+    return found
+
+
 def remove_parts(target: Path) -> None:
     """Remove the parts of `target`, once it is there, and the shards that are not of it."""
-    for parts in target.parent.glob(f".{target.name}.parts-*"):
-        files.remove(parts)
+    for pattern in (f".{target.name}.parts-*", f".{target.name}.tmp-*-of-*"):
+        for parts in target.parent.glob(pattern):
+            files.remove(parts)
     shards.remove_others(target)
 
 
-class _Bad:
-    """Unusable pictures and why; too many are an error."""
-
-    def __init__(
-        self, images: Sequence[str], contents: Contents, max_rate: float, unnamed: Sequence[tuple[str, str]]
-    ) -> None:
-        self.images, self.max_rate, self.unnamed = images, max_rate, unnamed
-        self.reasons = contents.reasons
-        """Picture → why."""
-        self.places: Bad = {}
-        """Those that could be read, but not be decoded."""
-        self._content = contents.content
-        self._by_content: Int | None = None
-
-    def add(self, places: Bad) -> None:
-        """Record that contents cannot be used."""
-        if places and self._by_content is None:
-            self._by_content = np.argsort(self._content, kind="stable")
-        for place, (content, reason) in places.items():
-            if place not in self.places:
-                self.places[place] = (content, reason)
-                first, last = np.searchsorted(self._content, [content, content + 1], sorter=self._by_content)
-                self.reasons.update(dict.fromkeys(self._by_content[first:last].tolist(), reason))  # type: ignore[index]
-
-    def check(self) -> None:
-        """Raise UserError if there are too many."""
-        bad, total = len(self.reasons) + len(self.unnamed), len(self.images) + len(self.unnamed)
-        if bad <= self.max_rate * total:
-            return
-        kinds: dict[str, list[str]] = {}
-        for number, reason in sorted(self.reasons.items()):
-            kinds.setdefault(reason, []).append(self.images[number])
-        for where, reason in self.unnamed:
-            kinds.setdefault(reason, []).append(where)
-        common = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))[:3]
-        told = "; ".join(f"{len(of):,} {reason} (such as {', '.join(of[:3])})" for reason, of in common)
-        raise UserError(
-            f"{bad:,} of {total:,} pictures ({bad / total:.1%}) cannot be used, more than "
-            f"extract-images.max_bad_rate = {self.max_rate:g} allows: {told}. Check --pictures and "
-            "extract-images.template, or raise max_bad_rate."
-        )
-
-
-def _distinct(source: Source, images: Sequence[str], ranks: Ranks) -> Contents:
-    """Tell which pictures are the same; each rank reads its share of them."""
-    share = ranks.share(len(images))
-    own = pictures.distinct(source, images[share.start : share.stop])
-    return own if ranks.count == 1 else _merged(source, images, ranks.gather((own.digests, own.content, own.reasons)))
-
-
-def _merged(source: Source, images: Sequence[str], found: Sequence[tuple[Pixels, Int, dict[int, str]]]) -> Contents:
-    """Put together what ranks found of their shares: digests of contents, content of each picture, reasons."""
-    digests = np.concatenate([of_rank for of_rank, _, _ in found])
-    _, first, same = np.unique(digests.view(f"S{pictures.DIGEST}"), return_index=True, return_inverse=True)
-    appearance = np.argsort(first)
-    number = np.append(np.argsort(appearance)[same.ravel()], -1)
-    contents: list[Int] = []
-    reasons: dict[int, str] = {}
-    before = 0
-    for of_rank, content, why in found:
-        reasons.update({sum(map(len, contents)) + picture: reason for picture, reason in why.items()})
-        contents.append(number[np.where(content >= 0, content + before, -1)])
-        before += len(of_rank)
-    content = np.concatenate(contents)
-    numbers, first_pictures = np.unique(content, return_index=True)
-    places = pictures.Places(source, images, first_pictures[numbers >= 0])
-    return Contents(places, digests[first[appearance]], content, reasons)
-
-
-def _by_use(contents: Contents, counts: Int) -> Int:
-    """Return the distinct contents by how often training uses them, most first; ties by first index."""
-    usable = contents.content >= 0
-    uses = np.zeros(len(contents.places), dtype=np.int64)
-    np.add.at(uses, contents.content[usable], counts[usable])
-    return np.argsort(-uses, kind="stable").astype(np.int64)
-
-
-def _key(network: Backbone, settings: ExtractImages, contents: Contents, order: Int) -> str:
+def _key(network: Backbone, settings: ExtractImages, distinct: DistinctPictures) -> str:
     h = hashlib.blake2b(digest_size=8)
     device = network.mean.device.type
     config = settings.model_dump(mode="json", exclude=NOT_IN_KEY)
     made_by = [provenance.code_digest("extract-images"), provenance.versions()]
     h.update(json.dumps([config, network.weights, device, made_by], sort_keys=True).encode())
-    for begin in range(0, len(order), SLICE):
-        h.update(contents.digests[order[begin : begin + SLICE]].tobytes())
+    for some in distinct.digests():
+        h.update(some)
     return h.hexdigest()
 
 
@@ -253,23 +211,25 @@ def _extract_missing(
     log: BatchLog,
     network: Backbone,
     settings: ExtractImages,
-    contents: Contents,
-    order: Int,
-    bad: _Bad,
+    distinct: DistinctPictures,
+    bad: BadPictures,
+    check: Callable[[], None],
     ranks: Ranks,
 ) -> int:
     """Do this rank's batches that the log does not hold yet; return how many values were clipped in all of them."""
     batch, missing = settings.batch, log.missing
-    places = range(log.begin * batch, min(log.end * batch, len(order)))
-    left = sum(min(batch, len(order) - number * batch) for number in missing.tolist())
+    places = range(log.begin * batch, min(log.end * batch, len(distinct)))
+    left = sum(min(batch, len(distinct) - number * batch) for number in missing.tolist())
     clipped = 0
 
     def note(number: int, notes: Notes) -> None:
         nonlocal clipped
         clipped += notes.get("clipped", 0)
-        first = number * batch
-        bad.add({first + int(at): (int(order[first + int(at)]), why) for at, why in notes.get("bad", {}).items()})
-        bad.check()
+        for at, why in notes.get("bad", {}).items():
+            place = number * batch + int(at)
+            times, of = distinct.of(place)
+            bad.add_place(place, why, next(of)[:SHOWN], times)
+        check()
 
     for number, notes in log.notes():
         note(number, notes)
@@ -277,10 +237,7 @@ def _extract_missing(
         say(f"extract-images{ranks.name}: {len(places) - left:,} of {len(places):,} pictures were done before")
     if not left:
         return clipped
-    work = (
-        (number, [contents.places[content] for content in order[number * batch : (number + 1) * batch].tolist()])
-        for number in missing.tolist()
-    )
+    work = ((number, distinct.places(number * batch, (number + 1) * batch)) for number in missing.tolist())
     runner = _GpuRunner(network) if network.mean.device.type == "cuda" else _Runner(network)
     running: deque[tuple[Decoded, Callable[[], Results]]] = deque()
 
@@ -467,36 +424,25 @@ def _write_attributes(h5: Any, network: Backbone, settings: ExtractImages) -> No
     h5.attrs["versions"] = json.dumps(provenance.versions(), sort_keys=True)
 
 
-def _rows(contents: Contents, order: Int, bad: _Bad) -> Int:
-    """Return the row of each picture, −1 where it has none."""
-    usable = np.ones(len(order), dtype=np.bool_)
-    usable[list(bad.places)] = False
-    row_of_content = np.full(len(order) + 1, -1, dtype=np.int64)
-    row_of_content[order[usable]] = np.arange(usable.sum())
-    return row_of_content[contents.content]
+def _write_map(h5: Any, below: hdf5.CarefulFile, images: Sequence[str], rows: Iterator[tuple[Int, Int]]) -> int:
+    """Write the ids, and each picture's row, −1 where it has none; return how many have one.
 
-
-def _write_map(h5: Any, below: hdf5.CarefulFile, images: Sequence[str], row: Int) -> None:
+    rows: pictures that have one, ascending, and the row of each; some at a time."""
     names = h5.create_dataset("image", (len(images),), dtype=h5py.string_dtype("utf-8"))
+    row_of = h5.create_dataset("row", (len(images),), dtype=np.int64)
+    with_row, picture, row = 0, np.zeros(0, np.int64), np.zeros(0, np.int64)
     for begin in range(0, len(images), SLICE):
-        names[begin : begin + SLICE] = np.array(
-            [image.replace("\0", "\ufffd") for image in images[begin : begin + SLICE]], dtype=object
-        )
+        some = [image.replace("\0", "\ufffd") for image in images[begin : begin + SLICE]]
+        names[begin : begin + SLICE] = np.array(some, dtype=object)
+        end = begin + len(some)
+        while len(picture) == 0 or picture[-1] < end:
+            if (more := next(rows, None)) is None:
+                break
+            picture, row = np.concatenate([picture, more[0]]), np.concatenate([row, more[1]])
+        here = int(np.searchsorted(picture, end))
+        found = np.full(len(some), -1, np.int64)
+        found[picture[:here] - begin] = row[:here]
+        row_of[begin:end] = found
+        with_row, picture, row = with_row + here, picture[here:], row[here:]
         below.check()
-    h5.create_dataset("row", data=row)
-
-
-def _write_rejects(bad: _Bad, source: Source, target: Path) -> None:
-    rejects = sorted(bad.reasons.items())
-    with files.atomic(target.with_name(target.name + ".rejects.parquet")) as tmp:
-        pl.DataFrame(
-            {
-                "image": [*(bad.images[number] for number, _ in rejects), *(None for _ in source.unnamed)],
-                "path": [
-                    *(source.where(bad.images[number]) for number, _ in rejects),
-                    *(where for where, _ in source.unnamed),
-                ],
-                "reason": [*(reason for _, reason in rejects), *(reason for _, reason in source.unnamed)],
-            },
-            schema={"image": pl.String, "path": pl.String, "reason": pl.String},
-        ).write_parquet(tmp)
+    return with_row

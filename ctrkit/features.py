@@ -143,19 +143,33 @@ class FeatureStore:
     @cached_property
     def pictures(self) -> pl.DataFrame:
         """Every picture: `image` String, `row` Int64 (−1: no vector), shuffled if so asked."""
+        image = pl.Series("image", [], pl.String)
+        for some in self._ids():
+            image.append(some)
+        return pl.DataFrame({"image": image, "row": self._row()}, schema={"image": pl.String, "row": pl.Int64})
+
+    def _row(self) -> Int:
+        """Return the row of every picture, [pictures] int64, shuffled if so asked."""
         row: Int = self._h5["row"][:]
         if self.shuffle_seed is not None:
             # One cycle through all pictures in random order: none keeps its own place.
             order = np.random.default_rng(self.shuffle_seed).permutation(np.flatnonzero(row >= 0))
             row[order] = row[np.roll(order, -1)]
-        image, texts = pl.Series("image", [], pl.String), self._h5["image"].asstr()
-        for begin in range(0, len(row), IDS):  # h5py makes Python strings of them, which take ten times the memory
-            image.append(pl.Series("image", texts[begin : begin + IDS], pl.String))
-        return pl.DataFrame({"image": image, "row": row}, schema={"image": pl.String, "row": pl.Int64})
+        return row
+
+    def _ids(self) -> Iterator[pl.Series]:
+        """Yield all ids, some at a time: h5py makes Python strings of them, which take ten times the memory."""
+        texts = self._h5["image"].asstr()
+        for begin in range(0, len(texts), IDS):
+            yield pl.Series("image", texts[begin : begin + IDS], pl.String)
 
     def row_of(self, image_ids: Sequence[str] | pl.Series) -> Int:
         """Return the row of each picture, [n] int64; −1 where it has none or is not in the file."""
         asked = pl.DataFrame({"image": image_ids}, schema={"image": pl.String})
+        if asked.height == len(self._h5["image"]) and all(
+            some.equals(asked["image"].slice(number * IDS, IDS)) for number, some in enumerate(self._ids())
+        ):
+            return self._row()  # those of the file in its order, which then need not be held and joined
         found = asked.join(self.pictures, on="image", how="left", maintain_order="left")
         return found["row"].fill_null(-1).to_numpy().copy()
 

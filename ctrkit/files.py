@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -22,6 +23,7 @@ NO_ROOM = {
     errno.EFBIG: "a file would become larger than is allowed (`ulimit -f` tells the limit)",
 }
 """Errors of the system that room would mend."""
+SYNC_FILE_RANGE_WRITE = 2
 THREADS = min(8, os.cpu_count() or 1)
 T = TypeVar("T")
 
@@ -60,6 +62,17 @@ def fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_back(path: Path) -> None:
+    """Have the system begin to write a file to disk, and wait for nothing: less is left for the flush at the end."""
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if call is not None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            call(ctypes.c_int(fd), ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
+        finally:
+            os.close(fd)
 
 
 def side_by_side(function: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:

@@ -64,10 +64,10 @@ def gather(
             column = there[name]
             found[name].append(column.astype(np.int64) + chunk["first_row"] if name == "row" else column)
         for name in coded:
-            found[name].append(maps(job.work).of(name, chunk["stem"])[there[name]])
+            found[name].append(spool.take(maps(job.work).of(name, chunk["stem"]), there[name]))
         words.append(_users(chunk, part))
     users, ranks = _rank([*words, *(_users(chunk, part) for chunk in users_too)])
-    found["user"] = [ranks[i][local] for i, local in enumerate(found["user"])]
+    found["user"] = [spool.take(ranks[i], local) for i, local in enumerate(found["user"])]
     lengths = [len(times) for times in found["time"]]
     empty = {"user": np.uint32, "time": np.int64, "row": np.int64}
     return Rows(

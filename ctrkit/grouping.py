@@ -20,6 +20,7 @@ from ctrkit import daily, digests, numba_loops, partitions, spool, vocabulary
 from ctrkit.blocks import write_blocks
 from ctrkit.engine import Engine
 from ctrkit.errors import UserError
+from ctrkit.facts import read_facts
 from ctrkit.recipe import Feature, Recipe
 from ctrkit.spool import Ints
 
@@ -62,7 +63,7 @@ def group(recipe: Recipe, convert_folder: Path, behaviours: Path | None, out: Pa
             f"the recipe has behaviour features ({', '.join(histories)}); give the folder that "
             f"ctrkit select-clicks wrote with --behaviours"
         )
-    facts = partitions.read_facts(convert_folder)
+    facts = read_facts(convert_folder)
     sizes = {
         vocab: vocabulary.size(vocabulary.read(convert_folder / "vocab", vocab))
         for vocab in dict.fromkeys(f.vocab for f in recipe.features.values())

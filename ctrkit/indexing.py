@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
-from ctrkit import columns, daily, dictionaries, partitions, spool, vocabulary
+from ctrkit import columns, daily, dictionaries, numba_loops, partitions, spool, vocabulary
 from ctrkit.gathering import by_day, gather
 from ctrkit.job import Job, Labelled, maps, state, texts
 from ctrkit.partitions import ARROW
@@ -24,7 +25,7 @@ CODES = {"goods": "goods_code", "type": "type_code"}
 
 def _counted(job: Job) -> dict[str, int]:
     """Return the dictionaries that are counted → their sizes; each partition's counts follow this order, of training
-    rows and then of all rows."""
+    rows, and then of all rows those that hold pictures."""
     found = state(job.work, "dictionaries")["found"]
     names = ["ad", *(one.dictionary for one in job.inputs.values())]
     return {name: found[name]["size"] for name in dict.fromkeys(names) if name in found}
@@ -41,13 +42,14 @@ def count(job: Job, part: int) -> dict[str, Any]:
     if kept is not None:
         spool.write_array(f"{shown.stem}.kept", kept)
         training &= kept
+    rows = _rows(training)
     if shown.rows:
         for name in shown.columns:
-            counts.add(name, shown.columns[name], training, kept)
+            counts.add(name, shown.columns[name], rows, kept)
     for chunk in state(job.work, "scan")["chunks"]["behaviours"][part :: job.partitions]:
         there = spool.Columns(Path(f"{chunk['stem']}.rows"), chunk["layout"], 0, chunk["rows"])
         first, last = chunk["times"]
-        early = None if last < split["end"] else there["time"] < max(split["end"] - first, 0)
+        early = None if last < split["end"] else _rows(there["time"] < max(split["end"] - first, 0))
         for name in chunk["words"]:
             counts.add(name, there[name], early, None, maps(job.work).of(name, chunk["stem"]))
     spool.write_array(job.work / "labelled" / f"counts-{part:04}", counts.counts)
@@ -61,33 +63,64 @@ def count(job: Job, part: int) -> dict[str, Any]:
     }
 
 
+def _rows(chosen: Ints) -> Ints | slice:
+    """Return rows that are chosen (Boolean) as a slice, if they are one run."""
+    begin, n = int(chosen.argmax()) if len(chosen) else 0, int(chosen.sum())
+    return slice(begin, begin + n) if chosen[begin : begin + n].all() else chosen
+
+
 class _Counts:
     """How often each text is in training; of dictionaries that pictures come from, also how often anywhere."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._sizes = job, _counted(job)
-        self._total = sum(self._sizes.values())
-        places = np.cumsum([0, *self._sizes.values()])[:-1].tolist()
-        self._begin = dict(zip(self._sizes, places, strict=True))
-        self.counts = np.zeros(2 * self._total, np.uint32)
+        self._sizes = _counted(job)
+        self._begins, total = _places(job)
+        self.counts = np.zeros(total, np.uint32)
 
     def add(
-        self, name: str, codes: Ints, training: Ints | None, kept: Ints | None, meaning: Ints | None = None
+        self,
+        name: str,
+        codes: Ints,
+        training: Ints | slice | None,
+        kept: Ints | None,
+        meaning: Ints | None = None,
     ) -> None:
-        """Count rows of a dictionary's codes, if it is one to count. training, kept: Boolean, None for all rows;
-        meaning: what the codes mean in the dictionary, if they are a chunk's."""
+        """Count rows of a dictionary's codes, if it is one to count. training, kept: Boolean, or a slice, None for all
+        rows; meaning: what the codes mean in the dictionary, if they are a chunk's."""
         if name not in self._sizes:
             return
-        self._add(self._begin[name], codes if training is None else codes[training], meaning)
-        if _holds_pictures(self._job, name):
-            self._add(self._total + self._begin[name], codes if kept is None else codes[kept], meaning)
+        for begin, rows in zip(self._begins[name], (training, kept), strict=False):
+            some = codes if rows is None else codes[rows]
+            counts = self.counts[begin : begin + self._sizes[name]]
+            if meaning is None:
+                add_counts(some, counts)
+            else:  # no two of a chunk's codes mean the same
+                found = np.zeros(len(meaning), np.uint32)
+                add_counts(some, found)
+                counts[meaning] += found
 
-    def _add(self, begin: int, codes: Ints, meaning: Ints | None) -> None:
+
+def add_counts(codes: Ints, counts: npt.NDArray[np.uint32]) -> None:
+    """Add to the counts of codes the rows that have them."""
+    code = numba_loops.load("ctrkit.compiled_counts") if len(codes) >= spool.MANY else None
+    if code is not None:  # given a copy, since Numba takes an array that may not be written for another type
+        code.count_codes(np.array(codes), counts)
+    else:
         found = np.bincount(codes).astype(np.uint32)
-        if meaning is None:
-            self.counts[begin : begin + len(found)] += found
-        else:  # no two of a chunk's codes mean the same
-            self.counts[begin + meaning[: len(found)].astype(np.int64)] += found
+        counts[: len(found)] += found
+
+
+def _places(job: Job) -> tuple[dict[str, list[int]], int]:
+    """Return where each dictionary's counts begin, of training and (for pictures) of all rows; and how many there
+    are."""
+    sizes = _counted(job)
+    begins: dict[str, list[int]] = {name: [] for name in sizes}
+    at = 0
+    for names in (sizes, [name for name in sizes if _holds_pictures(job, name)]):
+        for name in names:
+            begins[name].append(at)
+            at += sizes[name]
+    return begins, at
 
 
 def _holds_pictures(job: Job, name: str) -> bool:
@@ -113,21 +146,16 @@ def _draw_negatives(job: Job, shown: Labelled, training: Ints) -> Ints | None:
     return kept
 
 
-def _sum_counts(job: Job, name: str) -> tuple[Ints, Ints]:
+def _sum_counts(job: Job, name: str) -> list[Ints]:
     """Return how often each code of a dictionary is in training, and (for pictures) anywhere."""
-    sizes = _counted(job)
-    total = sum(sizes.values())
-    begin = 0
-    for other, size in sizes.items():
-        if other == name:
-            break
-        begin += size
-    sums = [np.zeros(sizes[name], np.uint64) for _ in range(2)]
+    size = _counted(job)[name]
+    begins = _places(job)[0][name]
+    sums: list[Ints] = [np.zeros(size, np.uint64) for _ in begins]
     for part in range(job.partitions):
         path = job.work / "labelled" / f"counts-{part:04}"
-        for i in range(2):
-            sums[i] += np.fromfile(path, np.uint32, sizes[name], offset=4 * (i * total + begin))
-    return sums[0], sums[1]
+        for total, begin in zip(sums, begins, strict=True):
+            total += np.fromfile(path, np.uint32, size, offset=4 * begin)
+    return sums
 
 
 def texts_of(job: Job, vocab: str) -> int:
@@ -145,8 +173,8 @@ def build_vocabulary(job: Job, vocab: str) -> int:
     for name, feature in features.items():
         source = job.inputs[name]
         values.append(columns.values(texts(job, source.dictionary), name, feature, source, keyed))
-        training, everywhere = _sum_counts(job, source.dictionary)
-        wanted = everywhere if feature.kind == "image" else training
+        training, *everywhere = _sum_counts(job, source.dictionary)
+        wanted = everywhere[0] if feature.kind == "image" else training
         counts.append(np.where(wanted > 0, training.astype(np.int64), -1))
     one = next(iter(features.values()))
     old = vocabulary.read(job.previous / "vocab", vocab) if job.previous is not None else None
@@ -218,7 +246,9 @@ def encode_impressions(job: Job, part: int) -> int:
     }
     for name in job.features("impressions"):
         index, codes = _indexes(job.work, name), there[job.inputs[name].dictionary]
-        found[name] = index.gather(codes) if index.dtype == pl.List else index.to_numpy()[codes].astype(np.uint32)
+        found[name] = (
+            index.gather(codes) if index.dtype == pl.List else spool.take(index.to_numpy(), codes).astype(np.uint32)
+        )
     frame = pl.DataFrame(found)
     if job.recipe.convert.negative_rate < 1:
         frame = frame.filter(pl.Series(np.fromfile(f"{rows.stem}.kept", bool)))
@@ -259,22 +289,18 @@ def encode_behaviours(job: Job, part: int) -> int:
     rows = gather(job, "behaviours", part, plain, [dictionary for dictionary, _ in tables.values()])
     code = _write_users(job, rows.users, part)
     days, order = by_day(job, rows.columns, rows.users.len())
-    ordered = {name: column[order] for name, column in rows.columns.items()}
-    found: dict[str, Any] = {"user_code": code[ordered["user"]], "time": ordered["time"]}
+    ordered = {name: spool.take(column, order) for name, column in rows.columns.items()}
+    found: dict[str, Any] = {"user_code": spool.take(code, ordered["user"]), "time": ordered["time"]}
     found |= dict.fromkeys((*(name for name in CODES.values() if name in tables), *(["dwell_ms"] if plain else [])))
     for name, (dictionary, table) in tables.items():
         codes = ordered[dictionary]
-        found[name] = table.gather(codes) if table.dtype == pl.List else table.to_numpy()[codes]
+        found[name] = table.gather(codes) if table.dtype == pl.List else spool.take(table.to_numpy(), codes)
     if plain:
         dwell = ordered["dwell"]
         found["dwell_ms"] = dwell.astype(np.int32 if dwell.itemsize < 4 else np.int64) - 1
     dates = [day for day, _ in state(job.work, "scan")["midnights"]]
-    partitions.write_days(pl.DataFrame(found), dates, days, job.out / "behaviours", part, _write_behaviours, ARROW)
+    partitions.write_days(pl.DataFrame(found), dates, days, job.out / "behaviours", part, partitions.write_arrow, ARROW)
     return len(order)
-
-
-def _write_behaviours(frame: pl.DataFrame, path: Path) -> None:
-    spool.write_frame(path, frame)
 
 
 def _write_users(job: Job, users: pl.Series, part: int) -> Ints:

@@ -15,6 +15,7 @@ from ctrkit import files
 from ctrkit.errors import UserError
 from ctrkit.features import FeatureStore
 from ctrkit.parquet_footer import row_groups
+from ctrkit.partitions import ARROW
 
 FIRST_ROWS = 5
 SAMPLE_ROWS = 1000
@@ -53,7 +54,7 @@ def _describer(path: Path) -> Callable[[Path, Console], None] | None:
             return _show_groups
         if (path / "samples").is_dir() and (path / "vocab").is_dir():
             return _show_convert
-        if any(path.glob("day=*/*.parquet")):
+        if any(path.glob("day=*/part-*")):
             return _show_days
         if any(path.glob("step-*.json")):
             return _show_checkpoints
@@ -62,6 +63,8 @@ def _describer(path: Path) -> Callable[[Path, Console], None] | None:
             return _show_parquet_folder
     elif path.suffix == ".parquet":
         return _show_parquet
+    elif path.suffix == ARROW:
+        return _show_arrow
     elif path.suffix in (".h5", ".hdf5"):
         return _show_features
     elif path.suffix == ".json" and _is_sidecar(path):
@@ -120,13 +123,27 @@ def _show_parquet_folder(path: Path, console: Console) -> None:
 
 def _show_days(path: Path, console: Console) -> None:
     found = sorted(path.glob("day=*"))
-    parts = {day.name.removeprefix("day="): sorted(day.glob("*.parquet")) for day in found}
-    rows = [(day, len(inner), sum(sum(row_groups(p)) for p in inner)) for day, inner in parts.items()]
+    parts = {day.name.removeprefix("day="): sorted(day.glob("part-*")) for day in found}
+    rows = [(day, len(inner), sum(map(_rows, inner))) for day, inner in parts.items()]
     total = sum(row[2] for row in rows)
     _print(console, f"days: {len(rows):,}; rows: {total:,}", ["day", "files", "rows"], rows, right=["files", "rows"])
     first = next((inner[0] for inner in parts.values() if inner), None)
     if first is not None:
-        _show_parquet(first, console)
+        (_show_arrow if first.suffix == ARROW else _show_parquet)(first, console)
+
+
+def _rows(path: Path) -> int:
+    if path.suffix == ARROW:
+        return int(pl.scan_ipc(path).select(pl.len()).collect().item())
+    return sum(row_groups(path))
+
+
+def _show_arrow(path: Path, console: Console) -> None:
+    scan = pl.scan_ipc(path)
+    schema = [(name, str(dtype)) for name, dtype in scan.collect_schema().items()]
+    rows = _rows(path)
+    _print(console, f"rows: {rows:,}", ["column", "type"], schema)
+    _frame(console, f"first {min(FIRST_ROWS, rows)} rows", scan.head(FIRST_ROWS).collect())
 
 
 def _show_convert(path: Path, console: Console) -> None:

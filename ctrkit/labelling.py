@@ -50,7 +50,7 @@ def label_impressions(job: Job, part: int) -> dict[str, Any]:
     if options.sampled_negatives:
         counts |= _sample_negatives(job, part, columns_)
     days, order = by_day(job, columns_, rows.users.len())
-    layout = spool.write(Path(f"{stem}.rows"), {name: c[order] for name, c in columns_.items()})
+    layout = spool.write(Path(f"{stem}.rows"), {name: spool.take(c, order) for name, c in columns_.items()})
     spool.write_frame(f"{stem}.users", rows.users.to_frame("user"))
     times = columns_["time"]
     return {

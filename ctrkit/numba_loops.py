@@ -5,6 +5,7 @@ import fcntl
 import functools
 import importlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,21 @@ def load(module: str) -> ModuleType | None:
         import numba  # noqa: F401
     except ImportError:
         return None
-    with _one_at_a_time():
+    with _one_at_a_time(), _without_linear_algebra():
         return importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def _without_linear_algebra() -> Iterator[None]:
+    """Have imports of scipy.linalg fail: Numba looks for it, which no loop here uses, and it takes 0.2 s."""
+    if "scipy.linalg" in sys.modules:
+        yield
+        return
+    sys.modules["scipy.linalg"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["scipy.linalg"]
 
 
 @contextlib.contextmanager
@@ -45,7 +59,7 @@ def _one_at_a_time() -> Iterator[None]:
         yield
 
 
-def compiled(*signatures: str) -> Callable[[F], F]:
+def compiled(*signatures: Any) -> Callable[[F], F]:
     """Compile a function for these types, or load what was compiled before.
 
     Numba keeps it beside this file, or where that cannot be written in the user's cache (or NUMBA_CACHE_DIR); where

@@ -22,6 +22,8 @@ from ctrkit.parquet_footer import thrift_struct
 
 CACHE_BYTES = 256 << 20
 """Unpacked pages that a process keeps."""
+TEXTS = 1 << 16
+"""Rows whose texts are in memory at a time."""
 HEADER_BYTES = 1 << 10
 """Of a page, read at first. Statistics may make its header longer."""
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
@@ -149,8 +151,8 @@ class Cache:
 cache = Cache()
 
 
-def pages(path: Path, column: str, key: str) -> list[Page]:
-    """Return the data pages of a binary column, by rows; `key` of the recipe names it. Raises UserError."""
+def pages(path: Path, column: str, key: str) -> Iterator[Page]:
+    """Yield the data pages of a binary column, by rows; `key` of the recipe names it. Raises UserError."""
     file = ArchiveFile.open(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as parquet:
@@ -162,32 +164,33 @@ def pages(path: Path, column: str, key: str) -> list[Page]:
                 raise UsageError(f"{path}: column {column!r} ({key}) does not hold one value of bytes a row")
             if about.logical_type.type == "STRING" or about.converted_type == "UTF8":
                 raise UsageError(f"{path}: column {column!r} ({key}) holds texts, and pictures are bytes; name another")
-            found: list[Page] = []
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
                 chunk = metadata.row_group(group).column(number)
-                part = list(_chunk_pages(file, chunk, about.max_definition_level))
-                if sum(page.values for page in part) != rows:
+                found = 0
+                for page in _chunk_pages(file, chunk, about.max_definition_level):
+                    found += page.values
+                    yield page
+                if found != rows:
                     raise ValueError("its pages do not have as many rows as its footer says")
-                found += part
     except DAMAGE as e:
         raise _damaged(path, e) from None
-    return found
 
 
-def texts(path: Path, column: str, key: str) -> list[str | None]:
-    """Return a column as texts, `a.b` the field b of the struct a; `key` of the recipe names it. Raises UserError."""
+def texts(path: Path, column: str, key: str) -> Iterator[list[str | None]]:
+    """Yield a column as texts, some rows at a time, `a.b` the field b of the struct a; `key` of the recipe names it.
+    Raises UserError."""
     try:
         with pyarrow.parquet.ParquetFile(path) as parquet:
             schema = parquet.metadata.schema
             _place_of(column, [schema.column(i).path for i in range(parquet.metadata.num_columns)], path, key)
-            table = parquet.read(columns=[column])
-            while any(pyarrow.types.is_struct(field.type) for field in table.schema):
-                table = table.flatten()
-            found: list[str | None] = table.column(0).cast(pyarrow.string()).to_pylist()
+            for batch in parquet.iter_batches(TEXTS, columns=[column]):
+                table = pyarrow.Table.from_batches([batch])
+                while any(pyarrow.types.is_struct(field.type) for field in table.schema):
+                    table = table.flatten()
+                yield table.column(0).cast(pyarrow.string()).to_pylist()
     except DAMAGE as e:
         raise _damaged(path, e) from None
-    return found
 
 
 def _place_of(column: str, names: list[str], path: Path, key: str) -> int:

@@ -10,7 +10,8 @@ import pyarrow.parquet
 
 from ctrkit import files
 from ctrkit.errors import UserError
-from ctrkit.spool import whole
+from ctrkit.facts import read_facts
+from ctrkit.spool import whole, write_frame
 
 PARQUET, ARROW = ".parquet", ".arrow"
 """What files end in. Arrow's are written and read in a quarter of the time, and are larger."""
@@ -20,6 +21,13 @@ def write_parquet(frame: pl.DataFrame, path: Path, **options: Any) -> None:
     """Write a Parquet file whole or not at all, so that a task may be done twice."""
     with whole(path) as tmp:
         frame.write_parquet(tmp, statistics=False, **options)
+    files.write_back(path)
+
+
+def write_arrow(frame: pl.DataFrame, path: Path) -> None:
+    """Write an Arrow IPC file, uncompressed, whole or not at all: for what only the next stage reads."""
+    write_frame(path, frame)
+    files.write_back(path)
 
 
 def write_rows(frame: pl.DataFrame, path: Path, packed: Collection[str]) -> None:
@@ -38,6 +46,7 @@ def write_rows(frame: pl.DataFrame, path: Path, packed: Collection[str]) -> None
             write_statistics=False,
             store_schema=False,
         )
+    files.write_back(path)
 
 
 def _codec(packed: bool) -> str:
@@ -104,20 +113,3 @@ def read_split(convert_folder: Path) -> dict[str, list[datetime.date]]:
     """Return the days of `train`, `valid` and `test`."""
     dates = read_facts(convert_folder)
     return {part: [datetime.date.fromisoformat(d) for d in dates[part]] for part in ("train", "valid", "test")}
-
-
-def read_facts(convert_folder: Path) -> dict[str, Any]:
-    """Return what `split.json` says: days, number of partitions, rate of negatives."""
-    if not (convert_folder / "split.json").is_file():
-        raise UserError(f"{convert_folder} has no samples; run ctrkit convert with this recipe first")
-    facts = files.read_json(convert_folder / "split.json")
-    assert isinstance(facts, dict)
-    return facts
-
-
-def partitions_of(convert_folder: Path) -> int:
-    """Return the number of partitions of what may be a folder of `convert`; 0 if it is none."""
-    try:
-        return int(read_facts(convert_folder)["partitions"])
-    except (UserError, ValueError, KeyError, TypeError):
-        return 0

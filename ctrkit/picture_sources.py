@@ -5,20 +5,22 @@ of a Parquet file. Archives and Parquet files are looked through once; a picture
 thread reads without a lock.
 """
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from ctrkit.archive_file import ArchiveFile
+from ctrkit.disk_texts import AT_ONCE, Texts
 from ctrkit.errors import UsageError, UserError
 from ctrkit.packed_pictures import Archives, ParquetPictures
 from ctrkit.picture_names import Index, Names, Template, in_order, inner_or_none
-from ctrkit.pictures import BadPicture, Int, Place, Source, check_size, extensions
+from ctrkit.pictures import POSITION, BadPicture, Place, Positions, Source, check_size, extensions
 from ctrkit.recipe import ExtractImages
 from ctrkit.sources import index_path, picture_paths
 
@@ -34,8 +36,11 @@ COMPRESSED = {
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 
-def open_source(path: Path, settings: ExtractImages) -> Source:
-    """Open what `--pictures` names: a folder, an archive, or a folder or glob of archives. Raises UserError."""
+def open_source(path: Path, settings: ExtractImages, folder: Path | None = None) -> Source:
+    """Open what `--pictures` names: a folder, an archive, or a folder or glob of archives. Raises UserError.
+
+    folder: in whose file system nameless files of tables lie; None: that of temporary files.
+    """
     archives = find_archives(path)
     kinds = {archive: _kind(archive) for archive in archives}
     if "parquet" in kinds.values():
@@ -46,11 +51,11 @@ def open_source(path: Path, settings: ExtractImages) -> Source:
                 "extract-images.index gives paths, and Parquet files have none: leave it out, and name the id's column "
                 "in extract-images.id_column"
             )
-        return ParquetPictures(archives, Template(settings.template), settings)
-    names: Names = Template(settings.template)
+        return ParquetPictures(archives, Template(settings.template, folder), settings, folder)
+    names: Names = Template(settings.template, folder)
     if settings.index is not None:
-        names = Index(index_path(path, settings.index), settings)
-    return Archives(kinds, names) if archives else Folder(path, names)
+        names = Index(index_path(path, settings.index), settings, folder)
+    return Archives(kinds, names, folder) if archives else Folder(path, names, folder)
 
 
 def find_archives(path: Path) -> list[Path]:
@@ -120,23 +125,16 @@ def _read_whole(number: int, size: int) -> bytes:
 class Folder:
     """Pictures as files below a folder."""
 
-    def __init__(self, folder: Path, names: Names) -> None:
-        self.folder, self.names = folder, names
+    def __init__(self, folder: Path, names: Names, tables: Path | None) -> None:
+        self.folder, self.names, self._tables = folder, names, tables
         self.unnamed = names.unnamed
+        self._found: Texts | None = None
 
-    def find(self) -> list[str]:
+    def find(self) -> Texts:
         """Return the ids of all pictures below the folder, sorted."""
-        found, bad = in_order(self.names.images(self._walk()))
-        self.unnamed = [*self.names.unnamed, *bad]
-        return found
-
-    def _walk(self) -> Iterable[str]:
-        for base, folders, names in os.walk(self.folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            below = os.path.relpath(base, self.folder)
-            for name in names:
-                if not name.startswith("."):
-                    yield name if below == "." else f"{below}/{name}"
+        if self._found is None:
+            self._found = in_order(self.names.images(_walk(self.folder, "")), self.unnamed, self._tables)
+        return self._found
 
     def has(self, image: str) -> bool:
         """Say whether the picture's file is there."""
@@ -160,6 +158,32 @@ class Folder:
         """Return the path below the folder."""
         return inner_or_none(self.names, image)
 
-    def order(self, images: Sequence[str]) -> Int:
-        """Return the order of the images."""
-        return np.arange(len(images))
+    def at(self, position: int, image: str) -> Place:
+        """Return the picture's file. Raises BadPicture for a name that leads out of the folder."""
+        return self.place(image)
+
+    def positions(self, images: Sequence[str], begin: int, end: int) -> Iterator[Positions]:
+        """Yield pictures in the order in which they are asked for."""
+        for at in range(begin, end, AT_ONCE):
+            some = np.zeros(min(AT_ONCE, end - at), POSITION)
+            some["picture"] = np.arange(at, at + len(some))
+            yield some
+
+
+def _walk(folder: Path | str, below: str) -> Iterator[str]:
+    """Yield the paths of all files below a folder but for hidden ones, as they come."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not _is_folder(entry):
+                yield below + entry.name
+            elif not entry.is_symlink():
+                yield from _walk(entry.path, f"{below}{entry.name}/")
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -55,6 +55,12 @@ AT_ONCE = 64
 _large = threading.Lock()
 
 
+POSITION = np.dtype([("position", ">i8"), ("picture", ">i8")])
+"""A picture, by its number among those asked for, and its position in the source."""
+Positions = npt.NDArray[np.void]
+"""[n] of POSITION."""
+
+
 class BadPicture(Exception):
     """A picture that cannot be used; the message is the reason."""
 
@@ -66,15 +72,24 @@ class Place(Protocol):
         """Return the picture's file. Raises BadPicture."""
 
 
+class Unnamed(Protocol):
+    """Of pictures that no id names: where they are, and why."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Yield (where, why)."""
+
+
 class Source(Protocol):
-    """Where pictures come from. See `ctrkit.picture_sources.open_source`.
+    """Where pictures come from. See `ctrkit.picture_sources.open_source`."""
 
-    unnamed: of pictures that no id names, where they are and why. After `find`, all that there are.
-    """
+    @property
+    def unnamed(self) -> Unnamed:
+        """Of pictures that no id names. After `find`, all that there are."""
 
-    unnamed: list[tuple[str, str]]
-
-    def find(self) -> list[str]:
+    def find(self) -> Sequence[str]:
         """Return the ids of all pictures, sorted."""
 
     def has(self, image: str) -> bool:
@@ -86,8 +101,12 @@ class Source(Protocol):
     def where(self, image: str) -> str:
         """Return the place as a text for people."""
 
-    def order(self, images: Sequence[str]) -> Int:
-        """Return [images] int64: an order in which reading them is cheap."""
+    def at(self, position: int, image: str) -> Place:
+        """Return where a picture lies, given its position. Raises BadPicture if that is known to be nowhere."""
+
+    def positions(self, images: Sequence[str], begin: int, end: int) -> Iterator[Positions]:
+        """Yield pictures `begin` to `end` − 1 of `images`, as arrays of POSITION, in an order in which reading them is
+        cheap. A picture's position may mean something to `at` only."""
 
 
 def preprocessing(size: int, crop: float = CROP) -> str:
@@ -275,36 +294,69 @@ class Contents:
     """Picture → why it cannot be read."""
 
 
-def distinct(source: Source, images: Sequence[str]) -> Contents:
-    """Read every picture once and tell which have the same bytes."""
-    digests = np.zeros((len(images), DIGEST), dtype=np.uint8)
-    reasons: dict[int, str] = {}
+@dataclass(frozen=True)
+class Digests:
+    """Digests of some pictures' contents."""
 
-    def digest(numbers: Int) -> int:
-        for number in numbers.tolist():
+    pictures: Positions
+    """[n]: which."""
+    digests: npt.NDArray[np.uint8]
+    """[n, 16]; anything where a picture cannot be read."""
+    reasons: dict[int, str]
+    """Place among these → why it cannot be read."""
+
+
+def digests(source: Source, images: Sequence[str], begin: int, end: int, label: str = "") -> Iterator[Digests]:
+    """Read pictures `begin` to `end` − 1 of `images` once each, and yield digests of their bytes, some at a time.
+
+    label: of the progress that is shown; "": none is.
+    """
+
+    def digest(some: Positions) -> Digests:
+        found = Digests(some, np.zeros((len(some), DIGEST), dtype=np.uint8), {})
+        for at, (position, number) in enumerate(some.tolist()):
             try:
-                if "\0" in images[number]:
+                image = images[number]
+                if "\0" in image:
                     raise BadPicture("the id has a NUL character, which features.h5 cannot hold")
-                data = read(source.place(images[number]))
-                digests[number] = np.frombuffer(hashlib.blake2b(data, digest_size=DIGEST).digest(), dtype=np.uint8)
+                data = read(source.at(position, image))
+                found.digests[at] = np.frombuffer(hashlib.blake2b(data, digest_size=DIGEST).digest(), dtype=np.uint8)
             except BadPicture as bad:
-                reasons[number] = str(bad)
-        return len(numbers)
+                found.reasons[at] = str(bad)
+        return found
 
-    order = source.order(images)
-    waiting: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool, Meter("compare pictures", len(images), "pictures") as meter:
-        for begin in range(0, len(order), AT_ONCE):
-            waiting.append(pool.submit(digest, order[begin : begin + AT_ONCE]))
-            if len(waiting) > 2 * THREADS:
-                meter.add(waiting.popleft().result())
+    waiting: deque[Future[Digests]] = deque()
+    shown = Meter(label, end - begin, "pictures") if label else nullcontext()
+    with ThreadPoolExecutor(THREADS) as pool, shown as meter:
+
+        def finish() -> Digests:
+            found = waiting.popleft().result()
+            if meter is not None:
+                meter.add(len(found.pictures))
+            return found
+
+        for located in source.positions(images, begin, end):
+            for first in range(0, len(located), AT_ONCE):
+                waiting.append(pool.submit(digest, located[first : first + AT_ONCE]))
+                if len(waiting) > 2 * THREADS:
+                    yield finish()
         while waiting:
-            meter.add(waiting.popleft().result())
+            yield finish()
+
+
+def distinct(source: Source, images: Sequence[str]) -> Contents:
+    """Read every picture once and tell which have the same bytes. For as many as memory holds."""
+    found = np.zeros((len(images), DIGEST), dtype=np.uint8)
+    reasons: dict[int, str] = {}
+    for some in digests(source, images, 0, len(images), "compare pictures"):
+        numbers = some.pictures["picture"].astype(np.int64)
+        found[numbers] = some.digests
+        reasons.update((int(numbers[at]), reason) for at, reason in some.reasons.items())
 
     good = np.setdiff1d(np.arange(len(images)), np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
-    _, first, same = np.unique(digests[good].view(f"S{DIGEST}"), return_index=True, return_inverse=True)
+    _, first, same = np.unique(found[good].view(f"S{DIGEST}"), return_index=True, return_inverse=True)
     appearance = np.argsort(first)
     content = np.full(len(images), -1, dtype=np.int64)
     content[good] = np.argsort(appearance)[same.ravel()]
     first = good[first[appearance]]
-    return Contents(Places(source, images, first), digests[first], content, dict(sorted(reasons.items())))
+    return Contents(Places(source, images, first), found[first], content, dict(sorted(reasons.items())))

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from ctrkit import counts, provenance
-from ctrkit.convert import SMALL_BYTES, convert, input_bytes
 from ctrkit.engine import engine, start_early
 from ctrkit.options import DAY, path_option, recipe_options
-from ctrkit.pieces import PIECE_BYTES
 from ctrkit.recipe import Recipe
 from ctrkit.sources import SOURCES, for_day, raw_inputs
-from ctrkit.tables import open_tables
+
+TASK_BYTES = 32 << 20
+"""Of logs: at least a task to scan."""
 
 
 @click.command("convert")
@@ -28,7 +28,7 @@ def command(recipe: Recipe, raw: Path, out: Path, extend: Path | None, today: da
     Reads the tables of the recipe's [convert] (impressions; clicks, behaviours, users, ads, goods where there are)
     below --raw or from URLs: CSV, TSV, JSONL or Parquet, also .gz or .zst. Big files are read in pieces, side by side.
 
-    Writes OUT/samples/day=*/part-*.parquet (one row an impression), OUT/behaviours/day=*/part-*.parquet (the log of
+    Writes OUT/samples/day=*/part-*.parquet (one row an impression), OUT/behaviours/day=*/part-*.arrow (the log of
     behaviours), OUT/vocab/NAME.parquet (from training days only), OUT/split.json (which days train, validate and
     test) and OUT/rejects.parquet (every row that was not used, and why).
 
@@ -41,15 +41,17 @@ def command(recipe: Recipe, raw: Path, out: Path, extend: Path | None, today: da
     day = today.date() if today else None
     recipe = for_day(recipe, day if extend else None)
     inputs = {**raw_inputs(recipe, raw), "previous": extend}
-    with (
-        start_early(recipe.engine, recipe.workers, _pieces(inputs.values()), ("ctrkit.convert", "numba")) as pool,
-        provenance.output("convert", recipe, inputs, out, {"today": str(day)} if day else None) as work,
-    ):
-        tables = open_tables(recipe, raw, *SOURCES)
-        small = input_bytes(recipe, tables) < SMALL_BYTES
-        with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
-            work.counts = convert(recipe, tables, work.begin(), tasks, day, extend)
-        work.end()
+    modules = ("ctrkit.convert", "ctrkit.compiled", "ctrkit.compiled_take")
+    with start_early(recipe.engine, recipe.workers, _pieces(inputs.values()), modules) as pool:
+        from ctrkit.convert import SMALL_BYTES, convert, input_bytes
+        from ctrkit.tables import open_tables
+
+        with provenance.output("convert", recipe, inputs, out, {"today": str(day)} if day else None) as work:
+            tables = open_tables(recipe, raw, *SOURCES)
+            small = input_bytes(recipe, tables) < SMALL_BYTES
+            with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
+                work.counts = convert(recipe, tables, work.begin(), tasks, day, extend)
+            work.end()
     notes = _identity(work.counts)
     if extend is not None:
         notes["duplicate impressions dropped"] = "found among the rows of the day alone"
@@ -60,7 +62,7 @@ def _pieces(inputs: Iterable[Path | None]) -> int:
     """Return about how many pieces there will be to scan; 0 if that is not sure to happen."""
     if not provenance.will_work():
         return 0
-    return sum(path.stat().st_size for path in inputs if path is not None and path.is_file()) // PIECE_BYTES
+    return sum(path.stat().st_size for path in inputs if path is not None and path.is_file()) // TASK_BYTES
 
 
 def _identity(found: dict[str, int]) -> dict[str, str]:

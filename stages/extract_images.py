@@ -4,6 +4,7 @@ Reads a folder of pictures and convert's `vocab/image.parquet`. Writes `features
 `features.h5.rejects.parquet`.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +121,18 @@ def _extract(
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    source = picture_sources.open_source(pictures, settings)
-    vocabulary = extraction.whole_source(source) if vocab is None else extraction.read_vocabulary(vocab)
+    source = picture_sources.open_source(pictures, settings, out.parent)
+    vocabulary = extraction.whole_source(source) if vocab is None else extraction.read_vocabulary(vocab, out.parent)
     if vocab is None and not vocabulary.images:
         named = f"extract-images.template = {settings.template!r}"
         if settings.index is not None:
             named = f"extract-images.index = {settings.index!r}"
         raise UserError(
             f"there are no pictures to extract: none in {pictures} is named as {named} says"
-            + "".join(f"; {len(source.unnamed):,} have no id, such as {where}" for where, _ in source.unnamed[:1])
+            + "".join(
+                f"; {len(source.unnamed):,} have no id, such as {where}"
+                for where, _ in itertools.islice(source.unnamed, 1)
+            )
         )
     device = devices.resolve(settings.device, "extract-images.device")
     if device == "cuda" and ranks.count > 1:

@@ -8,9 +8,8 @@ import click
 from ctrkit import counts, provenance
 from ctrkit.engine import engine, start_early
 from ctrkit.errors import UserError
-from ctrkit.grouping import SPLITS, group
+from ctrkit.facts import partitions_of, read_facts
 from ctrkit.options import path_option, recipe_options
-from ctrkit.partitions import partitions_of, read_facts
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 
@@ -35,16 +34,16 @@ def command(recipe: Recipe, convert: Path, behaviours: Path | None, out: Path) -
     started = time.monotonic()
     _check_features(recipe, convert, behaviours)
     parts = partitions_of(convert) if provenance.will_work() else 0
-    with (
-        start_early(recipe.engine, recipe.workers, parts, ("ctrkit.grouping", "numba")) as pool,
-        provenance.output("group", recipe, {"convert": convert, "behaviours": behaviours}, out) as work,
-    ):
-        if behaviours is not None:
-            _check_made_from(behaviours, convert, work.inputs["convert"])
-        small = read_facts(convert)["partitions"] == 1
-        with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
-            work.counts = group(recipe, convert, behaviours, work.begin(), tasks)
-        work.end()
+    with start_early(recipe.engine, recipe.workers, parts, ("ctrkit.grouping", "ctrkit.compiled_counts")) as pool:
+        from ctrkit.grouping import SPLITS, group
+
+        with provenance.output("group", recipe, {"convert": convert, "behaviours": behaviours}, out) as work:
+            if behaviours is not None:
+                _check_made_from(behaviours, convert, work.inputs["convert"])
+            small = read_facts(convert)["partitions"] == 1
+            with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
+                work.counts = group(recipe, convert, behaviours, work.begin(), tasks)
+            work.end()
     found = work.counts
     notes = {
         f"{part} samples": f"{found[f'{part} samples'] / found[f'{part} groups']:.1f} a group"

@@ -5,10 +5,9 @@ from pathlib import Path
 import click
 
 from ctrkit import counts, provenance
-from ctrkit.clicks import select_clicks
 from ctrkit.engine import engine, start_early
+from ctrkit.facts import partitions_of, read_facts
 from ctrkit.options import path_option, recipe_options
-from ctrkit.partitions import partitions_of, read_facts
 from ctrkit.recipe import Recipe
 
 
@@ -23,7 +22,7 @@ def command(recipe: Recipe, convert: Path, out: Path) -> None:
     samples; [select-clicks] says how far back, how long a visit must be, and how many goods are kept. A goods' score is
     (visits + dwell / dwell_scale) · 0.5^(days since the last visit / half_life_days).
 
-    Writes OUT/day=*/part-*.parquet, one row a user and day: the goods picked, oldest first.
+    Writes OUT/day=*/part-*.arrow, one row a user and day: the goods picked, oldest first.
 
     \b
     ctrkit select-clicks --recipe demo --convert runs/demo/convert --out runs/demo/behaviours
@@ -31,14 +30,14 @@ def command(recipe: Recipe, convert: Path, out: Path) -> None:
     behaviours = [n for n, f in recipe.features.items() if f.of == "behaviour"]
     provenance.check_features(recipe, behaviours, convert)
     parts = partitions_of(convert) if provenance.will_work() else 0
-    with (
-        start_early(recipe.engine, recipe.workers, parts, ("ctrkit.clicks", "numba")) as pool,
-        provenance.output("select-clicks", recipe, {"convert": convert}, out) as work,
-    ):
-        small = read_facts(convert)["partitions"] == 1
-        with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
-            work.counts = select_clicks(recipe, convert, work.begin(), tasks)
-        work.end()
+    with start_early(recipe.engine, recipe.workers, parts, ("ctrkit.clicks", "ctrkit.compiled_windows")) as pool:
+        from ctrkit.clicks import select_clicks
+
+        with provenance.output("select-clicks", recipe, {"convert": convert}, out) as work:
+            small = read_facts(convert)["partitions"] == 1
+            with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
+                work.counts = select_clicks(recipe, convert, work.begin(), tasks)
+            work.end()
     counts.show(f"select-clicks: {recipe.name}", work.counts, _shares(work.counts))
 
 

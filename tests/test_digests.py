@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ctrkit import digests, disk_texts
 from ctrkit.digests import Digests
 from ctrkit.errors import UserError
 
@@ -91,6 +92,20 @@ def test_links_that_lead_nowhere_and_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe")
     found = {str(path): digest for path, digest in Digests(tmp_path / "cache").inside(folder).items()}
     assert found == {"a": Digests().of(folder / "a"), "dangling": "missing", "loop": "missing", "pipe": "not a file"}
+
+
+def test_a_folder_of_more_names_than_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b", "a-", "a", "a.x", "é", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inner").write_text(name)
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / os.fsdecode(b"\xe9")).write_text("no UTF-8")
+    wanted = list(Digests().inside(tmp_path).items())
+    assert [path for path, _ in wanted] == sorted(path for path, _ in wanted)
+    assert len(wanted) == 7
+    monkeypatch.setattr(digests, "MANY", 2)
+    monkeypatch.setattr(disk_texts, "RUN", 3)
+    assert list(Digests().inside(tmp_path).items()) == wanted
 
 
 def test_a_file_that_goes_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

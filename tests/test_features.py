@@ -41,6 +41,12 @@ def test_reads_rows(tmp_path: Path, how: dict[str, object]) -> None:
     assert (store.rows, store.width, store.attributes) == (3, 8, {"backbone": "none"})
     assert store.row_of(["c", "nobody", "é.jpg", "gone", "c", "c again"]).tolist() == [1, -1, 2, -1, 1, 1]
     assert store.row_of([]).tolist() == []
+    assert "pictures" in vars(store)
+    store, other = FeatureStore(store.path), store
+    images = other.pictures["image"]
+    rows = store.row_of(images)  # in the file's order: the ids are not held
+    assert "pictures" not in vars(store)
+    assert rows.tolist() == other.row_of(images.reverse())[::-1].tolist() == other.pictures["row"].to_list()
     rows = np.array([2, -1, 0, 2, 2, 1, -1])
     found = store.read(rows)
     assert found.dtype == np.float32

@@ -125,3 +125,18 @@ def test_foreign_things_are_refused(tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="nothing that ctrkit writes"):
         shown(tmp_path / name)
+
+
+def test_arrow_files(tmp_path: Path) -> None:
+    """A folder of behaviours, and one of its files."""
+    (tmp_path / "day=2024-03-02").mkdir()
+    for part in range(2):
+        lists = pl.DataFrame({"user": ["u", "v"], "goods": [[2, 3], [4]]})
+        lists.write_ipc(tmp_path / "day=2024-03-02" / f"part-{part:04}.arrow")
+    text = shown(tmp_path)
+    assert "days: 1; rows: 4" in text
+    assert "2024-03-02 │ 2 │ 4" in text
+    assert "[2, 3] (2)" in text
+    text = shown(tmp_path / "day=2024-03-02" / "part-0001.arrow")
+    assert "rows: 2" in text
+    assert "goods │ List(Int64)" in text

@@ -10,8 +10,9 @@ import polars as pl
 import pytest
 
 from ctrkit.batches import GroupedData
+from ctrkit.facts import read_facts
 from ctrkit.grouping import ungroup
-from ctrkit.partitions import days_there, read_by_day, read_facts
+from ctrkit.partitions import days_there, read_by_day
 from tests.shop import behaviours_of, ctrkit, random_rows, run_all, write
 
 SETS = {"convert.partitions": 3, "group.max_samples": 2, "convert.negative_rate": 0.8}

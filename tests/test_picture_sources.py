@@ -141,7 +141,7 @@ def contents(source: Source, images: list[str]) -> list[bytes | str]:
 @pytest.mark.parametrize("make", MAKERS, ids=name_of)
 def test_every_source_gives_the_same(tmp_path: Path, make: Make) -> None:
     source = open_source(tmp_path / make(tmp_path), SETTINGS)
-    assert source.find() == sorted(IDS)
+    assert list(source.find()) == sorted(IDS)
     assert contents(source, IDS) == [picture(image) for image in IDS]
     assert contents(source, ["nowhere"]) == ["missing"]
     assert source.has("a")
@@ -149,7 +149,11 @@ def test_every_source_gives_the_same(tmp_path: Path, make: Make) -> None:
     assert source.where("a").endswith("x/a.png")
     assert source.where("nowhere") == "x/nowhere.png"
     asked = ["f", "nowhere", "d", "b", "ünï"]
-    assert sorted(source.order(asked).tolist()) == [0, 1, 2, 3, 4]
+    order = [place for some in source.positions(asked, 1, 5) for place in some.tolist()]
+    assert sorted(number for _, number in order) == [1, 2, 3, 4]
+    for position, number in order:
+        with contextlib.suppress(BadPicture):
+            assert source.at(position, asked[number]) == source.place(asked[number])
     found = pictures.distinct(source, asked)
     assert found.content.tolist() == [0, -1, 1, 1, 2]
     assert found.reasons == {1: "missing"}
@@ -173,7 +177,7 @@ def test_more_archives_than_stay_open(tmp_path: Path, monkeypatch: pytest.Monkey
         write_tar(tmp_path / "shards" / f"{shard}.tar", {f"{shard}.png": b"%d" % shard})
     source = open_source(tmp_path / "shards", ExtractImages(template="{image}.png"))
     opened = len(os.listdir("/proc/self/fd"))
-    images = source.find() * 3
+    images = list(source.find()) * 3
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda image: int(pictures.read(source.place(image))), images)) == [int(i) for i in images]
     assert len(os.listdir("/proc/self/fd")) <= opened + archive_file.OPEN_FILES
@@ -200,7 +204,7 @@ def test_index_gives_each_path(tmp_path: Path, ending: str, make: Make) -> None:
         table.write_csv(home / f"index.{ending}", separator="\t" if ending == "tsv" else ",")
     settings = ExtractImages(index=f"index.{ending}", id_column="goods", path_column="file")
     source = open_source(path, settings)
-    assert source.find() == ["007", "10", "8", "9"]
+    assert list(source.find()) == ["007", "10", "8", "9"]
     images = ["007", "8", "9", "10", "11"]
     # Of two rows with the same id the first one counts.
     unknown = ["no path in the index", "not in the index"]
@@ -242,8 +246,8 @@ def test_find_inverts_the_template(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     for name in ["x/b.jpg", "x/a.jpg", "c.jpg", "x/d.PNG", "x/notes.txt", "x/.hidden.jpg", "x/e.pdf", ".cache/f.jpg"]:
         (tmp_path / name).touch()
-    assert open_source(tmp_path, ExtractImages(template="x/{image}.jpg")).find() == ["a", "b"]
-    assert open_source(tmp_path, ExtractImages()).find() == ["c.jpg", "x/a.jpg", "x/b.jpg", "x/d.PNG"]
+    assert list(open_source(tmp_path, ExtractImages(template="x/{image}.jpg")).find()) == ["a", "b"]
+    assert list(open_source(tmp_path, ExtractImages()).find()) == ["c.jpg", "x/a.jpg", "x/b.jpg", "x/d.PNG"]
     with pytest.raises(UsageError, match="does not contain"):
         open_source(tmp_path, ExtractImages(template="x.jpg"))
 
@@ -262,7 +266,7 @@ def test_a_pipe_is_no_picture_and_does_not_block(tmp_path: Path) -> None:
 def test_archives_beside_pictures_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / folder(tmp_path)
     write_zip(path / "old.zip", {"z.png": picture("a")})
-    assert open_source(path, SETTINGS).find() == sorted(IDS)
+    assert list(open_source(path, SETTINGS).find()) == sorted(IDS)
 
 
 # --- tar ---------------------------------------------------------------------------------------------------------
@@ -273,7 +277,7 @@ def test_every_form_of_tar(tmp_path: Path, form: int) -> None:
     long = "n" * 90 + "/" + "m" * 90
     write_tar(tmp_path / "a.tar", {f"./{long}.png": picture("a"), "./b.png": b"", "c.png": picture("c")}, form)
     source = open_source(tmp_path / "a.tar", ExtractImages(template="{image}.png"))
-    assert source.find() == ["b", "c", long]
+    assert list(source.find()) == ["b", "c", long]
     assert contents(source, [long, "b", "c"]) == [picture("a"), "empty file", picture("c")]
 
 
@@ -287,7 +291,7 @@ def test_tar_with_links_folders_and_later_versions(tmp_path: Path) -> None:
         add(tar, "x/soft.png", b"", type=tarfile.SYMTYPE, linkname="../x/b.png")
         add(tar, "x/out.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     source = open_source(tmp_path / "a.tar", SETTINGS)
-    assert source.find() == ["a", "b", "hard", "soft"]
+    assert list(source.find()) == ["a", "b", "hard", "soft"]
     assert contents(source, ["a", "hard", "soft"]) == [picture("a"), picture("b"), picture("b")]
 
 
@@ -353,7 +357,7 @@ def test_zip_with_what_archivers_add(tmp_path: Path) -> None:
         open_source(tmp_path / "a.zip", SETTINGS)
     (tmp_path / "a.zip").write_bytes(data)
     source = open_source(tmp_path / "a.zip", SETTINGS)
-    assert source.find() == ["a"]
+    assert list(source.find()) == ["a"]
     assert contents(source, ["a"]) == [picture("a")]
 
 
@@ -395,10 +399,10 @@ def test_parquet_with_other_columns(tmp_path: Path) -> None:
     rows += [{"id": 7, "image": {"bytes": b"later", "path": "r"}}, {"id": None, "image": None}]
     pl.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet", ExtractImages(id_column="id", bytes_column="image.bytes"))
-    assert source.find() == ["7", "8"]
+    assert list(source.find()) == ["7", "8"]
     assert contents(source, ["7", "8", "9"]) == [picture("a"), "missing", "missing"]  # of two rows the first
     source = open_source(tmp_path / "a.parquet", ExtractImages(id_column="image.path", bytes_column="image.bytes"))
-    assert source.find() == ["p", "q", "r"]
+    assert list(source.find()) == ["p", "q", "r"]
     with pytest.raises(UsageError, match=r"no column 'bytes' \(extract-images.bytes_column\)"):
         open_source(tmp_path / "a.parquet", ExtractImages(id_column="id"))
     with pytest.raises(UsageError, match=r"no column 'image' \(extract-images.id_column\)"):
@@ -431,7 +435,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 def test_brackets_in_a_real_path_are_no_glob(tmp_path: Path) -> None:
     (tmp_path / "run[1]").mkdir()
     path = tmp_path / "run[1]" / one_tar(tmp_path / "run[1]")
-    assert open_source(path, SETTINGS).find() == sorted(IDS)
+    assert list(open_source(path, SETTINGS).find()) == sorted(IDS)
     assert sources.picture_inputs(path, SETTINGS) == {"pictures": path}
 
 

@@ -370,12 +370,13 @@ def run(folder: Path, stage: str, *more: str) -> tuple[int, str]:
 
 
 def by_day(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a folder of day=*/part-*.parquet in order of file name, with `day` and `part`."""
+    """Return the rows of a folder of day=*/part-* in order of file name, with `day` and `part`."""
     rows: list[dict[str, Any]] = []
-    for path in sorted(folder.glob("day=*/part-*.parquet")):
+    for path in sorted(folder.glob("day=*/part-*")):
         day = datetime.date.fromisoformat(path.parent.name.removeprefix("day="))
         part = int(path.stem.removeprefix("part-"))
-        rows += [{**row, "day": day, "part": part} for row in pl.read_parquet(path).to_dicts()]
+        frame = pl.read_ipc(path) if path.suffix == ".arrow" else pl.read_parquet(path)
+        rows += [{**row, "day": day, "part": part} for row in frame.to_dicts()]
     return rows
 
 

@@ -74,7 +74,7 @@ class Data:
 
     def histories(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Return (user, day) → the lists of the behaviours, with texts."""
-        frame = pl.read_parquet(self.folder / "behaviours", hive_partitioning=True)
+        frame = pl.scan_ipc(self.folder / "behaviours/**/*.arrow", hive_partitioning=True).collect()
         rows = self._decode(frame, ("behaviour",)).to_dicts()
         return {(row["user"], str(row["day"])): row for row in rows}
 
@@ -248,10 +248,10 @@ def test_taobao_a_purchase_counts_for_three_views(taobao: Data) -> None:
     out = taobao.folder / "two"
     options = ("--convert", taobao.folder / "convert", "--set", "select-clicks.max_behaviours=2")
     taobao.command("select-clicks", *options, "--out", out)
-    chosen = pl.read_parquet(out / "day=2017-05-06").row(0, named=True)
+    chosen = pl.read_ipc(out / "day=2017-05-06" / "part-0000.arrow").row(0, named=True)
     assert chosen["last_time"] == [1000 * may(-2, 11), 1000 * may(-1, 9)]
     taobao.command("select-clicks", *options, "--set", "select-clicks.type_weights.buy=1.0", "--out", out)
-    chosen = pl.read_parquet(out / "day=2017-05-06").row(0, named=True)
+    chosen = pl.read_ipc(out / "day=2017-05-06" / "part-0000.arrow").row(0, named=True)
     assert chosen["last_time"] == [1000 * may(-2, 11), 1000 * may(-1, 10)]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from ctrkit import dictionaries, spool
+from ctrkit import dictionaries, numba_loops, spool
 
 TEXTS = ["b", "a", None, "b", "", "ü", "a", None, "c"]
 
@@ -134,3 +134,37 @@ def test_texts_are_ordered_by_their_bytes() -> None:
     order = spool.text_order(pl.Series("x", texts))
     assert [texts[i] for i in order] == sorted(texts, key=str.encode)
     assert spool.text_order(pl.Series("x", [], dtype=pl.String)).tolist() == []
+
+
+@pytest.mark.parametrize("rows", [0, 100, 20_000])
+@pytest.mark.parametrize("loops", [True, False])
+def test_values_are_taken_from_their_places(monkeypatch: pytest.MonkeyPatch, rows: int, loops: bool) -> None:
+    if not loops:
+        monkeypatch.setattr(numba_loops, "load", lambda module: None)
+    rng = np.random.default_rng(rows)
+    for dtype in (np.uint8, np.uint16, np.uint32, np.int64, np.int8):
+        for places_dtype in (np.uint8, np.uint16, np.uint32, np.int64, np.uint64):
+            values = rng.integers(0, 120, 200).astype(dtype)
+            places = rng.integers(0, 100, rows).astype(places_dtype)
+            values.flags.writeable = places.flags.writeable = False  # as those of mapped files
+            for some, where in ((values, places), (values[::2], places), (values, places[::2])):
+                found = spool.take(some, where)
+                assert found.dtype == dtype
+                assert found.tolist() == [int(some[place]) for place in where]
+                assert found.flags.writeable
+
+
+@pytest.mark.parametrize("parts", [[[]], [[], [7]], [[3, -2], [], [9, 3]], [[5], [5 + 2 * spool.RANGE]]])
+def test_numbers_in_parts_are_coded_as_those_of_all(parts: list[list[int]]) -> None:
+    series = [pl.Series("value", part, dtype=pl.Int64) for part in parts]
+    found = spool.code_ranges(series)
+    flat = [number for part in parts for number in part]
+    if not flat or max(flat) - min(flat) >= spool.RANGE:
+        assert found is None
+        return
+    assert found is not None
+    codes, words = found
+    expected = spool.code(pl.concat(series))
+    assert np.concatenate(codes).tolist() == expected[0].tolist()
+    assert [len(some) for some in codes] == [len(part) for part in parts]
+    assert words.equals(expected[1])

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 
+from ctrkit import bad_pictures, disk_tables, extraction
 from ctrkit.cli import main
 
 RECIPE = """
@@ -303,12 +304,16 @@ def same_values(shop: Path, one: str = "features.h5", other: str = "undisturbed.
 
 
 KILLS = """
+def die_unless_done():
+    if not os.path.exists(arguments[arguments.index("--out") + 1]):  # the same command would do it all anew
+        die()
+
 moments = [
     [(torn, 1)],
     [(at_call, backbones.Backbone, "forward", 6)],
     [(torn, 7)],
     [(at_call, batch_log.BatchLog, "append", 5)],
-    *[[(lambda s: threading.Timer(s, die).start(), s)] for s in (0.1, 0.25)],
+    *[[(lambda s: threading.Timer(s, die_unless_done).start(), s)] for s in (0.1, 0.25)],
     [(at_call, batch_log.BatchLog, "read", 9)],
     [(at_call, extraction, "_write_map", 1)],
     [(at_call, extraction, "remove_parts", 1)],
@@ -385,6 +390,34 @@ def test_memory_does_not_grow_with_the_pictures(shop: Path) -> None:
     peaks = in_process(shop, GROWTH, *wide, convert=False).stdout.split()
     assert read(shop / "features.h5")[0].nbytes > 55 << 20
     assert int(peaks[1]) - int(peaks[0]) < 12 << 10, peaks
+
+
+def test_in_runs_on_disk_as_in_memory(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (many / "pictures" / "p9.png").write_bytes(b"")
+    for n in range(0, MANY, 5):
+        (many / "pictures" / f"p{n}.png").write_bytes((many / "pictures" / "a.png").read_bytes())
+    (many / "pictures" / "p78.png").write_bytes(b"not a picture")
+    loose = ("--set", "extract-images.max_bad_rate=0.5")
+    assert extract(many, *loose, out="undisturbed.h5").exit_code == 0
+    monkeypatch.setattr(disk_tables, "RUN", 7)
+    monkeypatch.setattr(disk_tables, "LEAST_BLOCK", 2)
+    monkeypatch.setattr(extraction, "SLICE", 5)
+    monkeypatch.setattr(bad_pictures, "ROWS", 2)
+    assert extract(many, *loose).exit_code == 0
+    same_values(many)
+    rejects = pl.read_parquet(many / "features.h5.rejects.parquet")
+    assert rejects.equals(pl.read_parquet(many / "undisturbed.h5.rejects.parquet"))
+    assert rejects["image"].to_list() == ["p9.png", "p77.png", "p78.png"]
+    row = read(many / "features.h5")[1]
+    assert {row[f"p{n}.png"] for n in range(0, MANY, 5)} == {0}
+
+
+def test_a_vocabulary_out_of_order_is_told(shop: Path) -> None:
+    path = shop / "convert" / "vocab" / "image.parquet"
+    pl.read_parquet(path).reverse().write_parquet(path)
+    result = extract(shop)
+    assert result.exit_code == 1
+    assert "image.parquet is not in the order of its index, as convert writes it; run convert again" in result.output
 
 
 def test_processes_that_decode_give_the_same(many: Path) -> None:

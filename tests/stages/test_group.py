@@ -92,11 +92,11 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     """What lacks a file is not what was written, and would give fewer samples or histories."""
     write(tmp_path, **random_rows(2))
     run_all(tmp_path, {"convert.partitions": 2, "workers": 1})
-    for folder, stage, day in (
-        ("convert", "convert", "samples/day=2024-03-02"),
-        ("behaviours", "select-clicks", "day=2024-03-05"),
+    for folder, stage, day, ending in (
+        ("convert", "convert", "samples/day=2024-03-02", "parquet"),
+        ("behaviours", "select-clicks", "day=2024-03-05", "arrow"),
     ):
-        part = tmp_path / folder / day / "part-0001.parquet"
+        part = tmp_path / folder / day / f"part-0001.{ending}"
         content = part.read_bytes()
         part.unlink()
         said = f"{folder} is not what ctrkit {stage} wrote: {day} has 1 instead of 2 files; run ctrkit {stage} again"
@@ -107,7 +107,7 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     assert run(tmp_path, "group", {"workers": 1}).exit_code == 0
     for name in ("convert.json", "behaviours.json"):  # as if others had made them
         (tmp_path / name).unlink()
-    for name in ("behaviours/day=2024-03-05/part-0000.parquet", "convert/vocab/hour.parquet"):
+    for name in ("behaviours/day=2024-03-05/part-0000.arrow", "convert/vocab/hour.parquet"):
         part = tmp_path / name
         content = part.read_bytes()
         part.write_bytes(content[:-9])

@@ -26,8 +26,8 @@ def histories_there(folder: Path) -> dict[int, list[str]]:
     """Return day number → the goods of u1's history, as they lie in the folder."""
     words = dict(pl.read_parquet(folder / "convert" / "vocab" / "goods.parquet").select("index", "value").iter_rows())
     found = {}
-    for path in (folder / "behaviours").glob("day=*/part-0000.parquet"):
-        row = pl.read_parquet(path).row(0, named=True)
+    for path in (folder / "behaviours").glob("day=*/part-0000.arrow"):
+        row = pl.read_ipc(path).row(0, named=True)
         lengths = {len(v) for k, v in row.items() if k != "user"}
         assert len(lengths) == 1
         found[int(path.parent.name[-2:]) - FIRST_DAY.day] = [words.get(i, "?") for i in row["goods"]]
@@ -122,7 +122,7 @@ def test_lists_are_oldest_first_with_what_selection_used(tmp_path: Path) -> None
         f"u1,g2,{at(5, 9)},click,6",
     ]
     histories(tmp_path, rows)
-    frame = pl.read_parquet(tmp_path / "behaviours" / "day=2024-03-08" / "part-0000.parquet")
+    frame = pl.read_ipc(tmp_path / "behaviours" / "day=2024-03-08" / "part-0000.arrow")
     assert frame.schema == {
         "user": pl.String,
         "goods": pl.List(pl.UInt32),
@@ -141,7 +141,7 @@ def test_lists_are_oldest_first_with_what_selection_used(tmp_path: Path) -> None
     assert row["dwell"] == [6, 7, 10.5]
     assert row["last_time"] == [1000 * at(5, 9), 1000 * at(6, 2), 1000 * at(6, 3)]
     assert json.loads((tmp_path / "behaviours.json").read_text())["counts"]["goods picked"] == sum(
-        pl.read_parquet(p)["goods"].list.len().sum() for p in (tmp_path / "behaviours").glob("*/*")
+        pl.read_ipc(p)["goods"].list.len().sum() for p in (tmp_path / "behaviours").glob("*/*")
     )
 
 
@@ -160,7 +160,7 @@ def test_behaviours_without_goods_are_told_apart_by_their_features(tmp_path: Pat
     for stage in ("convert", "select-clicks"):
         result = run(tmp_path, stage, sets)
         assert result.exit_code == 0, result.output
-    row = pl.read_parquet(tmp_path / "behaviours" / "day=2024-03-07" / "part-0000.parquet").row(0, named=True)
+    row = pl.read_ipc(tmp_path / "behaviours" / "day=2024-03-07" / "part-0000.arrow").row(0, named=True)
     assert row["visits"] == [1, 2]
     assert row["category"] == [2, 2]
     assert row["brand"] == [3, 2]
