@@ -19,6 +19,7 @@ import torch
 def deepctr(rows: Any, config: dict[str, Any]) -> tuple[Any, list[Any]]:
     """DeepCTR-Torch's DIN: a function for a step, and the batches."""
     from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_feature_names
+    from deepctr_torch.layers.activation import Dice
     from deepctr_torch.models import DIN
 
     width, sizes, act = config["width"], config["sizes"], config["activation"]
@@ -38,6 +39,9 @@ def deepctr(rows: Any, config: dict[str, Any]) -> tuple[Any, list[Any]]:
         att_weight_normalization=True,
         l2_reg_embedding=0.0,
     )
+    if act == "dice":  # its tower asks for Dice of three dimensions, and stops at its own two
+        units = (200, 80)
+        model.dnn.activation_layers = torch.nn.ModuleList([Dice(unit, dim=2) for unit in units])
     model.compile("adam", "binary_crossentropy", metrics=[])
     arrays = {n: rows[n] for n in [*config["one_hot"], "hist_goods", "hist_category", "length"]}
     arrays |= {"goods": rows["ad_goods"], "category": rows["ad_category"]}

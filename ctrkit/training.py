@@ -29,7 +29,9 @@ from ctrkit.errors import UserError
 from ctrkit.feature_service import Rows, gather
 from ctrkit.gauc import gauc
 from ctrkit.modelfile import Counts, TrainedModel
+from ctrkit.models import threads
 from ctrkit.models.batch import Batch, Lookup
+from ctrkit.models.compiled_layers import loops
 from ctrkit.progress import Meter, say
 from ctrkit.ranks import ALONE, ToldByFirst
 from ctrkit.scoring import all_scores
@@ -152,6 +154,7 @@ class Trainer:
             raise UserError("the training days have no sample; [split] in the recipe decides which days train")
         with (
             self._somewhere(),
+            self._threads(),
             Meter(
                 "train", n_samples * self.config.epochs, "samples", done=self.samples, quiet=not self._first
             ) as meter,
@@ -459,6 +462,13 @@ class Trainer:
         torch.set_rng_state(state["random.cpu"].clone())
         if "random.cuda" in state and self._device.type == "cuda":
             torch.cuda.set_rng_state(state["random.cuda"].clone(), self._device)
+
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        """Have threads of ours share out the work, where compiled loops do what torch's threads would."""
+        plain = self.config.compile or self.config.precision == "bfloat16"
+        if plain or loops(next(self.model.network.parameters())) is None:
+            return contextlib.nullcontext()
+        return threads.own(self.config.threads)
 
     @contextlib.contextmanager
     def _somewhere(self) -> Iterator[None]:

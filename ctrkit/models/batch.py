@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ctrkit.models.layers import segment_sum
+from ctrkit.models.layers import gather_rows, segment_sum
 
 if TYPE_CHECKING:
     from ctrkit.row_exchange import Route
@@ -111,7 +111,7 @@ class Lookup:
                 out += [self.one(name, n) for name in run]
                 continue
             index = torch.stack([self.batch.index[name] for name in run], 1)
-            out.append(self.rows[width].index_select(0, index.view(-1)).view(n, index.shape[1] * width))
+            out.append(gather_rows(self.rows[width], index.view(-1)).view(n, index.shape[1] * width))
         return out
 
     def users_S(self, names: Sequence[str]) -> list[Tensor]:
@@ -119,7 +119,7 @@ class Lookup:
         if not names:
             return []
         b = self.batch
-        return [torch.cat(self.side_by_side(names, b.n_groups), 1).index_select(0, b.group_S)]
+        return [gather_rows(torch.cat(self.side_by_side(names, b.n_groups), 1), b.group_S)]
 
     def samples_S(self, names: Sequence[str]) -> list[Tensor]:
         """Return ad and scene features' middle vectors."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ctrkit.models import threads
+from ctrkit.models.compiled_layers import DiceRows, GatherRows, PReLURows, loops
 from ctrkit.models.statistics import Group, moments
 
 
@@ -62,8 +64,12 @@ class Dice(nn.Module):
     def forward(self, y: Tensor, count: Tensor | None = None) -> Tensor:
         y = _wide(y)
         if self.training and self.group is not None:
-            mean_H, var_H = self.of_all_ranks(*moments(y, count, self.group))
-        elif self.training and len(y):
+            return self._activated(y, *self.of_all_ranks(*moments(y, count, self.group)))
+        run = loops(y) if y.dtype == self.a_H.dtype and y.ndim == 2 and count is None else None
+        if run is not None and self.training and len(y):
+            out: Tensor = DiceRows.apply(y, self.a_H, self, run)
+            return out
+        if self.training and len(y):
             if count is None:
                 mean_H, var_H = y.mean(0), y.var(0, unbiased=False)
             else:
@@ -74,6 +80,9 @@ class Dice(nn.Module):
             self.observe(mean_H.detach(), var_H.detach())
         else:
             mean_H, var_H = self.running()
+        return self._activated(y, mean_H, var_H)
+
+    def _activated(self, y: Tensor, mean_H: Tensor, var_H: Tensor) -> Tensor:
         # √ has no slope at 0: a constant channel passes no gradient through its deviation.
         deviation_H = torch.where(var_H > 0, var_H, 1.0).sqrt() * (var_H > 0)
         p = torch.sigmoid((y - mean_H) / (deviation_H + self.eps))
@@ -90,7 +99,10 @@ class PReLU(nn.PReLU):
         plain = torch.compiler.is_compiling() or input.device.type != "cpu" or input.dtype != self.weight.dtype
         if plain or input.ndim != 2:
             return super().forward(input)
-        out: Tensor = _PReLU.apply(input, self.weight)
+        run = loops(input)
+        out: Tensor = (
+            _PReLU.apply(input, self.weight) if run is None else PReLURows.apply(input, self.weight, self, run)
+        )
         return out
 
 
@@ -108,6 +120,68 @@ class _PReLU(torch.autograd.Function):
         y, a_H = ctx.saved_tensors
         positive = torch.ops.aten.threshold_backward(dout, y, 0)
         return torch.lerp(positive, dout, a_H), ((dout - positive) * y).sum(0)
+
+
+SHARED = 1 << 23
+"""Multiply-adds of a layer from which on it is shared out."""
+
+
+class Linear(nn.Linear):
+    """A fully connected layer whose products our threads share out where they do (`ctrkit.models.threads.own`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x [rows, I] · weightᵀ [I, O] + bias."""
+    plain = torch.compiler.is_compiling() or not threads.owned() or x.dtype != weight.dtype
+    if plain or x.ndim != 2 or torch.is_autocast_enabled("cpu") or x.shape[0] * weight.numel() < SHARED:
+        return nn.functional.linear(x, weight, bias)
+    out: Tensor = _SharedLinear.apply(x, weight, bias)
+    return out
+
+
+class _SharedLinear(torch.autograd.Function):
+    """Rows of the output and of the input's gradient, and columns of the weight's, a share each for every thread."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_OI)
+        with torch.inference_mode(False):  # the threads, which write into it, are in none
+            out_RO = torch.empty(len(x_RI), len(weight_OI), dtype=x_RI.dtype)
+        n = threads.count()
+
+        def part(i: int) -> None:
+            rows = _share(len(x_RI), i, n)
+            if bias_O is None:
+                torch.mm(x_RI[rows], weight_OI.t(), out=out_RO[rows])
+            else:
+                torch.addmm(bias_O, x_RI[rows], weight_OI.t(), out=out_RO[rows])
+
+        threads.side_by_side(part, n)
+        return out_RO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RO: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x_RI, weight_OI = ctx.saved_tensors
+        dx_RI = torch.empty_like(x_RI) if ctx.needs_input_grad[0] else None
+        dweight_OI, n = torch.empty_like(weight_OI), threads.count()
+
+        def part(i: int) -> None:
+            rows, columns = _share(len(x_RI), i, n), _share(x_RI.shape[1], i, n)
+            if dx_RI is not None:
+                torch.mm(dout_RO[rows], weight_OI, out=dx_RI[rows])
+            torch.mm(dout_RO.t(), x_RI[:, columns], out=dweight_OI[:, columns])
+
+        threads.side_by_side(part, n)
+        return dx_RI, dweight_OI, dout_RO.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _share(size: int, i: int, n: int) -> slice:
+    """Return what of `size` things the thread i of n does."""
+    return slice(size * i // n, size * (i + 1) // n)
 
 
 def activation(name: str, width: int) -> nn.Module:
@@ -130,7 +204,7 @@ def mlp(widths: Sequence[int], act: str) -> MLP:
     """Return fully connected layers of these widths, an activation between them and none after the last."""
     layers: list[nn.Module] = []
     for i in range(1, len(widths)):
-        layers.append(nn.Linear(widths[i - 1], widths[i]))
+        layers.append(Linear(widths[i - 1], widths[i]))
         if i < len(widths) - 1:
             layers.append(activation(act, widths[i]))
     return MLP(*layers)
@@ -179,6 +253,13 @@ class Discriminator(nn.Module):
     def forward(self, x_SD: Tensor) -> Tensor:
         out_S2: Tensor = self.layers(self.norm(x_SD))
         return out_S2[:, 1] - out_S2[:, 0]
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of x [rows, D] that `index` [n] names."""
+    run = loops(x, "ctrkit.compiled_rows")
+    out: Tensor = x.index_select(0, index) if run is None else GatherRows.apply(x, index, run)
+    return out
 
 
 def _wide(x: Tensor) -> Tensor:

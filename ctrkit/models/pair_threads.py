@@ -7,11 +7,9 @@ up thread by thread, always in the same order, so the same number of threads giv
 Shape letters as in `ctrkit.models.pair_blocks`; T the pairs of a thread.
 """
 
-import concurrent.futures
 import functools
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,111 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctrkit import numba_loops
+from ctrkit.models import threads
+from ctrkit.models.compiled_layers import ROWS, CompiledDice, CompiledPReLU, CompiledSigmoid
 from ctrkit.models.layers import Dice, PReLU
 from ctrkit.models.pair_blocks import Moments, Room
 
-ROWS = 2048
-"""Pairs of a block."""
 _own = threading.local()
 """`rooms`: dtype and rows → the buffers of this thread."""
-
-
-def loops(like: Tensor) -> ModuleType | None:
-    """Return `ctrkit.models.pair_loops`; None without Numba, or for a tensor `like` this one if not for such."""
-    if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
-        return None
-    return numba_loops.load("ctrkit.models.pair_loops")
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> concurrent.futures.ThreadPoolExecutor:
-    # set_num_threads is of the thread that calls it: each does its operations alone.
-    return concurrent.futures.ThreadPoolExecutor(threads, "pairs", torch.set_num_threads, (1,))
-
-
-def side_by_side(work: Callable[[int], None], threads: int) -> None:
-    """Call work(0), work(1), …, each in a thread that does its tensor operations alone."""
-
-    def alone(i: int) -> None:
-        with torch.no_grad():
-            work(i)
-
-    for future in [_pool(threads, os.getpid()).submit(alone, i) for i in range(threads)]:
-        future.result()
-
-
-class CompiledPReLU:
-    """max(x, 0) + a·min(x, 0)."""
-
-    n_sums = 2
-    waits = False
-
-    def __init__(self, run: ModuleType, module: PReLU) -> None:
-        self.run, self.a_H = run, module.weight.detach().numpy()
-
-    def forward(self, h_CH: Tensor, bias_H: Any, y_CH: Tensor) -> None:
-        self.run.prelu(h_CH.numpy(), bias_H, self.a_H, y_CH.numpy())
-
-    def backward(self, h_CH: Tensor, bias_H: Any, dy_CH: Tensor, y_CH: Tensor, sums: Any) -> None:
-        """Compute y again, make dx of dy, and add to `sums` [n_sums, H]: first Σ dx, then the slope's gradient."""
-        self.run.prelu_back(h_CH.numpy(), bias_H, self.a_H, dy_CH.numpy(), y_CH.numpy(), sums)
-
-
-class CompiledSigmoid:
-    n_sums = 1
-    waits = False
-
-    def __init__(self, run: ModuleType) -> None:
-        self.run = run
-
-    def forward(self, h_CH: Tensor, bias_H: Any, y_CH: Tensor) -> None:
-        self.run.logistic(h_CH.numpy(), bias_H, y_CH.numpy())
-
-    def backward(self, h_CH: Tensor, bias_H: Any, dy_CH: Tensor, y_CH: Tensor, sums: Any) -> None:
-        self.run.logistic_back(h_CH.numpy(), bias_H, dy_CH.numpy(), y_CH.numpy(), sums)
-
-
-class CompiledDice:
-    """Dice; see `ctrkit.models.pair_blocks.BlockDice`. In training it `waits` for the statistics of all pairs."""
-
-    n_sums = 4
-
-    def __init__(self, run: ModuleType, module: Dice, bias_H: Any, n_pairs: int) -> None:
-        self.run, self.module, self.bias_H, self.n_pairs = run, module, bias_H, n_pairs
-        self.a_H = module.a_H.detach().numpy()
-        self.waits = module.training and n_pairs > 0
-        if not self.waits:
-            mean_H, var_H = (x.detach().numpy() for x in module.running())
-            self.know(mean_H - bias_H, var_H)
-
-    def know(self, mean_H: Any, var_H: Any) -> None:
-        """Take the mean of h, without bias, and the variance."""
-        self.mean_H, self.deviation_H = mean_H, np.sqrt(var_H)
-        self.r_H = 1 / (self.deviation_H + self.module.eps)
-
-    def observe(self, moments: Moments) -> None:
-        """Take the batch's statistics of h, also into the running averages."""
-        var_H = moments.square_H / moments.n
-        self.module.observe(moments.mean_H + torch.from_numpy(self.bias_H), var_H)
-        self.know(moments.mean_H.numpy(), var_H.numpy())
-
-    def forward(self, h_CH: Tensor, bias_H: Any, y_CH: Tensor) -> None:
-        self.run.dice(h_CH.numpy(), bias_H, self.a_H, self.mean_H, self.r_H, y_CH.numpy())
-
-    def backward(self, h_CH: Tensor, bias_H: Any, dy_CH: Tensor, y_CH: Tensor, sums: Any) -> None:
-        arrays = h_CH.numpy(), bias_H, self.a_H, self.mean_H, self.r_H, dy_CH.numpy(), y_CH.numpy()
-        self.run.dice_back(*arrays, sums)
-
-    def settle(self, sums: Any) -> None:
-        """Take the sums over all pairs."""
-        safe_H = np.where(self.deviation_H > 0, self.deviation_H, np.inf)
-        self.factor_H = (-sums[3] * self.r_H / (self.n_pairs * safe_H)).astype(sums.dtype)
-        self.constant_H = -sums[2] * self.r_H / self.n_pairs
-
-    def finish(self, h_CH: Tensor, dx_CH: Tensor) -> None:
-        """Add to dx what reaches it through mean and variance."""
-        self.run.dice_finish(h_CH.numpy(), self.mean_H, self.constant_H, self.factor_H, dx_CH.numpy())
 
 
 class Part:
@@ -166,7 +66,7 @@ class CompiledPairs:
         scale: float,
     ) -> None:
         self.run, self.modules, self.softmax, self.scale = run, modules, softmax, scale
-        self.depth, self.n_pairs, self.threads = len(modules), len(sample_P), torch.get_num_threads()
+        self.depth, self.n_pairs, self.threads = len(modules), len(sample_P), threads.count()
         sample_p, behaviour_p = sample_P.contiguous().numpy(), behaviour_P.contiguous().numpy()
         self.parts = []
         wanted = np.arange(1, self.threads) * self.n_pairs // self.threads
@@ -203,14 +103,14 @@ class CompiledPairs:
                 part.into = [self._new(n, width) for width in inner] if keep or waits else []
                 part.logit_T1 = self._new(n, 1)
         for begin, end in self.sweeps:
-            side_by_side(functools.partial(self._sweep, begin, end, w_P.numpy(), out_SE.numpy()), self.threads)
+            threads.side_by_side(functools.partial(self._sweep, begin, end, w_P.numpy(), out_SE.numpy()), self.threads)
             if end < self.depth:
                 act, moments = self.acts[end], Moments()
                 for part in self.parts:
                     if part.n_1[0]:
                         moments.merge(int(part.n_1[0]), torch.from_numpy(part.mean_H), torch.from_numpy(part.square_H))
                 assert isinstance(act, CompiledDice)
-                act.observe(moments)
+                act.observe(moments.mean_H.numpy(), (moments.square_H / moments.n).numpy())
         return out_SE, w_P
 
     def backward(self, w_P: Tensor, dout_SE: Tensor) -> list[Tensor | None]:
@@ -226,7 +126,7 @@ class CompiledPairs:
         arrays = [None if x is None else x.numpy() for x in found]
         weights, dout = w_P.numpy(), dout_SE.contiguous().numpy()
         for begin, end in reversed(self.sweeps):
-            side_by_side(functools.partial(self._sweep_back, begin, end, weights, dout, arrays), self.threads)
+            threads.side_by_side(functools.partial(self._sweep_back, begin, end, weights, dout, arrays), self.threads)
             if begin:
                 act, sums = self.acts[begin - 1], self._sum([part.sums[begin - 1] for part in self.parts])
                 assert isinstance(act, CompiledDice)

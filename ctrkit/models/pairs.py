@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ctrkit.models.layers import Dice, PReLU, activation, mlp, segment_softmax, segment_sum
+from ctrkit.models.compiled_layers import loops
+from ctrkit.models.layers import Dice, PReLU, activation, linear, mlp, segment_softmax, segment_sum
 from ctrkit.models.pair_blocks import Attend, Pairs
-from ctrkit.models.pair_threads import CompiledPairs, loops
+from ctrkit.models.pair_threads import CompiledPairs
 
 
 class PairMLP(nn.Module):
@@ -39,7 +40,7 @@ class PairMLP(nn.Module):
         w_q, w_k = self.weight["q"], self.weight["k"]
         if "d" in self.parts:
             w_q, w_k = w_q + self.weight["d"], w_k - self.weight["d"]
-        return nn.functional.linear(q_SD, w_q, self.bias), nn.functional.linear(k_BD, w_k)
+        return linear(q_SD, w_q, self.bias), linear(k_BD, w_k)
 
     def forward(self, q_SD: Tensor, k_BD: Tensor, sample_P: Tensor, behaviour_P: Tensor) -> Tensor:
         h_SH, h_BH = self.project(q_SD, k_BD)

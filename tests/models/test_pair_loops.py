@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctrkit.models import pair_threads
+from ctrkit.models import compiled_layers
 from tests.models.test_pairs import pairs_of
 
 pytest.importorskip("numba", exc_type=ImportError)
-run = pair_threads.loops(torch.empty(0))
+run = compiled_layers.loops(torch.empty(0))
 assert run is not None
 
 
