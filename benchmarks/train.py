@@ -103,9 +103,6 @@ def ours(groups: Path, config: dict[str, Any], args: argparse.Namespace) -> dict
 
 def one(words: dict[str, Any]) -> None:
     """Train on a groups folder for so many steps, as `ctrkit train` does; print the rate."""
-    from ctrkit import waiting
-
-    waiting.wait_briefly()
     import torch
 
     from ctrkit import devices, modelfile, training

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ctrkit import launch, provenance, waiting
+from ctrkit import launch, provenance
 from ctrkit.errors import UsageError
 from ctrkit.options import path_option, rank_options, recipe_options
 from ctrkit.progress import say
@@ -88,7 +88,6 @@ def command(
     if launch.wanted(nproc or config.processes):
         raise click.exceptions.Exit(launch.launch(nproc or config.processes, max_restarts))
     bad_batch = out.with_name(f"{out.name}.bad-batch.parquet")
-    waiting.wait_briefly()
     job = Job(recipe, groups, features, convert, warm_start, vocabularies, tensorboard, out, bad_batch)
     ranks = Ranks.of_environment()
     with ranks.joined():
