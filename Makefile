@@ -45,6 +45,10 @@ include benchmarks/bench.mk
 
 # The folder of a recipe's outputs has the recipe's name, or its file's.
 NAME = $(patsubst %.toml,%,$(notdir $(patsubst %/recipe.toml,%,$(DATA))))
+.PHONY: screenshots
+screenshots: all ## draw docs/images from the report of DATA, with Chromium
+	.venv/bin/python -m tests.screenshots '$(OUT)/$(NAME)' docs/images
+
 .PHONY: clean
 clean: ## remove the outputs of DATA
 	$(if $(NAME),,$(error DATA is empty: say whose outputs to remove))

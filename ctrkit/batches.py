@@ -4,8 +4,9 @@ Letters in names: G groups (user, day) of a batch, S samples, B behaviours of it
 pairs, U distinct rows of an embedding table, N distinct pictures, F features, D width.
 """
 
+import dataclasses
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ctrkit.recipe import Feature
 Array = npt.NDArray[np.generic]
 Ints = npt.NDArray[np.int64]
 META = ("sample_id", "click")
+OF_THE_MODEL = {"width", "switch"}
+"""Keys of a feature that groups have nothing of."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,26 @@ class Schema:
             block_groups,
             float(str(data.get("negative_rate", 1.0))),
         )
+
+    def of_recipe(self, features: Mapping[str, Feature], groups: Path) -> "Schema":
+        """Return this schema with the widths and switches of a recipe's `[features]`, in the order of the groups.
+
+        Those decide what a model makes of the indexes. All else decides the indexes: where it differs, UserError.
+        """
+        again = "run ctrkit group again with this recipe (and what comes before it), or give the groups that it made"
+        differ = sorted(set(features) ^ set(self.features))
+        if differ:
+            fault = "has no feature" if differ[0] in features else "has a feature that the recipe lacks:"
+            raise UserError(f"{groups} {fault} {differ[0]!r}: {again}")
+        for name, own in self.features.items():
+            was, now = own.model_dump(exclude=OF_THE_MODEL), features[name].model_dump(exclude=OF_THE_MODEL)
+            for key in was:
+                if was[key] != now[key]:
+                    raise UserError(
+                        f"{groups} was made with features.{name}.{key} = {was[key]!r}, and the recipe says "
+                        f"{now[key]!r}: {again}"
+                    )
+        return dataclasses.replace(self, features={name: features[name] for name in self.features})
 
     def to_json(self) -> dict[str, object]:
         """Return a JSON object; `order` keeps the features' order in files whose keys are sorted."""
@@ -206,7 +229,7 @@ class GroupedData:
         self.schema = Schema.read(groups)
         self.split = split
         self._in_days = pl.lit(True) if days is None else pl.col("day").is_between(*days)
-        self._names = list(features)
+        self.names = list(features)
         for name in features:
             if name not in self.schema.features:
                 raise UserError(
@@ -232,13 +255,32 @@ class GroupedData:
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
         """Yield the blocks, in file order or in the order given."""
-        by_owner = {o: [n for n in self._names if self.schema.features[n].of in o] for o in _OWNERS}
+        by_owner = self._by_owner()
         for i in range(len(self._blocks)) if order is None else order:
             file, start, n = self._blocks[i]
-            wanted = [*META, "group_id", "common", *self._names]
+            wanted = [*META, "group_id", "common", *self.names]
             frame = _resolve(self._read(file, start, n, wanted), [*by_owner[("user",)], *by_owner[("behaviour",)]])
             if (frame := frame.filter(self._in_days)).height:
                 yield _block(frame, by_owner, self.schema)
+
+    def find(self, condition: pl.Expr, columns: Sequence[str] = ()) -> pl.DataFrame:
+        """Return these columns of the rows for which a condition on columns of groups/ holds, in file order, and
+        `block`, the place of each in the order of the blocks. Only those columns are read."""
+        found: list[pl.DataFrame] = []
+        before = 0
+        for file in self._files:
+            rows = pl.scan_parquet(file, row_index_name=_ROW).filter(condition, self._in_days).select(_ROW, *columns)
+            block = before + pl.col(_ROW).cast(pl.Int64) // self.schema.block_groups
+            found.append(rows.select(*columns, block=block).collect())
+            before += sum(of == file for of, _, _ in self._blocks)
+        return pl.concat(found)
+
+    def block(self, frame: pl.DataFrame) -> Block:
+        """Return rows as `frames` yields them, with `sample_id`, `click`, `group_id` and the features, as a block."""
+        return _block(frame, self._by_owner(), self.schema)
+
+    def _by_owner(self) -> dict[tuple[str, ...], list[str]]:
+        return {o: [n for n in self.names if self.schema.features[n].of in o] for o in _OWNERS}
 
     def _read(self, file: Path, start: int, n: int, columns: list[str]) -> pl.DataFrame:
         """Read rows of a file: these columns, and the day where it decides."""
@@ -277,6 +319,7 @@ class GroupedData:
             yield Block.concat(waiting)
 
 
+_ROW = "row of the file"
 _SHARED = ("user", "behaviour")
 _OWNERS: tuple[tuple[str, ...], ...] = (("user",), ("ad", "scene"), ("behaviour",))
 

@@ -9,7 +9,8 @@ disk. They outlive the machine's restarts.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from ctrkit import digests, files, state_dict
 from ctrkit.progress import say
 
+_STEP = re.compile(r"step-(\d{10})\.json")
 KEPT = 3
 """The last ones; the best one of each of them is kept besides."""
 
@@ -42,8 +44,9 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints in a folder, which is made when the first one is saved."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
+        """others: folders of other work on the same output, which go when a checkpoint of this one is there."""
+        self.folder, self._others = folder, tuple(others)
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], best: int | None = None
@@ -63,9 +66,14 @@ class Checkpoints:
         except OSError as e:
             raise files.cannot_write(path, e) from None
         value = {"step": step, "best": best, "progress": dict(progress), "size": size, "digest": digest}
+        value |= {"of": self._work}
         # Keys stay in their order, since lines of metrics.jsonl are among the values.
         files.write_text(self._record(step), json.dumps({**value, "check": _check(value)}, allow_nan=False))
         self._prune()
+        for other in self._others:
+            say(f"train: {other} had checkpoints of other settings, data or versions, and is removed")
+            files.remove(other)
+        self._others = ()
 
     def latest(self) -> Checkpoint | None:
         """Return the last checkpoint that is whole, and whose best one is; None if there is none.
@@ -76,6 +84,10 @@ class Checkpoints:
         finished = {self._tensors(step) for step in found}
         for path in (*self.folder.glob("step-*.pt"), *self.folder.glob(".step-*")):
             if path not in finished:
+                files.remove(path)
+        for path in self.folder.glob("step-*.json"):
+            if not _STEP.fullmatch(path.name):
+                say(f"train: {path} is no checkpoint, and is removed")
                 files.remove(path)
         for step in reversed(found):
             last = self._whole(step)
@@ -93,14 +105,15 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, whole or not, rising."""
-        return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob("step-*.json"))
+        named = map(_STEP.fullmatch, (path.name for path in self.folder.glob("step-*.json")))
+        return sorted(int(name[1]) for name in named if name)
 
     def describe(self, step: int) -> Checkpoint | None:
         """Return what a checkpoint says of itself, or None if that is damaged. Its tensors are not read."""
         try:
             value = json.loads(self._record(step).read_text(encoding="utf-8"))
-            check = value.pop("check")
-            return Checkpoint(**value) if check == _check(value) else None
+            whole = value.pop("check") == _check(value) and value.pop("of") == self._work and value["step"] == step
+            return Checkpoint(**value) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -131,6 +144,11 @@ class Checkpoints:
         for path in (self._record(step), self._tensors(step)):  # never tensors' description without the tensors
             files.remove(path)
 
+    @property
+    def _work(self) -> str:
+        """What the checkpoints are of: the folder's KEY."""
+        return self.folder.name.rpartition("-")[2]
+
     def _tensors(self, step: int) -> Path:
         return self.folder / f"step-{step:010}.pt"
 
@@ -142,18 +160,20 @@ def _check(value: Mapping[str, Any]) -> str:
     return digests.text(json.dumps(value))
 
 
-def folder(target: Path, decides: Any) -> Path:
-    """Return where the checkpoints of an output lie, and remove those of other work on it.
+def of_output(target: Path, decides: Any) -> Checkpoints:
+    """Return the checkpoints of an output; those of other work on it stay until one of these is there.
 
     decides: JSON values: all that decides the output's bytes.
     """
     key = digests.text(json.dumps(decides, sort_keys=True))[:16]
     own = target.with_name(f".{target.name}.checkpoints-{key}")
-    for old in target.parent.glob(f".{target.name}.checkpoints-*"):
-        if old != own:
-            say(f"train: {old} has checkpoints of other settings, data or versions; they are removed")
-            files.remove(old)
-    return own
+    others = [old for old in sorted(target.parent.glob(f".{target.name}.checkpoints-*")) if old != own]
+    for old in others:
+        say(
+            f"train: {old} has checkpoints of other settings, data or versions, so training begins anew; they stay "
+            "until it has its first"
+        )
+    return Checkpoints(own, others)
 
 
 def remove(target: Path) -> None:

@@ -22,7 +22,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("ctrkit.stages.predict", "Score the impressions of a split with a trained model."),
     "eval": ("ctrkit.stages.eval", "Compute GAUC and its kin from predictions, ours or anyone's."),
     "compare": ("ctrkit.stages.compare", "Lay the metrics of several runs side by side."),
-    "report": ("ctrkit.stages.report", "Write one HTML file of tables, curves and attention galleries."),
+    "report": ("ctrkit.stages.report", "Write one HTML file of tables, figures and pictures."),
+    "explain": (
+        "ctrkit.stages.explain",
+        "Take one prediction apart: what it is without each of its inputs.",
+    ),
     "tables": ("ctrkit.stages.tables", "Put variants beside the papers' tables and figures."),
     "daily": ("ctrkit.stages.daily", "Put days, each trained from the day before, into one table."),
     "run": ("ctrkit.stages.run", "Run a recipe from raw data to report, through Make."),

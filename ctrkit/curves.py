@@ -58,12 +58,16 @@ def read_points(model: Path, variant: str) -> Points:
 
 def read_history(model: Path) -> list[dict[str, Any]]:
     """Read the evaluations of a model directory's metrics.jsonl, a dictionary each; none if there is no such file."""
+    return [record for record in read_metrics_lines(model) if "valid_gauc" in record]
+
+
+def read_metrics_lines(model: Path) -> list[dict[str, Any]]:
+    """Read all lines of a model directory's metrics.jsonl: evaluations, and training losses between them."""
     path = model / "metrics.jsonl"
     if not path.is_file():
         return []
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [record for record in records if "valid_gauc" in record]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as e:
         raise UserError(f"{path} has a line that is not JSON: {e}") from None
 

@@ -1,5 +1,6 @@
 """Days, each trained from the model of the day before and tested on its own, in one table of days and variants."""
 
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,11 @@ class Tested:
 def make_table(recipe: Recipe, tested: Sequence[Tested]) -> dict[str, Any]:
     """Evaluate every variant on every day.
 
-    Returns JSON values: `rows`, one a day and variant (`day`, `variant`, `started_from` "the day before" or "scratch",
-    `trained_on` the first and last day and `train_samples`, `gauc` with its interval, `impressions`, `users_kept`,
-    `new_ids` that the day brought, `unseen_ads` the share of impressions on ads of no training day); `differences`, a
-    row a day on which a variant was trained in both ways: from the day before less from scratch, paired; `means` over
-    the days by variant; how it was computed.
+    Returns JSON values: `rows`, one a day and variant (`day`, `variant`, `started_from` "the day before", "scratch" or,
+    where days are missing between, "a model of days up to DAY"; `trained_on` the first and last day and
+    `train_samples`, `gauc` with its interval, `impressions`, `users_kept`, `new_ids` that the day brought, `unseen_ads`
+    the share of impressions on ads of no training day); `differences`, a row a day on which a variant was trained in
+    both ways: from the day before less from scratch, paired; `means` over the days by variant; how it was computed.
     """
     rows: list[Row] = []
     differences: list[Row] = []
@@ -52,7 +53,7 @@ def make_table(recipe: Recipe, tested: Sequence[Tested]) -> dict[str, Any]:
                 {
                     "day": day,
                     "variant": label,
-                    **training(t.folder / "model"),
+                    **training(t.folder / "model", day),
                     **{key: one[key] for key in ("gauc", "gauc_low", "gauc_high", "impressions", "users_kept")},
                     "new_ids": new_ids(t.convert, day),
                     "unseen_ads": (unseen["impressions"] if unseen else 0) / one["impressions"],
@@ -65,14 +66,19 @@ def make_table(recipe: Recipe, tested: Sequence[Tested]) -> dict[str, Any]:
     return {"rows": rows, "differences": differences, "means": means(rows), "computed": how}
 
 
-def training(model: Path) -> Row:
-    """Return what a model says of its training: where it started, on which days and samples."""
+def training(model: Path, day: str) -> Row:
+    """Return what a model, to be tested on a day, says of its training: where it started, on which days and samples.
+
+    The model of the day before has seen the days up to the one before that.
+    """
     settings = files.read_json(model / "settings.json")
     try:
         span = settings["days"]["train"]
-        warm = settings["train"]["warm_start"]
+        until = settings["days"].get("before", {}).get("last")
+        usual = datetime.date.fromisoformat(day) - datetime.timedelta(days=2)
+        warm = "the day before" if until == str(usual) else f"a model of days up to {until}"
         return {
-            "started_from": "the day before" if warm else "scratch",
+            "started_from": warm if settings["train"]["warm_start"] else "scratch",
             "trained_on": [span["first"], span["last"]],
             "train_samples": span["samples"],
         }
@@ -143,8 +149,10 @@ def cells(table: Mapping[str, Any]) -> list[list[str]]:
 
 def further(table: Mapping[str, Any]) -> list[str]:
     """Return the differences and the means as lines of text."""
+    started = {(row["day"], row["variant"]): row["started_from"] for row in table["rows"]}
     out = [
-        f"{d['day']}: {d['variant']} from the day before less from scratch: GAUC {number(d['difference'], sign=True)} "
+        f"{d['day']}: {d['variant']} from {started[d['day'], d['variant']]} less from scratch: "
+        f"GAUC {number(d['difference'], sign=True)} "
         f"{interval(d['low'], d['high'], sign=True)}".rstrip()
         for d in table["differences"]
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ctrkit.errors import UsageError
+from ctrkit.errors import UsageError, UserError
 from ctrkit.progress import say
 from ctrkit.ranks import Ranks
 
@@ -26,6 +26,8 @@ def resolve(name: str, setting: str = "device") -> str:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"{setting} = {name!r} is not a device; use 'auto', 'cpu' or 'cuda'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{setting} = {name!r} is not supported; use 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"{setting} = {name!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -41,6 +43,18 @@ def of_rank(name: str, setting: str, ranks: Ranks) -> str:
     device = resolve(f"cuda:{ranks.local_rank}", f"rank {ranks.rank}: {setting}")
     torch.cuda.set_device(device)
     return device
+
+
+@contextlib.contextmanager
+def memory_told(mend: str) -> Iterator[None]:
+    """Within the block, make of an error about memory that is not there the user's, which ends with what mends it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = (str(e).splitlines() or [""])[0]
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        raise UserError(f"there is not enough memory: {text.rpartition('] ')[2] or 'none is left'}. {mend}") from None
 
 
 @contextlib.contextmanager

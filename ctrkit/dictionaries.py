@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from ctrkit import spool
 from ctrkit.spool import Ints
 
 Chunk = Mapping[str, Any]
+AT_ONCE = 1 << 21
+"""Words of chunks that are looked up together, at least: what is in memory besides the distinct ones and all codes."""
 
 
 def tasks(names: Sequence[str], chunks: Sequence[Chunk]) -> list[list[str]]:
@@ -39,13 +42,13 @@ def unify(names: Sequence[str], chunks: Sequence[Chunk], folder: Path, in_order:
     words_of: dict[str, list[pl.Series]] = {name: [] for name in names}
     kinds = {n: pl.Int64 if all(c["words"][n][3] for c in chunks if n in c["words"]) else pl.String for n in names}
     for chunk in chunks:
-        files: dict[str, pl.Series] = {}
+        read: dict[str, pl.Series] = {}
         for name in names:
             if name in chunk["words"]:
                 end, a, b, _ = chunk["words"][name]
-                if end not in files:
-                    files[end] = pl.read_ipc(chunk["stem"] + end)["value"]
-                words_of[name].append(files[end].slice(a, b - a).cast(kinds[name]))
+                if end not in read:
+                    read[end] = pl.read_ipc(chunk["stem"] + end)["value"]
+                words_of[name].append(read[end].slice(a, b - a).cast(kinds[name]))
     return {name: _merge(name, words_of[name], folder, name in in_order) for name in names}
 
 
@@ -55,24 +58,35 @@ def _merge(name: str, words_of: Sequence[pl.Series], folder: Path, in_order: boo
         order = spool.text_order(words)
         rank = np.empty(len(order) + 1, np.uint32)
         rank[0], rank[order + 1] = 0, np.arange(1, len(order) + 1)
-        pieces, words = [rank[piece] for piece in pieces], words.gather(order)
-    begins, parts = [0], []
-    for piece in pieces:
-        parts += [np.zeros(1, np.uint32), piece]
-        begins.append(begins[-1] + len(piece) + 1)
-    every = np.concatenate([np.empty(0, np.uint32), *parts]).astype(spool.smallest(words.len() + 1), copy=False)
-    spool.write_array(folder / f"{name}.map", every)
+        words = words.gather(order)
+    begins = [0]
+    with spool.whole(folder / f"{name}.map") as tmp, open(tmp, "wb") as f:
+        for piece in pieces:
+            codes = np.append(np.uint32(0), rank[piece] if in_order else piece)
+            f.write(codes.astype(spool.smallest(words.len() + 1), copy=False).data)
+            begins.append(begins[-1] + len(piece) + 1)
     spool.write_frame(folder / f"{name}.words", words.rename("value").to_frame())
     return {"size": words.len() + 1, "begins": begins}
 
 
-def _code_each(words_of: Sequence[pl.Series]) -> tuple[list[Ints], pl.Series]:
+def _code_each(words_of: Sequence[pl.Series]) -> tuple[Sequence[Ints], pl.Series]:
     """Return the codes (UInt32) of each of several dictionaries' words in one of them all, and its words, String."""
     if words_of and words_of[0].dtype == pl.Int64 and (coded := spool.code_ranges(words_of)) is not None:
         return coded[0], coded[1].cast(pl.String)
-    codes, words = spool.code(pl.concat(words_of) if words_of else pl.Series("value", [], dtype=pl.String))
-    ends = np.cumsum([w.len() for w in words_of])[:-1]
-    return np.split(codes.astype(np.uint32), ends), words.cast(pl.String)
+    pieces: list[npt.NDArray[np.uint32]] = []
+    words = pl.Series("value", [], dtype=words_of[0].dtype if words_of else pl.String)
+    waiting: list[pl.Series] = []
+    for i, some in enumerate(words_of):
+        waiting.append(some)
+        if i + 1 < len(words_of) and sum(w.len() for w in waiting) < max(AT_ONCE, words.len()):
+            continue
+        codes, together = spool.code(pl.concat([words, *waiting]))
+        changed, *new = np.split(codes.astype(np.uint32), np.cumsum([words.len(), *(w.len() for w in waiting)])[:-1])
+        for at, piece in enumerate(pieces):
+            pieces[at] = changed[piece - 1]
+        pieces += new
+        words, waiting = together, []
+    return pieces, words.cast(pl.String)
 
 
 def words(folder: Path, name: str) -> pl.Series:
@@ -81,7 +95,7 @@ def words(folder: Path, name: str) -> pl.Series:
 
 
 class Maps:
-    """The maps of the dictionaries, read once in a process."""
+    """The maps of the dictionaries, mapped into memory, not read."""
 
     def __init__(
         self, folder: Path, found: Mapping[str, Mapping[str, Any]], order: Mapping[str, Sequence[str]]
@@ -93,7 +107,10 @@ class Maps:
     def of(self, name: str, stem: str) -> Ints:
         """Return the code in the dictionary of each code of a chunk, in the smallest type for its size."""
         if name not in self._maps:
-            self._maps[name] = np.fromfile(self.folder / f"{name}.map", spool.smallest(self.found[name]["size"]))
+            path = self.folder / f"{name}.map"
+            dtype = np.dtype(spool.smallest(self.found[name]["size"]))
+            full = path.stat().st_size > 0
+            self._maps[name] = np.asarray(np.memmap(path, dtype, "r")) if full else np.empty(0, dtype)
         begins = self.found[name]["begins"]
         i = self._place[name][stem]
         return self._maps[name][begins[i] : begins[i + 1]]

@@ -75,6 +75,31 @@ class Measured:
     """By slice. Empty where users were not asked for."""
     compat: dict[programs.Program, programs.Compat] = field(default_factory=dict)
     """By program: the GAUC that it would print for all impressions."""
+    bins: "CalibrationBins | None" = None
+    """Of all impressions; None if a score lies outside [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationBins:
+    """The bins of the calibration error, scores rising; none is empty. Arrays are [bins]."""
+
+    impressions: NDArray[np.int64]
+    predicted: Floats
+    """Σ scores."""
+    clicks: NDArray[np.int64]
+
+    @property
+    def ece(self) -> float:
+        """The expected calibration error: Σ_b n_b/n · |mean score − observed rate| over bins b."""
+        return float(np.abs(self.predicted - self.clicks).sum() / self.impressions.sum())
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return what metrics.json holds of them: impressions, mean score and observed click rate of each."""
+        columns = (self.impressions, self.predicted / self.impressions, self.clicks / self.impressions)
+        return [
+            {"impressions": int(n), "predicted": float(p), "observed": float(o)}
+            for n, p, o in zip(*columns, strict=True)
+        ]
 
 
 def r_gauc(gauc: float | None, baseline: float | None) -> float | None:
@@ -103,17 +128,28 @@ def calibration(click: NDArray[np.bool_], score: NDArray[Any]) -> float | None:
     return float(score.astype(np.float64).sum() / click.sum()) if click.any() else None
 
 
-def ece(click: NDArray[np.bool_], score: NDArray[Any], bins: int = ECE_BINS) -> float:
-    """Return the expected calibration error: Σ_b n_b/n · |mean score − observed rate| over bins b.
-
-    The bins hold equally many impressions, as nearly as equal scores, which always share a bin, allow.
-    """
+def calibration_bins(click: NDArray[np.bool_], score: NDArray[Any], bins: int = ECE_BINS) -> CalibrationBins:
+    """Cut impressions into bins of equally many, as nearly as equal scores, which always share a bin, allow."""
     n = len(score)
     edges = np.unique(np.sort(score)[np.arange(1, bins) * n // bins])
     bin_of = np.searchsorted(edges, score, side="right")
     predicted = np.bincount(bin_of, weights=score)
     observed = np.bincount(bin_of, weights=click)
-    return float(np.abs(predicted - observed).sum() / n)
+    return _filled(np.bincount(bin_of), predicted, observed)
+
+
+def _filled(impressions: NDArray[Any], predicted: NDArray[Any], clicks: NDArray[Any]) -> CalibrationBins:
+    there = impressions > 0
+    return CalibrationBins(
+        impressions=impressions[there].astype(np.int64),
+        predicted=predicted[there],
+        clicks=clicks[there].astype(np.int64),
+    )
+
+
+def ece(click: NDArray[np.bool_], score: NDArray[Any], bins: int = ECE_BINS) -> float:
+    """Return the expected calibration error over `calibration_bins`."""
+    return calibration_bins(click, score, bins).ece
 
 
 def measure(click: NDArray[np.bool_], score: NDArray[Any], gauc: GAUC, auc: float | None) -> Metrics:
@@ -172,13 +208,19 @@ def measure_large(
     )
     metrics = {s: _of_statistics(one.statistics, one.gauc) for s, one in made.slices.items()}
     by_user = {s: one.by_user for s, one in made.slices.items() if one.by_user is not None}
-    return Measured(name, made.users, metrics, by_user, made.compat)
+    whole = made.slices[ALL].statistics
+    bins = _filled(whole.rows_of, whole.predicted_of, whole.clicks_of) if _probabilities(whole) else None
+    return Measured(name, made.users, metrics, by_user, made.compat, bins)
+
+
+def _probabilities(made: ScoreStatistics) -> bool:
+    return made.lowest >= 0 and made.highest <= 1
 
 
 def _of_statistics(made: ScoreStatistics, gauc: GAUC) -> Metrics:
     """Compute the metrics of one slice from what the order of its scores tells."""
     n, clicks = made.impressions, made.clicks
-    probabilities = made.lowest >= 0 and made.highest <= 1
+    probabilities = _probabilities(made)
     loss, rate = -made.log_likelihood / n, clicks / n
     entropy = -rate * np.log(rate) - (1.0 - rate) * np.log(1.0 - rate) if 0 < clicks < n else None
     return Metrics(
@@ -208,7 +250,8 @@ def measure_file(
         by_user[slice_name] = users = user_auc(made.user[rows], click, score)
         metrics[slice_name] = measure(click, score, gauc_of(users, weight), auc(click, score))
     sums = {p: programs.partial(p, by_user[ALL], made.user, made.click, made.score) for p in of_programs}
-    return Measured(name, made.users, metrics, by_user, {p: programs.total(p, [s]) for p, s in sums.items()})
+    bins = None if metrics[ALL].ece is None else calibration_bins(made.click, made.score)
+    return Measured(name, made.users, metrics, by_user, {p: programs.total(p, [s]) for p, s in sums.items()}, bins)
 
 
 def evaluate(
@@ -249,6 +292,7 @@ def evaluate(
     for f in files:
         full = {s: asdict(_with_intervals(f, s, pairing, settings, resampled)) for s in f.metrics}
         variants[f.name] = {ALL: full.pop(ALL), "slices": full}
+        variants[f.name]["calibration_bins"] = f.bins.rows() if f.bins else []
         if settings.compat:
             variants[f.name]["compat"] = {program: asdict(c) for program, c in f.compat.items()}
     return {

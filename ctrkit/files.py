@@ -55,6 +55,11 @@ def sidecar_path(output: Path) -> Path:
     return output.with_name(output.name + ".json") if output.name else Path(f"{output}.json")
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Say whether a path, that need not be there, lies in a folder that is."""
+    return folder.is_dir() and folder.resolve() in path.resolve().parents
+
+
 def fsync(path: Path) -> None:
     """Flush a file's or a folder's own entry to disk."""
     fd = os.open(path, os.O_RDONLY)

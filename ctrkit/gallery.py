@@ -1,17 +1,20 @@
-"""The attention gallery (DICM Fig. 8): an ad's picture, and the user's pictures of high and of low weight."""
+"""The attention gallery (DICM Fig. 8): an ad's picture, and the user's pictures of high and of low weight. And the
+behaviours that an ad activates (DIN Fig. 5)."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from PIL import Image
 
 from ctrkit import files, picture_sources, pictures
 from ctrkit.errors import UsageError, nearest
+from ctrkit.predictions import first_rows
 from ctrkit.recipe import ExtractImages, Recipe
 
 CANDIDATES = 25
@@ -20,12 +23,17 @@ THUMBNAIL = 96
 """Longest side of an inlined picture, in pixels."""
 
 
+MOST_BARS = 16
+"""Behaviours of a user that the bars show: the last ones."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
-    """A picture of the user's behaviour sequence."""
+    """One of the user's behaviours: its picture, its weight, and what it is called."""
 
     image: str
     weight: float
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,27 @@ class Case:
     """By weight, highest first."""
     lowest: tuple[Behaviour, ...]
     """By weight, highest first; none of `highest`."""
+    user: str = ""
+    ad: str = ""
+    category: str = ""
+    """The ad's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """An impression, and the weight of each of the user's behaviours."""
+
+    sample_id: int
+    user: str
+    ad: str
+    ad_image: str
+    category: str
+    click: bool
+    score: float
+    behaviours: tuple[Behaviour, ...]
+    """The last `MOST_BARS`, oldest first."""
+    left_out: int
+    """Earlier behaviours, which are not shown."""
 
 
 def attends(model: Path) -> bool:
@@ -48,6 +77,21 @@ def attends(model: Path) -> bool:
     train = files.read_json(model / "settings.json").get("train", {})
     pools = train.get("user_images") in (True, "simtier+pooled")
     return bool(train.get("model") == "dicm" and pools and train.get("pooling") == "attentive")
+
+
+def activates(model: Path) -> bool:
+    """Say whether a model directory holds a DIN."""
+    return bool(files.read_json(model / "settings.json").get("train", {}).get("model") == "din")
+
+
+def choose_activation(recipe: Recipe, models: Mapping[str, Path]) -> str | None:
+    """Return whose activation of behaviours is shown: the recipe's choice, else the first DIN."""
+    wanted = recipe.report.activation_variant
+    if wanted in models:
+        return wanted if activates(models[wanted]) else None
+    if wanted and wanted not in recipe.variants:
+        raise UsageError(f"report.activation_variant {wanted!r} is none of the models{nearest(wanted, models)}")
+    return next((name for name, model in models.items() if activates(model)), None)
 
 
 def choose_variant(recipe: Recipe, models: Mapping[str, Path]) -> str | None:
@@ -60,25 +104,27 @@ def choose_variant(recipe: Recipe, models: Mapping[str, Path]) -> str | None:
     return next((name for name, model in models.items() if attends(model)), None)
 
 
-def candidates(predictions: Path, cases: int, per_row: int) -> list[int]:
-    """Return sample ids worth looking at, one a user: long histories first, then clicked, then early ones."""
+def candidates(predictions: Path, most: int, long: int) -> pl.DataFrame:
+    """Return `sample_id`, `user` and `ad` of impressions worth looking at, one a user: those with histories of `long`
+    and more first, then clicked, then early ones. They are among the first `ctrkit.predictions.FIRST_ROWS`."""
     return (
-        pl.scan_parquet(predictions, glob=False)
+        first_rows(predictions)
         .filter(pl.col("history_length") > 0)
-        .select("sample_id", "user", "click", length=pl.col("history_length").clip(upper_bound=2 * per_row))
+        .select("sample_id", "user", "ad", "click", length=pl.col("history_length").clip(upper_bound=long))
         .sort(["length", "click", "sample_id"], descending=[True, True, False])
         .unique("user", keep="first", maintain_order=True)
-        .head(cases * CANDIDATES)
-        .collect()["sample_id"]
-        .to_list()
+        .head(most)
+        .select("sample_id", "user", "ad")
+        .collect()
     )
 
 
-def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
+def choose_cases(weights: pl.DataFrame, cases: int, per_row: int, thumbnails: "Thumbnails | None" = None) -> list[Case]:
     """Return the cases to show: those that fill both rows first, clicked before others, then by spread of weights.
 
-    `weights` is what `ctrkit.scoring.attention_weights` returns: one row a behaviour, oldest first. An ad's
-    picture is shown once, as long as there are others.
+    `weights` is what `ctrkit.scoring.attention_weights` returns: one row a behaviour, oldest first; and, where it has
+    them, `user`, `ad` and `category`, text. An ad's picture is shown once, as long as there are others; one that cannot
+    be read (of `thumbnails`, where they are given) after all that can.
     """
     found = []
     for rows in weights.partition_by("sample_id", maintain_order=True):
@@ -98,6 +144,7 @@ def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
             behaviours=len(shown),
             highest=tuple(shown[:n]),
             lowest=tuple(shown[n:][-per_row:]),
+            **_words(first),
         )
         found.append(case)
     ranked = sorted(found, key=lambda c: (c.behaviours < 2 * per_row, not c.click, -_spread(c), c.sample_id))
@@ -107,7 +154,56 @@ def choose_cases(weights: pl.DataFrame, cases: int, per_row: int) -> list[Case]:
     for case in ranked:
         (repeats if case.ad_image in seen else firsts).append(case)
         seen.add(case.ad_image)
-    return (firsts + repeats)[:cases]
+    order = firsts + repeats
+    if thumbnails is None or thumbnails.where is None:
+        return order[:cases]
+    pictured: list[Case] = []
+    for case in order:
+        if len(pictured) < cases and thumbnails.picture(case.ad_image) is not None:
+            pictured.append(case)
+    return [*pictured, *(case for case in order if case not in pictured)][:cases]
+
+
+def _words(row: Mapping[str, Any]) -> dict[str, str]:
+    return {name: row.get(name) or "" for name in ("user", "ad", "category")}
+
+
+def choose_activations(weights: pl.DataFrame, cases: int) -> list[Activation]:
+    """Return the impressions to show: clicked before others, then those whose largest weight stands out most.
+
+    `weights` as for `choose_cases`, with the behaviours' `name`, text. An ad is shown once, as long as there are
+    others.
+    """
+    found = []
+    for rows in weights.partition_by("sample_id", maintain_order=True):
+        first, last = rows.row(0, named=True), rows.tail(MOST_BARS)
+        shown = last.select("image", "weight", "name").iter_rows()
+        case = Activation(
+            sample_id=first["sample_id"],
+            ad_image=first["ad_image"] or "",
+            click=bool(first["click"]),
+            score=first["score"],
+            behaviours=tuple(Behaviour(image=i or "", weight=w, name=n or "") for i, w, n in shown),
+            left_out=rows.height - last.height,
+            **_words(first),
+        )
+        found.append(
+            (len(case.behaviours) < min(8, MOST_BARS), not case.click, -_stands_out(case), case.sample_id, case)
+        )
+    firsts: dict[str, Activation] = {}
+    repeats: list[Activation] = []
+    for *_, case in sorted(found, key=lambda f: f[:-1]):
+        if case.ad in firsts:
+            repeats.append(case)
+        firsts.setdefault(case.ad, case)
+    return [*firsts.values(), *repeats][:cases]
+
+
+def _stands_out(case: Activation) -> float:
+    """Return how far the largest of the weights shown lies above their mean, in units of their mean size."""
+    sizes = [abs(b.weight) for b in case.behaviours]
+    mean = sum(sizes) / len(sizes)
+    return (max(sizes) - mean) / mean if mean else 0.0
 
 
 def _spread(case: Case) -> float:
@@ -129,6 +225,7 @@ class Thumbnails:
 
     def __init__(self, where: Path | None, settings: ExtractImages) -> None:
         self.where, self.settings = where, settings
+        self.picture = cache(self._picture)
         self.uri = cache(self._uri)
 
     @cached_property
@@ -136,9 +233,9 @@ class Thumbnails:
         assert self.where is not None
         return picture_sources.open_source(self.where, self.settings)
 
-    def _uri(self, image: str) -> str | None:
+    def _picture(self, image: str) -> Image.Image | None:
         """Return the picture, or None where it is missing or cannot be read."""
-        if self.where is None:
+        if self.where is None or not image:
             return None
         try:
             with pictures.quiet():
@@ -149,6 +246,44 @@ class Thumbnails:
             return None
         small = Image.fromarray(pixels.transpose(1, 2, 0))
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        out = BytesIO()
-        small.save(out, "JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+        return small
+
+    def _uri(self, image: str) -> str | None:
+        """Return the picture as a data URI, or None."""
+        small = self.picture(image)
+        return None if small is None else as_uri(small)
+
+
+def as_uri(picture: Image.Image) -> str:
+    """Return a picture as a data URI, JPEG."""
+    out = BytesIO()
+    picture.save(out, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sprite:
+    """Many pictures in one, row by row; those that are missing leave their place empty."""
+
+    uri: str
+    side: int
+    """Pixels of a place's side."""
+    columns: int
+    rows: int
+    missing: tuple[int, ...]
+    """Places without a picture."""
+
+
+def make_sprite(thumbnails: Thumbnails, images: Sequence[str], side: int = 64) -> Sprite | None:
+    """Put pictures into one, in order; None where there is none of them."""
+    found = [thumbnails.picture(image) for image in images]
+    if not any(found):
+        return None
+    columns = min(len(found), 30)
+    rows = -(-len(found) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for n, picture in enumerate(found):
+        if picture is not None:
+            sheet.paste(picture.resize((side, side)), (n % columns * side, n // columns * side))
+    missing = tuple(n for n, picture in enumerate(found) if picture is None)
+    return Sprite(uri=as_uri(sheet), side=side, columns=columns, rows=rows, missing=missing)

@@ -67,6 +67,8 @@ def _describer(path: Path) -> Callable[[Path, Console], None] | None:
         return _show_arrow
     elif path.suffix in (".h5", ".hdf5"):
         return _show_features
+    elif path.suffix in (".pt", ".pth"):
+        return _show_tensors
     elif path.suffix == ".json" and _is_sidecar(path):
         return _show_sidecar
     elif path.suffix == ".json" and files.sidecar_path(path).is_file():
@@ -208,17 +210,24 @@ def _show_features(path: Path, console: Console) -> None:
 
 
 def _show_model(path: Path, console: Console) -> None:
-    from ctrkit import state_dict
-
     settings = path / "settings.json"
     if settings.is_file():
         _pairs(console, "settings.json", [(k, _short(v)) for k, v in files.read_json(settings).items()])
-    state = state_dict.read(path / "model.pt")
-    rows = [(name, list(t.shape), str(t.dtype).removeprefix("torch."), t.numel()) for name, t in state.items()]
-    total = sum(row[3] for row in rows)
-    _print(console, f"model.pt: {total:,} numbers", ["tensor", "shape", "type", "numbers"], rows, right=["numbers"])
+    for name in ("model.pt", "optimiser.pt"):
+        if (path / name).is_file():
+            _show_tensors(path / name, console)
     if (path / "metrics.jsonl").is_file():
         _show_metrics(path / "metrics.jsonl", console)
+
+
+def _show_tensors(path: Path, console: Console) -> None:
+    from ctrkit import state_dict
+
+    state = state_dict.read(path)
+    rows = [(name, list(t.shape), str(t.dtype).removeprefix("torch."), t.numel()) for name, t in state.items()]
+    total = sum(row[3] for row in rows)
+    columns = ["tensor", "shape", "type", "numbers"]
+    _print(console, f"{path.name}: {total:,} numbers", columns, rows, right=["numbers"])
 
 
 def _show_metrics(path: Path, console: Console) -> None:

@@ -1,18 +1,29 @@
 """What eval prints: metrics.json as text and rich tables. The report uses the same words."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ctrkit import files
 from ctrkit.compat import NAMES
+from ctrkit.errors import UserError
 
 UNSEEN = "unseen_ad=true"
 """The slice that shows whether a model can do without a trained ad id."""
 FEW = 30
 """Of fewer users than this, the GAUC of a slice is given in brackets."""
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read a metrics.json that eval wrote."""
+    metrics = files.read_json(path)
+    if not isinstance(metrics, dict) or not {"settings", "order", "variants", "comparisons"} <= metrics.keys():
+        raise UserError(f"{path} is not a metrics.json; write one with: ctrkit eval --gauc FILE... --json {path}")
+    return metrics
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from ctrkit import files, state_dict
+from ctrkit import files, state_dict, vocabulary
 from ctrkit.batches import Schema
 from ctrkit.embedding import Table
 from ctrkit.errors import UserError
@@ -179,6 +178,12 @@ def open_pictures(
     )
 
 
+def check_conversion(convert: Path | None, schema: Schema, groups: Path) -> None:
+    """Refuse a `--convert`, if one is given, from which groups of this schema were not made."""
+    if convert is not None:
+        vocabulary.require(convert, "--convert", schema.vocab_digest, f"{groups} (--groups) was made with")
+
+
 def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
     """Write `settings.json` and `model.pt` into a folder. Raises OSError where there is no room."""
     train = model.plan.train
@@ -227,6 +232,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
             f"{schema.vocab_digest[:8]} and {here.vocab_digest[:8]}): its ids would mean other things. Train it again "
             "on these groups, or make the groups with the vocabulary it was trained with."
         )
+    check_conversion(convert, here, groups)
     pictures = open_pictures(train, features, convert, ranks)
     if pictures is not None:
         _check_pictures(pictures, settings, folder)
@@ -252,8 +258,9 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Train, Schema]:
         raise UserError(f"{folder} is not a model folder: it has no settings.json. Make one with `ctrkit train`.")
     settings = files.read_json(path)
     try:
+        int(settings["picture_width"])
         return settings, Train(**settings["train"]), Schema.from_json(settings["schema"])
-    except (KeyError, TypeError, ValidationError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as e:
         raise UserError(
             f"{path} is not the settings of a model of this version of ctrkit ({str(e).splitlines()[0]}). Train the "
             "model again."

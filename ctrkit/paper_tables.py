@@ -71,6 +71,8 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 def verdict(difference: float, low: float | None, high: float | None) -> str:
     """Say whether a difference has the paper's direction, which is upwards, and whether its interval leaves out 0."""
+    if difference == 0:
+        return "no difference"
     word = "agrees" if difference > 0 else "differs"
     sure = low is not None and high is not None and (low > 0 or high < 0)
     return word if sure else f"{word} (within noise)"

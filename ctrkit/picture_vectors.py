@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctrkit.errors import UserError
 from ctrkit.features import FeatureStore
+from ctrkit.progress import say
 
 MEMORY_LIMIT = 4 << 30
 """Bytes of float16 features that are held in memory: the most used; rows beyond them are read from the disk."""
@@ -19,6 +20,8 @@ NORM = 4.0
 """Root mean square of the vectors' norms after scaling. An Adam step moves an output of the first layer by up to
 the learning rate times the vector's 1-norm, so wide vectors of unit coordinates make the first steps too long: with
 4096 coordinates the demo's attention was not learned at all, and the smaller of 64, 20, 8 and 4 was always better."""
+SAME = 1e-12
+"""Variance, as a share of the mean's square, that is rounding and no difference."""
 CONTROL_SEED = 20_170_711
 """Of the permutation of `[train] shuffle_pictures`."""
 
@@ -52,6 +55,11 @@ class PictureVectors:
         seed = CONTROL_SEED if shuffle else None
         self.store = FeatureStore(features, shuffle_seed=seed, cache_bytes=MEMORY_LIMIT // sharing)
         self._vocabulary = convert / "vocab" / "image.parquet"
+        if not self._vocabulary.is_file():
+            raise UserError(
+                f"{convert} has no vocabulary of pictures (vocab/image.parquet): give the folder that ctrkit convert "
+                "wrote with a recipe whose [features] has kind = 'image'"
+            )
         vocab = pl.read_parquet(self._vocabulary)
         row_V = np.full(int(vocab["index"].max() or 1) + 1, -1, np.int64)  # type: ignore[arg-type]
         row_V[vocab["index"].to_numpy()] = self.store.row_of(vocab["value"])
@@ -104,10 +112,18 @@ class PictureVectors:
             total += x.sum(0)
             square += (x * x).sum(0)
         total, square = summed(np.stack([total, square]))
+        if not np.isfinite(square).all():
+            raise UserError(
+                f"{self.store.path} has vectors with infinite or missing numbers (NaN), of pictures in training: "
+                "`ctrkit import-features` leaves such vectors out; make the file again"
+            )
         mean = total / len(rows)
         variance = np.maximum(square / len(rows) - mean * mean, 0.0).mean()
         dtype = self.scale.dtype
         self.mean_W = torch.from_numpy(mean).to(dtype)
+        if variance <= SAME * (mean * mean).mean():
+            say(f"train: the vectors of all pictures in training are the same in {self.store.path}: they say nothing")
+            variance = 0.0
         scale = NORM / np.sqrt(variance * self.store.width) if variance > 0 else 1.0
         self.scale = torch.tensor(scale, dtype=dtype)
 

@@ -20,7 +20,7 @@ import click
 from ctrkit import files, provenance
 from ctrkit.cli import main as ctrkit_command
 from ctrkit.errors import UsageError, nearest
-from ctrkit.recipe import Recipe, load
+from ctrkit.recipe import NO_CURVE, Recipe, load
 
 OUTPUTS = {
     "simulate": "raw",
@@ -39,6 +39,8 @@ OUTPUTS = {
 }
 
 
+FIGURES = "report-figures"
+"""Folder of the report's figures, which `report` makes with `report.html`."""
 DAYS = "days"
 """Folder of the runs of single days."""
 CHAIN = "by-day"
@@ -199,6 +201,9 @@ class Graph:
         tables, curves = self._base.paper_tables.values(), self._base.curves.values()
         in_tables = dict.fromkeys(row.variant for table in tables for row in table.rows)
         in_curves = dict.fromkeys(row.variant for figure in curves for row in figure.rows)
+        for name in in_curves:
+            if not self._load(name).train.validation:
+                raise UsageError(f"variant {name!r}, which [curves] draws, has {NO_CURVE}")
         options: list[str] = []
         needs: list[Step] = []
         for name in in_tables:
@@ -435,7 +440,7 @@ def _check_names(home: Path, recipe: Recipe) -> None:
             f"outputs would go to {str(home)!r}, and Make cannot work with {bad.group()!r} in their path; give OUT=… "
             f"(make) or --out (ctrkit run) without it, perhaps relative to where you are"
         )
-    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS, CHAIN}
+    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS, CHAIN, FIGURES}
     if clash := sorted(taken & set(recipe.variants)):
         raise UsageError(f"a variant cannot be called {clash[0]!r}, which is the name of an output; rename it")
 

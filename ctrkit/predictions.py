@@ -17,6 +17,8 @@ BUILT_IN = {"unseen-ad": "unseen_ad", "history-length": "history_length", "day":
 """Slices that are made where the file has the column."""
 MOST_VALUES = 100
 """A column with more distinct values makes no slices."""
+FIRST_ROWS = 2_000_000
+"""Rows of a file that the report chooses impressions, users and ads from."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 COMPRESSED = (".gz", ".zst")
 
@@ -277,3 +279,8 @@ def slicing(
         history="history_length" in schema and not schema["history_length"].is_nested(),
         values=values,
     )
+
+
+def first_rows(path: Path) -> pl.LazyFrame:
+    """Return a lazy frame of a Parquet file of predictions, its first `FIRST_ROWS` at most."""
+    return pl.scan_parquet(path, glob=False).head(FIRST_ROWS)

@@ -56,6 +56,8 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 ROUNDING: dict[str, frozenset[str]] = {"train": RANKS, "predict": frozenset(["processes"])}
 """Of these tables, keys that change no more than the last bits of an output, and so do not make it stale."""
+FOLDERS = frozenset(["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "tables", "daily"])
+"""Stages whose output is a folder; that of the others is a file."""
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
 """Input → the stage that makes such a folder. Where it has a sidecar, it must be as that stage left it."""
 MARKS = {"simulate": "truth.parquet", "convert": "split.json", "group": "schema.json", "train": "model.pt"}
@@ -129,10 +131,13 @@ def _digests_of(inputs: Inputs, known: digests.Digests) -> dict[str, str]:
     return dict(zip(there, files.side_by_side(known.of, there.values()), strict=True))
 
 
-def is_fresh(output: Path, key: str, known: digests.Digests) -> bool:
-    """Say whether `output` is what its sidecar describes, and was made with `key`."""
+def is_fresh(output: Path, key: str, known: digests.Digests, beside: Path | None = None) -> bool:
+    """Say whether `output`, and the folder `beside` that is made with it, are what its sidecar describes, and were made
+    with `key`."""
     sidecar = read_sidecar(output)
-    return bool(sidecar and sidecar.get("key") == key and sidecar.get("content") == known.of(output))
+    if not sidecar or sidecar.get("key") != key or sidecar.get("content") != known.of(output):
+        return False
+    return beside is None or sidecar.get("beside") == known.of(beside)
 
 
 def read_sidecar(output: Path) -> dict[str, Any]:
@@ -222,6 +227,8 @@ class Work:
     the block ends well."""
     inputs: Mapping[str, str]
     """The digest of each input."""
+    beside: Path
+    """Where to write the folder that is made with the target, if there is to be one."""
     counts: dict[str, Any] = field(default_factory=dict)
     """Row counts and the like, for the sidecar."""
 
@@ -284,11 +291,14 @@ def output(
     options: Mapping[str, str] | None = None,
     *,
     resumes: bool = True,
+    beside: Path | None = None,
 ) -> Iterator[Work]:
     """Yield a `Work` whose path becomes `target`, with its sidecar, when the block ends without an error.
 
     options: of the command, where they decide the output's bytes.
     resumes: whether the stage goes on from what was done when there was no room; False: it starts again.
+    beside: a folder that is made with the target, which must be a file; it is in place before the target is, and the
+        target is not fresh unless the folder is what it was.
 
     One process at a time makes a target; the others wait. Where CTRKIT_UNLESS_FRESH is set and the target is fresh,
     the stage ends here, well.
@@ -298,25 +308,27 @@ def output(
         raise UsageError(f"the output {str(target)!r} has no name of its own, and a sidecar goes beside it; name it")
     if _checking:
         fresh = not files.is_locked(target) and is_fresh(
-            target, provenance(stage, recipe, inputs, known, options).key, known
+            target, provenance(stage, recipe, inputs, known, options).key, known, beside
         )
         known.save()
         raise Checked(fresh)
-    _guard(inputs, target)
+    _guard(stage, inputs, target)
+    if beside is not None:
+        _guard_beside(target, beside)
     with files.locked(target):
         made_from = provenance(stage, recipe, inputs, known, options)
         _check_inputs(inputs, made_from.inputs, known)
         for old in files.leftovers(target, parts=False):
             files.remove(old)
-        if os.environ.get("CTRKIT_UNLESS_FRESH") and is_fresh(target, made_from.key, known):
+        if os.environ.get("CTRKIT_UNLESS_FRESH") and is_fresh(target, made_from.key, known, beside):
             known.save()
             say(f"{stage}: {target} is what it would be made again")
             raise click.exceptions.Exit(0)
         started = time.time()
         parts = _parts_folder(target, made_from.key)
         try:
-            with files.atomic(target) as tmp:
-                work = Work(target, tmp, parts, made_from.inputs)
+            with files.atomic(target) as tmp, files.atomic(beside) if beside else contextlib.nullcontext(tmp) as other:
+                work = Work(target, tmp, parts, made_from.inputs, other)
                 yield work
         except UserError as e:
             if not isinstance(e, Resumable):  # what has to be mended changes the work
@@ -337,6 +349,7 @@ def output(
             "key": made_from.key,
             "content": digests.folder(inside.items()) if target.is_dir() else known.of(target),
             **({"contents": _contents(inside)} if target.is_dir() else {}),
+            **({"beside": known.of(beside)} if beside else {}),
             "config": made_from.config,
             "inputs": made_from.inputs,
             "code": made_from.code,
@@ -362,24 +375,42 @@ def _parts_folder(target: Path, key: str) -> Path:
     return folder
 
 
-def _guard(inputs: Inputs, target: Path) -> None:
-    """Refuse to write over an input, or over a folder that is somebody else's. A run's own folder is the run's."""
+def _guard(stage: str, inputs: Inputs, target: Path) -> None:
+    """Refuse to write over an input or into one, over what is of another kind than the output, or over a folder that is
+    somebody else's. A run's own folder is the run's."""
     for name, path in inputs.items():
         if path is not None and path.exists() and target.exists() and path.samefile(target):
             raise UserError(f"{target} is an input ({name}) and would be written over; name another output")
-    if os.environ.get("CTRKIT_UNLESS_FRESH") or not target.is_dir() or not any(target.iterdir()):
-        return
-    if not files.is_ours(target):
+        if path is not None and stage in FOLDERS and files.is_inside(target, path):
+            raise UserError(f"{target} lies in an input ({name}: {path}), which it would change; name another output")
+    runs = bool(os.environ.get("CTRKIT_UNLESS_FRESH"))
+    if not runs and target.is_dir() and any(target.iterdir()) and not files.is_ours(target):
         raise UserError(
             f"{target} is a folder that ctrkit did not write (no {files.sidecar_path(target).name} beside it), and all "
             "in it would be lost; name another output, or remove the folder yourself"
+        )
+    there = "a folder" if target.is_dir() else "a file" if target.is_file() else "neither a file nor a folder"
+    wanted = "a folder" if stage in FOLDERS else "a file"
+    if target.exists() and there != wanted and read_sidecar(target).get("stage") != stage:
+        raise UsageError(f"{target} is {there}, and {wanted} is to be written; name another output")
+
+
+def _guard_beside(target: Path, beside: Path) -> None:
+    """Refuse to write a folder over one that was not made with the target, nor left by a killed maker of it."""
+    sidecar = read_sidecar(target)
+    ours = "beside" in sidecar or (not sidecar and files.is_ours(target))
+    if beside.is_file() or (beside.is_dir() and any(beside.iterdir()) and not ours):
+        raise UserError(
+            f"{beside} is to be written with {target} and was not made with it (no {files.sidecar_path(target).name} "
+            "that says so): all in it would be lost; name another output, or move it away yourself"
         )
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide bytes."""
     found = {"python": platform.python_version()}
-    for package in ("ctrkit", "torch", "torchvision", "polars", "numpy", "numba", "h5py", "pillow"):
+    packages = "ctrkit torch torchvision polars numpy numba h5py pillow matplotlib scikit-learn"
+    for package in packages.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

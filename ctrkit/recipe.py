@@ -9,8 +9,9 @@ import functools
 import json
 import re
 import tomllib
+import typing
 import zoneinfo
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +22,10 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
@@ -47,11 +50,16 @@ def _needs(form: str) -> WrapValidator:
 
 # Days by number from the end (1 = the last day present), a share of the time range, or dates.
 Days = Annotated[
-    Annotated[int, Field(ge=0)] | Fraction | tuple[datetime.date, ...],
+    Annotated[int, Field(ge=0, strict=True)] | Annotated[Fraction, Field(strict=True)] | tuple[datetime.date, ...],
     _needs("a number of days, a share between 0 and 1, or a list of dates, such as [2024-03-20]"),
 ]
 Names = Annotated[str | tuple[str, ...], _needs("a name or a list of names")]
-Widths = tuple[Annotated[int, Field(ge=1)], ...]
+Width = Annotated[int, Field(ge=1, le=1_000_000)]
+Widths = tuple[Width, ...]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Factor = Annotated[float, Field(ge=0, le=1e30)]
+"""What numbers of float32 may be multiplied by."""
 SomeWidths = Annotated[Widths, Field(min_length=1)]
 UserIds = Annotated[bool | Literal["din"], _needs('true, false or "din"')]
 UserImages = Annotated[
@@ -79,7 +87,7 @@ def _train_day(day: int | datetime.date) -> int | datetime.date:
 
 
 TrainDay = Annotated[
-    int | datetime.date,
+    Annotated[int, Field(strict=True)] | datetime.date,
     AfterValidator(_train_day),
     _needs("a date, or the number of a training day: 1 is the first, -1 the last"),
 ]
@@ -105,15 +113,57 @@ def _id_template(text: str) -> str:
 
 
 class Table(BaseModel):
-    """A recipe table: frozen, numbers finite, and an unknown key is an error."""
+    """A recipe table: frozen, numbers finite, and an unknown key is an error. No text or truth value passes for a
+    number, and no number or text for a truth value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        for one in [] if Any in kinds or kinds == {"text"} else _values(value):
+            if type(one) in KIND and KIND[type(one)] not in kinds:
+                raise ValueError(f"has to be {' or '.join(sorted(kinds))} (given: {json.dumps(one)})")
+        return value
+
+
+KIND = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+
+
+def _kinds(annotation: Any) -> frozenset[Any]:
+    """Return what a key of this type takes: values of `KIND`; Any where that is not looked at."""
+    if annotation in KIND:
+        return frozenset([KIND[annotation]])
+    if annotation is datetime.date:  # in JSON it is text
+        return frozenset(["text"])
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return frozenset(KIND[type(value)] for value in args)
+    if origin is Annotated or origin is dict:
+        args = args[:1] if origin is Annotated else args[1:]
+    elif annotation in (None, type(None), Ellipsis):
+        return frozenset()
+    elif not args:
+        return frozenset([Any])
+    return frozenset().union(*map(_kinds, args))
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """Yield the values in nested lists and tables, keys left out."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _values(one)
+    else:
+        yield value
 
 
 class Simulate(Table):
     """`[simulate]`: the demo shop. Everything in it is simulated, and said to be."""
 
-    seed: int = 1
+    seed: Seed = 1
     users: Annotated[int, Field(ge=1)] = 3000
     goods: Annotated[int, Field(ge=1)] = 1500
     days: Annotated[int, Field(ge=2)] = 8
@@ -202,7 +252,7 @@ class Convert(Table):
     """Share of the training impressions without a click that is kept; `predict` undoes it in its scores."""
     sampled_negatives: Annotated[int, Field(ge=0)] = 0
     """For logs of positives only: so many other ads at the same time, without a click, for each impression."""
-    seed: int = 0
+    seed: Seed = 0
     """Of `negative_rate` and `sampled_negatives`."""
     max_reject_rate: Rate = 0.01
     """Share of a table's rows that may be bad."""
@@ -251,7 +301,7 @@ class Feature(Table):
     """Of a number: bucket i holds edges[i - 1] ≤ x < edges[i]."""
     quantiles: Annotated[int, Field(ge=0)] = 0
     """Of a number: that many buckets with edges from the training samples' values."""
-    width: Annotated[int, Field(ge=1)] = 12
+    width: Width = 12
     """Embedding width (DICM section IV: 12)."""
     switch: Literal["", "ad_id", "user_ids"] = ""
     """DICM uses the feature only when this switch of `[train]` is on. Default: always, and `user_ids` for
@@ -285,6 +335,16 @@ class Daily(Table):
     """Of `daily`: train each from scratch too, on the whole window, for comparison."""
     train: dict[str, Any] = {}
     """Of `daily`: keys of [train] for the days that start from the day before's model, such as { epochs = 1 }."""
+
+    @model_validator(mode="after")
+    def _days_of_its_own(self) -> "Daily":
+        for key in ("first_day", "last_day", "warm_start", "warm_from"):
+            if key in self.train:
+                raise ValueError(
+                    f"train has {key}, which day after day decides: the last training day, all of the model of the day "
+                    "before; leave it out"
+                )
+        return self
 
 
 class SelectClicks(Table):
@@ -320,7 +380,7 @@ class ExtractImages(Table):
     weights: str = "published"
     """`published` (torchvision's own, downloaded), `random` (seeded) or the path of a state dict; in a run also
     `tuned`, what `tune-backbone` makes first."""
-    seed: int = 0
+    seed: Seed = 0
     size: Annotated[int, Field(ge=32)] = 224
     """Side of the square the network sees, in pixels."""
     crop: Annotated[float, Field(gt=0, le=1)] = 0.875
@@ -329,7 +389,7 @@ class ExtractImages(Table):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch: Annotated[int, Field(ge=1)] = 32
     device: str = "auto"
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Threads = 0
     """CPU threads of the network; 0: all cores. Set it where other stages run side by side."""
     workers: Annotated[int, Field(ge=0, le=512)] = 0
     """Processes that read and decode; 0: threads beside a network on the CPU, a process a core beside one on a GPU."""
@@ -419,7 +479,7 @@ class TuneBackbone(Table):
     """Share of all steps over which the learning rate rises."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0001
+    weight_decay: Factor = 0.0001
     """On weights, not on biases and norms."""
     patience: Annotated[int, Field(ge=0)] = 3
     """Epochs without a better validation accuracy before training stops; 0: never early. The best epoch is kept."""
@@ -428,14 +488,14 @@ class TuneBackbone(Table):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: mixed precision, with float32 weights."""
     device: str = "auto"
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Threads = 0
     """CPU threads of the network; 0: all cores. The last bits of its weights depend on it."""
 
 
 class Group(Table):
     """`[group]`: common features once per (user, day)."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the shuffle of training groups."""
     block_groups: Annotated[int, Field(ge=1)] = 2000
     """Groups in a Parquet row group, the shuffle block."""
@@ -478,24 +538,24 @@ class Train(Table):
     activation: Literal["prelu", "dice"] = "prelu"
     batch_norm: bool = True
     # How it learns.
-    seed: int = 1
+    seed: Seed = 1
     epochs: Annotated[int, Field(ge=1)] = 2
     batch: Annotated[int, Field(ge=1)] = 3000
     """Samples a step, over all ranks."""
-    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 0.001
     decay: Annotated[float, Field(gt=0, le=1)] = 0.9
     decay_steps: Annotated[int, Field(ge=1)] = 24000
     """The learning rate is multiplied by `decay` every `decay_steps` steps (DICM section VI)."""
     regularisation: Literal["adaptive", "difacto", "l2", "dropout", "filter", "none"] = "adaptive"
     """Of ids: DIN eq. 9, eq. 10, plain L2 on the batch's rows, a random part of each sample's behaviours, only the
     most frequent ids of the behaviours' vocabularies (DIN section 6.2), or nothing."""
-    regularisation_strength: Annotated[float, Field(ge=0)] = 0.01
+    regularisation_strength: Factor = 0.01
     """λ of adaptive, difacto and l2."""
     dropout_rate: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Of dropout: the share of its behaviours' ids that a training sample does not see."""
     filter_top: Annotated[int, Field(ge=1)] = 20_000_000
     """Of filter: so many ids are kept of each vocabulary that behaviours have; the others are unknown."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Factor = 0.0
     """L2 on the weight matrices of the dense layers."""
     unknown_rate: Rate = 0.01
     """Chance that a frequent id is trained as unknown: r; that of one seen n times is r + (1/2 − r)/n."""
@@ -503,7 +563,7 @@ class Train(Table):
     """Steps between validations; 0: at the end of each epoch."""
     patience: Annotated[int, Field(ge=0)] = 3
     """Validations without a better GAUC before training stops; 0: never stop early. The best is kept."""
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Factor = 0.0
     """Largest norm of a step's gradient, over dense parameters and table rows together; 0: no limit."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16: mixed precision in training (autocast), with float32 weights. float64: everything, for proofs."""
@@ -522,7 +582,7 @@ class Train(Table):
     """In a run: the variant whose model it starts from."""
     warm_optimiser: bool = False
     """With `full`: take over the optimiser's state too, of a model trained with `save_optimiser`."""
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """CPU threads. Fixed, since sums depend on it in the last bits."""
     device: str = "cpu"
     """`cpu`, `cuda` or `auto`, of train and predict. Bit-identical reruns are promised on the CPU only."""
@@ -598,7 +658,7 @@ class Eval(Table):
     """Pairs of variants (better, worse) to compare by paired bootstrap."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamples of users; 0: no intervals."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Report(Table):
@@ -607,13 +667,27 @@ class Report(Table):
     title: str = ""
     gallery_variant: str = ""
     """Whose attention is shown. Default: the first variant with attention over pictures."""
-    gallery_cases: Annotated[int, Field(ge=0)] = 8
+    gallery_cases: Annotated[int, Field(ge=0)] = 12
     gallery_pictures: Annotated[int, Field(ge=1)] = 6
     """Pictures in each of the two rows, highest and lowest weight."""
+    category: str = ""
+    """The ad's feature that stands for its category. Default: the one whose column is called category, genre or the
+    like, else the one of the fewest values."""
+    activation_variant: str = ""
+    """Whose activation of behaviours is shown. Default: the first DIN."""
+    activation_cases: Annotated[int, Field(ge=0)] = 4
+    map_variant: str = ""
+    """Whose ads are mapped. Default: the first DIN, else the first that is not logistic regression."""
+    map_ads: Annotated[int, Field(ge=0, le=2000)] = 800
+    """Ads on the map, those shown most; 0: no map."""
+    map_users: Annotated[int, Field(ge=1, le=10)] = 3
+    """Users whose click probabilities the map shows."""
+    surprises: Annotated[int, Field(ge=0, le=100)] = 8
+    """Impressions of each kind that the model was most wrong about, and ads of each that it is worst calibrated on."""
     sheet_queries: Annotated[int, Field(ge=0, le=100)] = 8
     """Pictures on the contact sheet, each with those most like it; 0: no contact sheet."""
     sheet_neighbours: Annotated[int, Field(ge=1, le=100)] = 6
-    sheet_seed: int = 0
+    sheet_seed: Seed = 0
     """Of the draw of the pictures, by how often training shows them."""
 
 
@@ -641,6 +715,20 @@ class PaperTable(Table):
     """Pairs of variants, the first of which is better in the paper, to compare by paired bootstrap."""
     note: str = ""
 
+    def contradiction(self, better: str, worse: str) -> str:
+        """Say what speaks against a pair of `compare`, in one sentence; "" if nothing does."""
+        if better == worse:
+            return f"{better!r} is compared with itself"
+        of = {row.variant: row for row in self.rows}
+        for key in ("paper_gauc", "paper_r_gauc"):
+            high, low = getattr(of[better], key), getattr(of[worse], key)
+            if high is not None and low is not None and high <= low:
+                return (
+                    f"{better!r} is said to be better than {worse!r} in the paper, and their {key} are {high:g} and "
+                    f"{low:g}; name the better one first"
+                )
+        return ""
+
 
 class CurveRow(Table):
     """A line of `[curves.NAME]`."""
@@ -648,6 +736,9 @@ class CurveRow(Table):
     variant: str
     label: str = ""
     """Default: the variant's name."""
+
+
+NO_CURVE = "train.validation = false, so there is no validation GAUC to draw"
 
 
 class PaperCurves(Table):
@@ -671,7 +762,8 @@ RESERVED = frozenset(
         "unseen_ad",
         "group_id",
         "common",
-        "goods_code user_code",
+        "goods_code",
+        "user_code",
         "type_code",
         "dwell_ms",
         "visits",
@@ -679,6 +771,8 @@ RESERVED = frozenset(
         "last_time",
         "row",
         "pair",
+        "score",
+        "loss",
     ]
 )
 
@@ -731,7 +825,7 @@ class Recipe(Table):
 
     @model_validator(mode="after")
     def _own_names(self) -> "Recipe":
-        """Check that no feature has the name of a column that the stages write."""
+        """Check that no feature has the name of a column that the stages write, the bad-batch file included."""
         for name in self.features:
             if name in RESERVED or name.startswith("__"):
                 raise ValueError(
@@ -762,19 +856,40 @@ class Recipe(Table):
         for name, table in self.paper_tables.items():
             rows = [row.variant for row in table.rows]
             named += [(f"tables.{name}", v) for v in rows]
+            _once(f"tables.{name}", rows)
             for v in (table.baseline, *(v for pair in table.compare for v in pair)):
                 if v not in rows:
                     raise ValueError(f"tables.{name}: {v!r} is none of its rows{nearest(v, rows)}")
         for name, curves in self.curves.items():
             rows = [row.variant for row in curves.rows]
             named += [(f"curves.{name}", v) for v in rows]
+            if unjudged := [
+                v for v in rows if v in self.variants and self.overrides(v, "train", "validation") is False
+            ]:
+                raise ValueError(f"curves.{name}: variant {unjudged[0]!r} has {NO_CURVE}")
+            _once(f"curves.{name}", rows)
             for v in (v for pair in curves.reach for v in pair):
                 if v not in rows:
                     raise ValueError(f"curves.{name}: {v!r} is none of its rows{nearest(v, rows)}")
         for where, v in named:
             if v not in self.variants:
                 raise ValueError(f"{where}: there is no variant {v!r}{nearest(v, self.variants)}")
+        for name, table in self.paper_tables.items():
+            for pair in table.compare:
+                if fault := table.contradiction(*pair):
+                    raise ValueError(f"tables.{name}.compare: {fault}")
         return self
+
+    def overrides(self, variant: str, table: str, key: str) -> Any:
+        """Return what a variant, or else the one that it is like, sets a key to; None if neither does."""
+        seen: set[str] = set()
+        while variant in self.variants and variant not in seen:
+            seen.add(variant)
+            own = self.variants[variant].get(table)
+            if isinstance(own, Mapping) and key in own:
+                return own[key]
+            variant = str(self.variants[variant].get("like"))
+        return None
 
     def is_extra(self, variant: str) -> bool:
         """Say whether a variant is made for tables only."""
@@ -791,6 +906,12 @@ class Recipe(Table):
         digests."""
         plain = self.model_dump(mode="json", by_alias=True)
         return {name: functools.reduce(lambda table, key: table[key], name.split("."), plain) for name in names}
+
+
+def _once(where: str, variants: Sequence[str]) -> None:
+    for n, variant in enumerate(variants):
+        if variant in variants[:n]:
+            raise ValueError(f"{where}: variant {variant!r} has two rows")
 
 
 def find(recipe: str | Path) -> Path:

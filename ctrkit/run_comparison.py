@@ -10,8 +10,7 @@ from rich.text import Text
 
 from ctrkit import page_templates
 from ctrkit.errors import UsageError, UserError, nearest
-from ctrkit.metric_tables import lines, new_table, number, percent, with_interval
-from ctrkit.report import read_metrics
+from ctrkit.metric_tables import lines, new_table, number, percent, read_metrics, with_interval
 
 ALL = "all"
 SAME = {"weight": "users count by", "ties": "ties are", "interval": "intervals are"}

@@ -42,6 +42,8 @@ class ScoreStatistics:
     """Σ scores in each bin of equally many rows; equal scores share a bin. [bins]"""
     clicks_of: Ints
     """Clicks in each bin. [bins]"""
+    rows_of: Ints
+    """Rows in each bin. [bins]"""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class ScoreRuns:
         clicks_before = np.cumsum(totals[:, 1]) - totals[:, 1]
         edges = np.arange(1, bins) * n // bins
 
-        def merged(number: int) -> tuple[int, float, NDArray[np.float64], Ints, float, float]:
+        def merged(number: int) -> tuple[int, float, NDArray[np.float64], Ints, float, float, Ints]:
             value, rows, clicked = _merged(*(entries(number, column) for column in range(3)))
             others = rows - clicked
             before = np.cumsum(others) - others + int(rows_before[number] - clicks_before[number])
@@ -119,7 +121,8 @@ class ScoreRuns:
             parts = [slice(a, b) for a, b in pairwise(bounds_of)]
             predicted = np.array([score[part] @ rows[part] for part in parts])
             observed = np.array([clicked[part].sum() for part in parts])
-            return half_wins, log_likelihood, predicted, observed, float(score[0]), float(score[-1])
+            held = np.array([rows[part].sum() for part in parts])
+            return half_wins, log_likelihood, predicted, observed, float(score[0]), float(score[-1]), held
 
         parts = list(side_by_side(merged, range(len(bounds) + 1)))
         pairs = clicks * (n - clicks)
@@ -132,6 +135,7 @@ class ScoreRuns:
             log_likelihood=sum(p[1] for p in parts),
             predicted_of=np.sum([p[2] for p in parts], axis=0),
             clicks_of=np.sum([p[3] for p in parts], axis=0),
+            rows_of=np.sum([p[6] for p in parts], axis=0),
         )
 
     def _position(self, run: _Run, bound: Any) -> int:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
-from ctrkit.batches import Block, GroupedData
+from ctrkit.batches import Block, Column, GroupedData, Ragged
 from ctrkit.collate import Collator
 from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
@@ -18,10 +18,12 @@ from ctrkit.feature_service import gather
 from ctrkit.modelfile import TrainedModel, load
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.dicm import DICM
+from ctrkit.models.din import DIN
 from ctrkit.models.plan import Plan
 from ctrkit.progress import Meter
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 
 def look_up(model: TrainedModel, batch: Batch) -> Lookup:
@@ -97,69 +99,98 @@ def predict(model: TrainedModel, groups: Path, split: str, batch: int) -> pl.Dat
 
 @torch.inference_mode()
 def attention_weights(
-    model: Path, groups: Path, features: Path, convert: Path, split: str, sample_ids: Sequence[int]
+    model: Path,
+    groups: Path,
+    features: Path | None,
+    convert: Path,
+    split: str,
+    sample_ids: Sequence[int],
+    also: Sequence[str] = (),
 ) -> pl.DataFrame:
-    """Return the attentive weights of a DICM over the users' pictures, for some impressions.
+    """Return the weights that a model gives to the behaviours of some impressions: DICM's attention over the user's
+    pictures (section IV), or DIN's activation unit over the behaviours (section 4.2, eq. 2).
 
-    One row a behaviour, oldest first: `sample_id` Int64, `image` String (the behaviour's picture), `weight` Float32,
-    `ad_image` String, `click` Int8, `score` Float32. An impression without a history has no row.
+    One row a behaviour, oldest first: `sample_id` Int64, `image` String (the behaviour's picture, "" without one),
+    `weight` Float32, `ad_image` String, `click` Int8, `score` Float32, and for each feature in `also`, of ad or
+    behaviour, `index of NAME` Int64 (of a multi-hot one the first; 0 without one). An impression without a history has
+    no row.
+    Reads the split up to the last of the impressions.
     """
     trained = load(model, groups, features, convert)
-    if not has_attention(trained.plan):
-        raise UserError(f"{model} does not attend to pictures: it needs user_images and pooling = 'attentive'")
-    network, plan, pictures = trained.network, trained.plan, trained.pictures
-    assert isinstance(network, DICM)
-    assert pictures is not None
+    network, plan = trained.network, trained.plan
+    if not has_attention(plan) and not isinstance(network, DIN):
+        raise UserError(
+            f"{model} does not attend to behaviours: it needs model = 'din', or user_images and pooling = 'attentive'"
+        )
+    assert isinstance(network, DICM | DIN)
     network.eval()
-    ad_image = plan.ad_image or next(iter(plan.schema.names(("ad",), "image")), "")
-    columns = list(dict.fromkeys([*plan.features, *([ad_image] if ad_image else [])]))
+    pictures = [next(iter(plan.schema.names((of,), "image")), "") for of in ("ad", "behaviour")]
+    ad_image, user_image = plan.ad_image or pictures[0], plan.user_image or pictures[1]
+    columns = list(dict.fromkeys([*plan.features, *(n for n in (ad_image, user_image) if n), *also]))
     data = GroupedData(groups, split, columns)
-    collate = Collator(plan, trained.tables, pictures)
-    wanted = set(sample_ids)
+    collate = Collator(plan, trained.tables, trained.pictures)
+    waiting = set(sample_ids)
     rows: list[pl.DataFrame] = []
     for block in data.epoch(4096):
         ids = block.sample["sample_id"]
         assert isinstance(ids, np.ndarray)
-        if not wanted.intersection(ids.tolist()):
+        here = waiting.intersection(ids.tolist())
+        if not here:
             continue
         batch = collate(block)
         look = look_up(trained, batch)
-        weight_P, score_S = (
-            network.weights_P(batch, look).numpy(),
-            probability(trained, network(batch, look)).numpy(),
-        )
+        weight_P, score_S = network.weights_P(batch, look).numpy(), probability(trained, network(batch, look)).numpy()
         sample_P, behaviour_P = batch.sample_P.numpy(), batch.behaviour_P.numpy()
-        keep = np.isin(ids[sample_P], list(wanted))
+        keep = np.isin(ids[sample_P], list(here))
         s, b = sample_P[keep], behaviour_P[keep]
-        user_column, ad_column = (
-            block.behaviour[plan.user_image],
-            block.sample[ad_image] if ad_image else None,
+        ads = {f"index of {name}": _first(block.sample[name], s) for name in also if name in block.sample}
+        found = {f"index of {name}": _first(block.behaviour[name], b) for name in also if name in block.behaviour}
+        image, ad = (
+            _first(column[name], place) if name else np.zeros(len(place), np.int64)
+            for name, column, place in ((user_image, block.behaviour, b), (ad_image, block.sample, s))
         )
-        assert isinstance(user_column, np.ndarray)
-        ad_index = ad_column[s] if isinstance(ad_column, np.ndarray) else np.zeros(len(s), np.int64)
-        rows.append(
-            pl.DataFrame(
-                {
-                    "sample_id": ids[s],
-                    "image": pictures.names(user_column[b]),
-                    "weight": weight_P[keep],
-                    "ad_image": pictures.names(ad_index),
-                    "click": batch.click_S.numpy()[s].astype(np.int8),
-                    "score": score_S[s],
-                },
-                schema={
-                    "sample_id": pl.Int64,
-                    "image": pl.String,
-                    "weight": pl.Float32,
-                    "ad_image": pl.String,
-                    "click": pl.Int8,
-                    "score": pl.Float32,
-                },
-            )
-        )
+        columns_of = {
+            "sample_id": ids[s],
+            "image": image,
+            "weight": weight_P[keep],
+            "ad_image": ad,
+            "click": batch.click_S.numpy()[s].astype(np.int8),
+            "score": score_S[s],
+            **ads,
+            **found,
+        }
+        rows.append(pl.DataFrame(columns_of).cast({"weight": pl.Float32, "score": pl.Float32}))
+        waiting -= here
+        if not waiting:
+            break
     if not rows:
         raise UserError(f"none of the wanted impressions is in the {split} split of {groups}")
-    return pl.concat(rows)
+    table = pl.concat(rows)
+    return table.with_columns(
+        values_of(convert, "image", table[name], "").alias(name) for name in ("image", "ad_image")
+    )
+
+
+def _first(column: Column, place: Ints) -> Ints:
+    """Return the values at these places; of a multi-hot feature each one's first, or 0."""
+    if not isinstance(column, Ragged):
+        return column[place]
+    start, stop = column.offsets[place], column.offsets[place + 1]
+    filled = np.append(column.values, 0)
+    return filled[np.where(start < stop, start, len(column.values))]
+
+
+def values_of(convert: Path, vocab: str, index: pl.Series, unknown: str = "unknown") -> pl.Series:
+    """Return the raw values of indexes of a vocabulary, String; `unknown` for 1, "" for 0 and what it does not hold."""
+    wanted = pl.DataFrame({"index": index.cast(pl.Int64)})
+    path = convert / "vocab" / f"{vocab}.parquet"
+    if not path.is_file():
+        return pl.Series([""] * len(index), dtype=pl.String)
+    known = pl.scan_parquet(path, glob=False).select(pl.col("index").cast(pl.Int64), "value")
+    known = known.filter(pl.col("index").is_in(wanted["index"].unique().implode()))
+    found = wanted.join(known.collect(), on="index", how="left", maintain_order="left")
+    text = pl.when(pl.col("index") == 1).then(pl.lit(unknown)).otherwise(pl.col("value").fill_null(""))
+    return found.select(text.alias("value")).to_series()
 
 
 def has_attention(plan: Plan) -> bool:

@@ -90,6 +90,8 @@ class Trainer:
     """Parquet file to be written if loss or gradient are not finite: the batch whose were not."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """The lines of metrics.jsonl."""
+    output: Path | None = None
+    """Whose curves they are: those of an earlier training of the same output give way."""
 
     def __post_init__(self) -> None:
         self.config = self.model.plan.train
@@ -158,7 +160,7 @@ class Trainer:
             Meter(
                 "train", n_samples * self.config.epochs, "samples", done=self.samples, quiet=not self._first
             ) as meter,
-            Board(self.tensorboard if self._first else None, self.steps) as board,
+            Board(self.tensorboard if self._first else None, self.steps, self.output) as board,
         ):
             self._saved = time.monotonic()
             self._told = self._saved, self.samples

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ctrkit import partitions, spool
+from ctrkit import partitions, provenance, spool
 from ctrkit.errors import UserError
 from ctrkit.recipe import Feature
 from ctrkit.spool import Ints, hashes
@@ -169,3 +169,22 @@ def read(folder: Path, name: str) -> pl.DataFrame:
 def size(vocabulary: pl.DataFrame) -> int:
     """Return the largest index + 1, with those of missing and unknown."""
     return vocabulary.height + FIRST
+
+
+def require(convert: Path, option: str, digest: str, whose: str) -> None:
+    """Refuse a folder that is not there, or whose vocabularies are others than those of a digest.
+
+    Parameters
+    ----------
+    convert: as `option` gave it; what `ctrkit convert` wrote.
+    digest: `vocab_digest` of a groups' schema.
+    whose: who has that digest, for the message, such as "groups (--groups) was made with".
+    """
+    if not (convert / "vocab").is_dir():
+        fault = "has no vocab/, so it is not what ctrkit convert wrote" if convert.exists() else "is not there"
+        raise UserError(f"{convert} ({option}) {fault}; give the folder that ctrkit convert wrote")
+    if provenance.cache().of(convert / "vocab") != digest:
+        raise UserError(
+            f"{convert} ({option}) has another vocabulary than {whose}, so ids and pictures would mean other things: "
+            "give the folder of ctrkit convert that belongs to it"
+        )

@@ -26,24 +26,6 @@ EXTRACTORS = ("adnet", "usernet")
 """Modules of DICM whose parameters partial warm-up takes over."""
 PICTURES = ("backbone", "layer", "weights", "preprocessing")
 """Attributes of features.h5 that decide what a picture's vector means."""
-KIND = (
-    "model",
-    "ad_id",
-    "ad_image",
-    "user_ids",
-    "user_images",
-    "pooling",
-    "tiers",
-    "extractor",
-    "share_extractors",
-    "has_picture",
-    "tower",
-    "attention",
-    "din",
-    "activation",
-    "batch_norm",
-)
-"""Keys of [train] that say what a model is, for messages."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 Ints = npt.NDArray[np.int64]
 
@@ -78,8 +60,14 @@ class Source:
 
     def last_day(self) -> datetime.date | None:
         """Return the last day that it has seen, in training or validation; None if it does not say."""
-        days = [span["last"] for span in self.settings.get("days", {}).values()]
-        return max(map(datetime.date.fromisoformat, days), default=None)
+        try:
+            days = [span["last"] for span in self.settings.get("days", {}).values()]
+            return max(map(datetime.date.fromisoformat, days), default=None)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise UserError(
+                f"{self.folder / 'settings.json'} does not say in dates which days the model has seen ({e}): train it "
+                "again"
+            ) from None
 
 
 @dataclass
@@ -172,11 +160,14 @@ def _extractors(model: TrainedModel, source: Source, warmed: Warmed) -> None:
             'train.warm_start = "extractors" takes over the extractors of pictures, and this model has none: it '
             "looks at no pictures (train.model, train.ad_image, train.user_images)"
         )
-    if here.share_extractors != there.share_extractors and {"ad_image", "user_images"} <= _on(here) & _on(there):
-        raise UserError(
-            f"{source.folder} has train.share_extractors = {_toml(there.share_extractors)}, and this model "
-            f"{_toml(here.share_extractors)}: its extractors cannot be taken over"
-        )
+    both = set(_of_pictures(here)) & set(_of_pictures(there))
+    for key in sorted(both - {"pooling", "attention", "tiers"}):
+        now, then = (train.model_dump(mode="json")[key] for train in (here, there))
+        if now != then:
+            raise UserError(
+                f"{source.folder} has train.{key} = {_toml(then)}, and this model {_toml(now)}: its extractors cannot "
+                "be taken over"
+            )
     lacking = sorted({name.split(".")[1] for name in wanted} - {name.split(".")[1] for name in state if "." in name})
     if lacking:
         switch = {"adnet": "ad_image", "usernet": "user_images"}[lacking[0]]
@@ -184,15 +175,38 @@ def _extractors(model: TrainedModel, source: Source, warmed: Warmed) -> None:
             f"{source.folder} has no extractor of {lacking[0].capitalize()} (train.{switch} was off), which this model "
             f"needs: start from a model with it"
         )
-    _check_shapes({n: fresh[n] for n in wanted}, state, model.plan, source)
+    taken = {name: fresh[name] for name in wanted}
+    _check_tensors(taken, state, source, {name.rpartition(".")[0].split(".")[1] for name in wanted})
     for name in wanted:
         _copy(fresh[name], state[name])
     _take_pictures(model, state)
     warmed.tensors = len(wanted)
 
 
-def _on(train: Train) -> set[str]:
-    return {key for key in ("ad_image", "user_images") if getattr(train, key)}
+def _of_pictures(train: Train) -> list[str]:
+    """Return the keys of [train] that say what DICM makes of pictures: of the parts that it has."""
+    if train.model != "dicm":
+        return []
+    extracts = train.ad_image or train.pools_pictures
+    keys = ["shuffle_pictures"] if train.looks_at_pictures else []
+    keys += ["extractor", "extractor_activation", "has_picture"] if extracts else []
+    keys += ["share_extractors"] if train.ad_image and train.pools_pictures else []
+    keys += ["pooling"] if train.pools_pictures else []
+    keys += ["attention"] if train.pools_pictures and train.pooling == "attentive" else []
+    return keys + (["tiers"] if train.counts_tiers else [])
+
+
+def _kind(plan: Plan) -> list[str]:
+    """Return the keys of [train] that say what a model is, and what its numbers mean: of the parts that it has."""
+    train = plan.train
+    dicm = train.model == "dicm"
+    keys = ["model"]
+    keys += ["ad_id"] if any(f.switch == "ad_id" for f in plan.schema.features.values()) else []
+    keys += ["ad_image", "user_ids", "user_images", *_of_pictures(train)] if dicm else []
+    unit = train.model == "din" or (dicm and "din" in (train.user_ids, train.pools_pictures and train.pooling))
+    keys += ["din"] if unit else []
+    keys += ["din_activation"] if unit and train.din == "din-code" else []
+    return keys + ([] if train.model == "lr" else ["tower", "activation", "batch_norm"])
 
 
 # --- whole -----------------------------------------------------------------------------------------------------------
@@ -201,9 +215,14 @@ def _on(train: Train) -> set[str]:
 def _full(model: TrainedModel, source: Source, warmed: Warmed, vocabularies: tuple[Path | None, Path | None]) -> None:
     """Take over the network, the pictures' mean and scale, and the rows of ids that both vocabularies have."""
     _check_features(model.plan, source)
+    if differing := _differing(model.plan, source):
+        raise UserError(
+            f"{source.folder} is another kind of model{differing}: a full warm start needs the same; "
+            'train.warm_start = "extractors" takes over the extractors of pictures alone'
+        )
     state = source.state()
     network = {name: t for name, t in model.tensors().items() if name.startswith("network.")}
-    _check_shapes(network, state, model.plan, source)
+    _check_tensors({**network, **_tables(source.plan)}, state, source, {"network", "table"})
     for name, tensor in network.items():
         _copy(tensor, state[name])
     _take_pictures(model, state)
@@ -298,6 +317,11 @@ def _check_vocabularies(plan: Plan, source: Source, vocabularies: tuple[Path | N
                 f"{source.folder} has another vocabulary than these groups, so its ids are found by their values: give "
                 f"{option}, the folder of `ctrkit convert` with which {whose}"
             )
+        if not folder.is_dir():
+            fault = "has no vocab/" if folder.parent.exists() else "is not there"
+            raise UserError(
+                f"{folder.parent} ({option}) {fault}; give the folder of `ctrkit convert` with which {whose}"
+            )
         if digests.Digests().of(folder) != digest:
             raise UserError(f"{folder} ({option}) is not the vocabulary with which {whose}: its content is another")
 
@@ -320,12 +344,9 @@ def optimiser_state(
             "train.save_optimiser = true, or leave train.warm_optimiser out"
         )
     state = state_dict.read(path)
+    _check_moments(path, state, model, source)
     for name, parameter in model.network.named_parameters():
         saved = {key: state[f"adam.{name}.{key}"] for key in MOMENTS if f"adam.{name}.{key}" in state}
-        if any(t.ndim and t.shape != parameter.shape for t in saved.values()):
-            raise UserError(
-                f"{path} does not fit {source.folder / 'model.pt'}: the moments of {name!r} have another shape"
-            )
         adam.state[parameter] = {key: t.clone().to(parameter.device) for key, t in saved.items()}
     for width, rows in table_rows(model.plan, source, vocabularies).items():
         table: Table = model.tables[width]
@@ -333,6 +354,27 @@ def optimiser_state(
         for key in ("m", "v"):
             table.put(f"{key}_VD", new_R, state[f"table.{width}.{key}"][old_R])
         table.step = int(state[f"table.{width}.step"])
+
+
+def _check_moments(path: Path, state: dict[str, Tensor], model: TrainedModel, source: Source) -> None:
+    """Require the moments of all parameters and tables, of their shapes and finite."""
+    shapes: dict[str, torch.Size] = {}
+    for name, p in model.network.named_parameters():
+        if any(f"adam.{name}.{key}" in state for key in MOMENTS):  # one without a gradient has none
+            shapes |= {f"adam.{name}.step": torch.Size()} | {f"adam.{name}.{key}": p.shape for key in MOMENTS[1:]}
+    for name, table in _tables(source.plan).items():
+        shapes |= {f"{name}.step": torch.Size(), f"{name}.m": table.shape, f"{name}.v": table.shape}
+    for name in sorted(shapes.keys() | state.keys()):
+        there = state.get(name)
+        if there is None or name not in shapes or there.shape != shapes[name]:
+            fault = f"{name!r} is missing" if there is None else f"{name!r} is of shape {list(there.shape)}"
+            more = f", not {list(shapes[name])}" if there is not None and name in shapes else ""
+            raise UserError(
+                f"{path} does not fit {source.folder / 'model.pt'}: {fault}{more}. Train that model again with "
+                "train.save_optimiser = true, or leave train.warm_optimiser out"
+            )
+        if not torch.isfinite(there).all():
+            raise UserError(f"{path} has numbers in {name!r} that are not finite; leave train.warm_optimiser out")
 
 
 # --- what both need --------------------------------------------------------------------------------------------------
@@ -349,20 +391,38 @@ def _check_backbone(source: Source, now: dict[str, Any]) -> None:
             )
 
 
-def _check_shapes(wanted: dict[str, Tensor], state: dict[str, Tensor], plan: Plan, source: Source) -> None:
-    for name, tensor in wanted.items():
-        if name not in state or state[name].shape != tensor.shape:
-            was = f"is of shape {list(state[name].shape)}" if name in state else "is missing"
+def _check_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor], source: Source, parts: set[str]) -> None:
+    """Require these tensors, of these shapes and finite, and no others of the same parts of a model (of the network, by
+    the name after "network.")."""
+    path = source.folder / "model.pt"
+    more = {n: t for n, t in state.items() if parts & set(n.split(".")[:2])}
+    for name in sorted(wanted.keys() | more.keys()):
+        if name not in wanted or name not in state or wanted[name].shape != state[name].shape:
+            there, here = (f"of shape {list(t[name].shape)}" if name in t else "missing" for t in (state, wanted))
             raise UserError(
-                f"{source.folder} does not fit this model: {name!r} {was} there, and of shape {list(tensor.shape)} here"
-                f"{_differing(plan, source)}"
+                f"{path} does not fit this model: {name!r} is {there} there, and {here} here. It is of other features "
+                "or picture vectors, or damaged: start from a model that was trained as this one is"
+            )
+    pictures = {name: t for name, t in state.items() if name.startswith("pictures.")}
+    for name, tensor in {**{name: state[name] for name in wanted}, **pictures}.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path} has numbers in {name!r} that are not finite, so nothing can start from it: train it again, "
+                "with a lower learning rate"
             )
 
 
+def _tables(plan: Plan) -> dict[str, Tensor]:
+    """Return empty tensors of the names and shapes that the tables of a model have."""
+    rows = {w: sum(plan.schema.vocab_sizes[v] for v in vocabs) + 1 for w, vocabs in plan.vocabularies().items()}
+    return {f"table.{width}": torch.empty(n, width, device="meta") for width, n in rows.items()}
+
+
 def _differing(plan: Plan, source: Source) -> str:
-    """Name the keys of [train] that say what a model is and differ."""
+    """Name the keys of [train] that say what either model is and differ; "" if none does."""
     here, there = plan.train.model_dump(mode="json"), source.train.model_dump(mode="json")
-    keys = [k for k in KIND if here.get(k) != there.get(k)]
+    kind = dict.fromkeys([*_kind(source.plan), *_kind(plan)])
+    keys = [k for k in kind if here.get(k) != there.get(k)]
     told = [f"train.{k} = {_toml(there[k])} there and {_toml(here[k])} here" for k in keys]
     return f" ({'; '.join(told)})" if told else ""
 

@@ -1,7 +1,7 @@
-"""Write one HTML file of tables, curves and attention galleries.
+"""Write one HTML file of tables, figures and pictures.
 
 Reads metrics.json and, where given, models, predictions, convert/, groups/, features.h5 and pictures. Writes
-one HTML file that needs nothing else.
+one HTML file that needs nothing else, and beside it a folder with each figure as PNG and its numbers as CSV.
 """
 
 from pathlib import Path
@@ -13,7 +13,8 @@ from ctrkit.errors import UsageError
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
-from ctrkit.report import Sources, make_report
+from ctrkit.report import write_report
+from ctrkit.report_content import Sources
 from ctrkit.sources import picture_inputs
 
 
@@ -22,15 +23,11 @@ from ctrkit.sources import picture_inputs
 @path_option("--metrics", "metrics.json, from eval.")
 @click.option("--model", "models", multiple=True, metavar="NAME=DIR", help="A variant's model directory.")
 @click.option("--predictions", multiple=True, metavar="NAME=FILE", help="A variant's predictions.parquet.")
-@path_option("--convert", "convert/, for the counts of the data, the gallery and the contact sheet.", required=False)
-@path_option("--groups", "groups/, for the gallery.", required=False)
-@path_option("--features", "features.h5, for the gallery and the contact sheet.", required=False)
-@path_option(
-    "--pictures",
-    "Where pictures are, as for extract-images, for gallery and contact sheet.",
-    required=False,
-)
-@path_option("--out", "HTML file to write.")
+@path_option("--convert", "convert/, for the counts of the data and what ids stand for.", required=False)
+@path_option("--groups", "groups/, for what models attend to and the map of goods.", required=False)
+@path_option("--features", "features.h5, for models that look at pictures and for pictures alike.", required=False)
+@path_option("--pictures", "Where pictures are, as for extract-images.", required=False)
+@path_option("--out", "HTML file to write; the figures go to a folder beside it, NAME-figures.")
 def command(
     recipe: Recipe,
     metrics: Path,
@@ -42,13 +39,13 @@ def command(
     pictures: Path | None,
     out: Path,
 ) -> None:
-    """Write one HTML file of tables, curves and attention galleries.
+    """Write one HTML file of tables, figures and pictures.
 
-    Reads metrics.json and the recipe's [report] table. What else is given is shown as well: counts of the
-    data, learning curves of the models, for a model with attention over pictures, whose predictions, groups,
-    features and pictures are given, which pictures of a user's history it looks at, and, from convert, features
-    and pictures, a contact sheet: some pictures, each with those whose vectors are most like its own. Writes one
-    HTML file that needs nothing else.
+    Reads metrics.json and the recipe's [report] table. What else is given is shown as well: counts of the data,
+    learning curves, calibration, which behaviours and pictures a model attends to, a map of the ads as it sees them,
+    pictures alike to the network, and where the model errs; what is absent is said, with the reason. Writes one HTML
+    file that needs nothing else, and beside it, in a folder REPORT-figures, each figure as PNG and its numbers as CSV.
+    docs/report.md says what each shows.
 
     \b
     ctrkit report --recipe demo --metrics runs/demo/metrics.json --convert runs/demo/convert \\
@@ -72,9 +69,15 @@ def command(
     for name, path in inputs.items():
         if path is not None and not path.exists():
             raise UsageError(f"{path} ({name}) is not there")
-    with provenance.output("report", recipe, inputs, out) as work:
-        work.path.write_text(make_report(recipe, sources), encoding="utf-8")
-    say(f"report: {out}")
+    beside = figures_folder(out)
+    with provenance.output("report", recipe, inputs, out, beside=beside) as work:
+        work.counts.update(write_report(recipe, sources, work.path, work.beside))
+    say(f"report: {out}, with its figures as PNG and CSV in {beside}")
+
+
+def figures_folder(out: Path) -> Path:
+    """Return where the figures of a report lie: `report-figures` beside `report.html`."""
+    return out.with_name(f"{out.stem}-figures")
 
 
 def named(arguments: tuple[str, ...], option: str) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from ctrkit import files, provenance
-from ctrkit.errors import UsageError, UserError
+from ctrkit.errors import UsageError, UserError, nearest
 from ctrkit.metric_tables import text_table
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import console, say
@@ -38,6 +38,11 @@ def command(recipe: Recipe, predictions: tuple[str, ...], models: tuple[str, ...
     scored, trained = named("--predictions", predictions), named("--model", models)
     wanted = [("--predictions", row.variant, scored) for t in recipe.paper_tables.values() for row in t.rows]
     wanted += [("--model", row.variant, trained) for c in recipe.curves.values() for row in c.rows]
+    for option, given in (("--predictions", scored), ("--model", trained)):
+        for variant in given:
+            if variant not in recipe.variants:
+                known = nearest(variant, recipe.variants)
+                raise UsageError(f"{option} {variant}=…: recipe {recipe.name!r} has no variant {variant!r}{known}")
     for option, variant, given in wanted:
         if variant not in given:
             raise UserError(f"the tables of recipe {recipe.name!r} need variant {variant!r}: give {option} {variant}=…")
@@ -75,5 +80,7 @@ def named(option: str, arguments: tuple[str, ...]) -> dict[str, Path]:
         name, equals, path = argument.partition("=")
         if not equals or not name or not path:
             raise UsageError(f"{option} {argument!r} is not of the form VARIANT=PATH")
+        if name in out:
+            raise UsageError(f"{option} names {name!r} twice")
         out[name] = Path(path)
     return out

@@ -16,6 +16,8 @@ from ctrkit.progress import say
 from ctrkit.ranks import Ranks
 from ctrkit.recipe import RANKS, Recipe
 
+SMALLER = "Make [train] batch smaller, or extractor, tower, attention, or the features' width"
+
 
 @click.command("train")
 @recipe_options
@@ -85,6 +87,10 @@ def command(
         "vocabulary of warm start": vocabularies[0],
         "vocabulary": vocabularies[1],
     }
+    if tensorboard is not None:
+        for name, path in {"--out": out, **{name: path for name, path in inputs.items() if path is not None}}.items():
+            if tensorboard.resolve() == path.resolve() or path.resolve() in tensorboard.resolve().parents:
+                raise UsageError(f"--tensorboard {tensorboard} lies in {path} ({name}); name a folder elsewhere")
     if launch.wanted(nproc or config.processes):
         raise click.exceptions.Exit(launch.launch(nproc or config.processes, max_restarts))
     bad_batch = out.with_name(f"{out.name}.bad-batch.parquet")
@@ -139,13 +145,15 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     devices.set_up(device, config.threads)
     if config.compile and ranks.count > 1:
         raise UsageError("train.compile = true is for one process; leave it out, or train without --nproc and torchrun")
-    schema = Schema.read(groups)
+    schema = Schema.read(groups).of_recipe(job.recipe.features, groups)
+    modelfile.check_conversion(job.convert, schema, groups)
     pictures = modelfile.open_pictures(config, job.features, job.convert, ranks)
     days = training_days.days_of(groups, "train")
     span = training_days.choose(config, days)
     whole = span == (days[0], days[-1])
     counts = modelfile.read_counts(groups, schema) if whole else training_days.read_counts(groups, schema, span)
-    model = modelfile.build(config, schema, counts, pictures, ranks=ranks)
+    with devices.memory_told(SMALLER):
+        model = modelfile.build(config, schema, counts, pictures, ranks=ranks)
     spread = placement.spreads_pictures(model.plan, ranks.count)
     backbone = pictures.store.attributes if pictures else None
     train = GroupedData(groups, "train", model.plan.features, None if whole else span)
@@ -161,7 +169,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
             [torch.device(device).type, work.inputs, job.recipe.tables("features")],
             [provenance.code_digest("train"), provenance.versions()],
         ]
-        kept = checkpoints.Checkpoints(checkpoints.folder(out, decides))
+        kept = checkpoints.of_output(out, decides)
         last = kept.latest()
     warmed = source = None
     if job.warm_start is not None:
@@ -187,8 +195,9 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     model.to(device)
     model.service = service
     users = training.sample_users(valid) if valid and ranks.rank == 0 else None
-    with devices.lock(device):
+    with devices.lock(device), devices.memory_told(SMALLER):
         trainer = training.Trainer(model, counts, train, valid, users, kept, job.tensorboard, job.bad_batch)
+        trainer.output = out
         if last is not None:
             trainer.resume(last)
         elif source is not None and config.warm_optimiser:
@@ -207,6 +216,8 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
         split: {"first": str(first), "last": str(last_day)} for split, (first, last_day) in seen.items()
     }
     days_seen["train"]["samples"] = len(train)
+    if warmed is not None:
+        days_seen["before"] = {"last": str(warmed.until)}
     modelfile.save(model, work.path, {"pictures": backbone, "days": days_seen})
     if config.save_optimiser:
         modelfile.save_optimiser(trainer.optimiser_state(), work.path)

@@ -1,7 +1,9 @@
 """Small groups of samples as plain Python values, and the same as a `Block` or as the files of `ctrkit group`."""
 
+import functools
 import itertools
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy.typing as npt
 import polars as pl
 
 from ctrkit.batches import Block, Column, Ragged, Schema
+from ctrkit.digests import Digests
 from ctrkit.recipe import Feature, Recipe
 
 Values = dict[str, Any]
@@ -39,7 +42,6 @@ FEATURES: dict[str, Feature] = Recipe.model_validate(
     }
 ).features
 SIZES = {"gender": 4, "tag": 6, "scene": 5, "ad_id": 8, "goods": 9, "brand": 5, "colour": 4, "image": 10}
-SCHEMA = Schema(FEATURES, SIZES, "0" * 32, 4)
 
 
 @dataclass
@@ -160,7 +162,7 @@ def write_groups(
         frame = pl.DataFrame({"index": np.arange(len(n), dtype=np.uint32), "count": n.astype(np.uint64)})
         frame.write_parquet(folder / "counts" / f"{vocab}.parquet")
     plain = {name: feature.model_dump(mode="json") for name, feature in features.items()}
-    schema = {"features": plain, "vocab_sizes": sizes, "vocab_digest": "0" * 32, "block_groups": block_groups}
+    schema = {"features": plain, "vocab_sizes": sizes, "vocab_digest": vocab_digest(), "block_groups": block_groups}
     (folder / "schema.json").write_text(json.dumps(schema), encoding="utf-8")
     return folder
 
@@ -221,3 +223,20 @@ def write_image_vocabulary(convert: Path, images: Sequence[str], counts: Sequenc
         schema={"value": pl.String, "index": pl.UInt32, "count": pl.UInt64},
     )
     frame.write_parquet(convert / "vocab" / "image.parquet")
+
+
+def write_pictures_of_sizes(convert: Path) -> None:
+    """Write the vocabulary `image` of `SIZES`: p0, p1, …, each seen once."""
+    n = SIZES["image"] - 2
+    write_image_vocabulary(convert, [f"p{i}" for i in range(n)], [1] * n)
+
+
+@functools.cache
+def vocab_digest() -> str:
+    """Return the digest of the folder of vocabularies that `write_pictures_of_sizes` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures_of_sizes(Path(folder))
+        return Digests().of(Path(folder) / "vocab")
+
+
+SCHEMA = Schema(FEATURES, SIZES, vocab_digest(), 4)

@@ -154,17 +154,40 @@ def test_a_full_disk_leaves_those_before(tmp_path: Path) -> None:
 
 
 def test_of_other_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stays until there is a checkpoint of this work."""
     target = tmp_path / "model"
-    one = checkpoints.folder(target, {"a": 1})
-    Checkpoints(one).save(1, tensors(1), {})
-    assert checkpoints.folder(target, {"a": 1}) == one
-    Checkpoints(checkpoints.folder(tmp_path / "model.2", {"a": 1})).save(1, tensors(1), {})
+    one = checkpoints.of_output(target, {"a": 1})
+    one.save(1, tensors(1), {})
+    assert checkpoints.of_output(target, {"a": 1}).folder == one.folder
+    checkpoints.of_output(tmp_path / "model.2", {"a": 1}).save(1, tensors(1), {})
     assert capsys.readouterr().err == ""
-    other = checkpoints.folder(target, {"a": 2})
-    assert other != one
-    assert not one.exists()
-    assert f"{one} has checkpoints of other settings, data or versions; they are removed" in capsys.readouterr().err
-    assert len(names(tmp_path)) == 1
+    other = checkpoints.of_output(target, {"a": 2})
+    assert other.folder != one.folder
+    assert f"{one.folder} has checkpoints of other settings, data or versions" in capsys.readouterr().err
+    assert one.latest() is not None
+    other.save(1, tensors(1), {})
+    assert not one.folder.exists()
+    assert "is removed" in capsys.readouterr().err
+    assert len(names(tmp_path)) == 2
+
+
+def test_files_that_are_none_of_this_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another name is removed with a word; a checkpoint of other work is as good as a damaged one."""
+    kept, other = Checkpoints(tmp_path / "model-1"), Checkpoints(tmp_path / "model-2")
+    kept.save(1, tensors(1), {"n": 1})
+    other.save(2, tensors(2), {"n": 2})
+    for path in other.folder.iterdir():
+        shutil.copy(path, kept.folder)
+    for path in kept.folder.glob("step-0000000001.*"):
+        shutil.copy(path, path.with_stem("step-0000000003"))
+    (kept.folder / "step-abc.json").write_text("{}")
+    assert kept.steps() == [1, 2, 3]
+    last = kept.latest()
+    assert last is not None
+    assert last.progress == {"n": 1}
+    told = capsys.readouterr().err
+    assert f"{kept.folder / 'step-abc.json'} is no checkpoint, and is removed" in told
+    assert names(kept.folder) == ["step-0000000001.json", "step-0000000001.pt"]
 
 
 # Through the command line.
@@ -252,7 +275,8 @@ def test_other_settings_begin_anew(tiny_run: TinyRun, tmp_path: Path, monkeypatc
         stopped(tiny_run, out, monkeypatch, 30)
         old = hidden(out)
         result = tiny_run.must("train", *SETS, *groups, *words)
-        assert f"{old} has checkpoints of other settings, data or versions; they are removed" in result.output
+        assert f"{old} has checkpoints of other settings, data or versions, so training begins anew" in result.output
+        assert not old.exists()
         assert "going on" not in result.output
         shutil.rmtree(out)
     stopped(tiny_run, out, monkeypatch, 30)
@@ -275,5 +299,24 @@ def test_a_full_disk_while_training(tiny_run: TinyRun, whole: Path, tmp_path: Pa
         assert "run the same command again: it goes on from what was done" in result.output
         assert not out.exists()
     tiny_run.must("train", *words)
+    assert contents(out) == contents(whole)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_mistaken_command_leaves_the_checkpoints(
+    tiny_run: TinyRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that is not there or refused, another log_every stopped at once; then the right one goes on."""
+    out = tmp_path / "model"
+    stopped(tiny_run, out, monkeypatch, 30)
+    groups = [*SETS, "--groups", tiny_run.groups, "--out", out]
+    warm = ["--set", "train.warm_start=full", "--warm-start"]
+    for words in ([*warm, tmp_path / "nowhere"], [*warm, whole], ["--set", "train.first_day=9"]):
+        result = tiny_run.call("train", *groups, *words)
+        assert result.exit_code == 1, result.output
+        assert "Traceback" not in result.output
+    stopped(tiny_run, out, monkeypatch, 2, "--set", "train.log_every=1")
+    result = tiny_run.must("train", *groups)
+    assert "train: going on after step" in result.output
     assert contents(out) == contents(whole)
     assert not list(tmp_path.glob(".*"))

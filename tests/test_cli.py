@@ -118,7 +118,7 @@ def test_near_names_of_commands_and_options() -> None:
         (["--recipe", "TINY", "--variant", "al-clicks"], "TINY has no variant 'al-clicks'; did you mean 'all-clicks'?"),
         (["--recipe", "TINY", "--set", "train.epoch=3"], "table [train] has no key 'epoch'; did you mean 'epochs'?"),
         (["--recipe", "TINY", "--set", "trian.epochs=3"], "has no key 'trian'; did you mean 'train'"),
-        (["--recipe", "TINY", "--set", "train.epochs=three"], "train.epochs: input should be a valid integer"),
+        (["--recipe", "TINY", "--set", "train.epochs=three"], 'train.epochs: has to be a number (given: "three")'),
         (["--recipe", "TINY", "--set", "train.epochs=0"], "greater than or equal to 1 (given: 0)"),
         (["--recipe", "TINY", "--set", "epochs"], "--set 'epochs' is not of the form table.key=value"),
     ],

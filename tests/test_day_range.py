@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 import torch
 
+from ctrkit import day_table
 from ctrkit.cli import main
 from ctrkit.day_table import FROM_SCRATCH
 from ctrkit.errors import UsageError
@@ -207,6 +208,20 @@ def test_new_ids_start_fresh_and_old_ones_go_on(days: Days) -> None:
     counts = json.loads((days.model(5).parent / "model.json").read_text())["counts"]["warm start"]
     assert sum(one["fresh"] for one in counts["ids"].values()) > 0
     assert counts["seen until"] == "2024-03-03"
+
+
+def test_what_a_model_started_from(tmp_path: Path) -> None:
+    """The model of the day before has seen no day from yesterday on; after a gap it is told how far it went."""
+    span = {"first": "2024-03-04", "last": "2024-03-04", "samples": 7}
+    for last, warm, expected in (
+        ("2024-03-03", "full", "the day before"),
+        ("2024-03-02", "full", "a model of days up to 2024-03-02"),
+        (None, "", "scratch"),
+    ):
+        days_seen = {"train": span, **({"before": {"last": last}} if last else {})}
+        settings = {"days": days_seen, "train": {"warm_start": warm}}
+        (tmp_path / "settings.json").write_text(json.dumps(settings))
+        assert day_table.training(tmp_path, "2024-03-05")["started_from"] == expected
 
 
 def test_ranges_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

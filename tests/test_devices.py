@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ctrkit import devices
-from ctrkit.errors import UsageError
+from ctrkit.errors import UsageError, UserError
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -20,6 +20,17 @@ def test_names() -> None:
         devices.resolve("gpu", "train.device")
     with pytest.raises(UsageError, match="torch finds"):
         devices.resolve("cuda:77")
+    for name in ("mps", "meta"):
+        with pytest.raises(UsageError, match=f"device = '{name}' is not supported; use 'auto', 'cpu' or 'cuda'"):
+            devices.resolve(name)
+
+
+def test_memory_that_is_not_there_is_told() -> None:
+    with pytest.raises(UserError, match=r"not enough memory: .*allocate 4000000000000000 bytes.* Take less$"):  # noqa: SIM117
+        with devices.memory_told("Take less"):
+            torch.empty(10**15)
+    with pytest.raises(RuntimeError, match="shape"), devices.memory_told("Take less"):
+        torch.ones(2).view(3)
 
 
 def test_a_cpu_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,13 +65,16 @@ def test_candidates_are_distinct_users_with_long_histories_first(tmp_path):
         {
             "sample_id": [1, 2, 3, 4, 5, 6],
             "user": ["a", "a", "b", "c", "d", "e"],
+            "ad": list("xxyyzz"),
             "click": [0, 1, 0, 1, 1, 1],
             "history_length": [9, 9, 8, 3, 0, 4],
         },
         schema_overrides={"history_length": pl.UInt32, "click": pl.Int8},
     ).write_parquet(tmp_path / "p.parquet")
     # From 4 behaviours on, two rows of two are full: 2, 6 (clicked), 3 (not); then the short 4; never the empty 5.
-    assert gallery.candidates(tmp_path / "p.parquet", 8, 2) == [2, 6, 3, 4]
+    found = gallery.candidates(tmp_path / "p.parquet", 8, 4)
+    assert found.rows() == [(2, "a", "x"), (6, "e", "z"), (3, "b", "y"), (4, "c", "y")]
+    assert gallery.candidates(tmp_path / "p.parquet", 1, 4)["sample_id"].to_list() == [2]
 
 
 def model(folder, name, **train):
@@ -117,3 +120,43 @@ def test_thumbnails_are_small_jpegs_and_missing_ones_none(tmp_path):
     for image in ("none", "broken", "", "../secret", "/etc/x"):
         assert thumbnails.uri(image) is None
     assert gallery.Thumbnails(None, ExtractImages(size=64)).uri("a") is None
+
+
+def test_ads_without_a_picture_come_last(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png")
+    thumbnails = gallery.Thumbnails(tmp_path, ExtractImages(template="{image}.png", size=64))
+    three = weights((1, "a", 1, (0.9, 0.1)), (2, "b", 0, (0.5, 0.5)), (3, "c", 1, (0.6, 0.4)))
+    assert [c.sample_id for c in gallery.choose_cases(three, 3, 1)] == [1, 3, 2]
+    assert [c.sample_id for c in gallery.choose_cases(three, 3, 1, thumbnails)] == [2, 1, 3]
+    assert [c.sample_id for c in gallery.choose_cases(three, 1, 1, thumbnails)] == [2]
+
+
+def activations(*cases):
+    """Each case: (sample_id, ad, click, weights oldest first)."""
+    frames = [
+        weights((sample_id, f"picture of {ad}", click, ws)).with_columns(
+            pl.Series("name", [f"c{k}" for k in range(len(ws))]),
+            ad=pl.lit(ad),
+            user=pl.lit(f"u{sample_id}"),
+            category=pl.lit("hats"),
+        )
+        for sample_id, ad, click, ws in cases
+    ]
+    return pl.concat(frames)
+
+
+def test_activations_stand_out_and_show_the_last_behaviours():
+    flat, peak, long = (0.1,) * 8, (0.3, *(0.1,) * 7), tuple(k / 100 for k in range(20))
+    made = gallery.choose_activations(
+        activations((1, "x", 1, flat), (2, "y", 1, peak), (3, "z", 0, peak), (4, "y", 1, flat), (5, "w", 1, (0.9,))), 5
+    )
+    # Long histories, clicked, standing out; the ad y a second time and the short history after them.
+    assert [c.sample_id for c in made] == [2, 1, 3, 5, 4]
+    first = made[0]
+    assert (first.ad, first.user, first.category, first.ad_image) == ("y", "u2", "hats", "picture of y")
+    assert [b.name for b in first.behaviours] == [f"c{k}" for k in range(8)]
+    assert [round(b.weight, 6) for b in first.behaviours] == [round(w, 6) for w in peak]
+    [one] = gallery.choose_activations(activations((1, "x", 1, long)), 3)
+    assert (one.left_out, len(one.behaviours)) == (4, gallery.MOST_BARS)
+    assert one.behaviours[0].name == "c4"
+    assert one.behaviours[-1].weight == pytest.approx(0.19)

@@ -1,6 +1,7 @@
 """The papers' tables and figures: what stands in them, what `make tables` makes for them, and what `make` does not."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,48 @@ def test_a_direction() -> None:
     assert paper_tables.verdict(-0.01, -0.02, -0.002) == "differs"
     assert paper_tables.verdict(-0.01, -0.02, 0.002) == "differs (within noise)"
     assert paper_tables.verdict(0.01, None, None) == "agrees (within noise)"
+    assert paper_tables.verdict(0.0, 0.0, 0.0) == "no difference"
+    assert paper_tables.verdict(0.0, -0.01, 0.01) == "no difference"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            'compare = [["warm", "cold"]',
+            'compare = [["cold", "warm"]',
+            "tables.one.compare: 'cold' is said to be better than 'warm' in the paper, and their paper_r_gauc are "
+            "17.19 and 18.39; name the better one first",
+        ),
+        ('["cold", "basic"]', '["basic", "warm"]', "their paper_gauc are 0.6 and 0.63"),
+        ('["cold", "basic"]', '["cold", "cold"]', "'cold' is compared with itself"),
+        (
+            '{ variant = "cold", paper',
+            '{ variant = "basic" }, { variant = "cold", paper',
+            "variant 'basic' has two rows",
+        ),
+        ('{ variant = "cold" }]', '{ variant = "cold" }, { variant = "cold" }]', "variant 'cold' has two rows"),
+        (
+            "train = { first_day = 2, evaluate",
+            "train = { first_day = 2, validation = false, evaluate",
+            "curves.figure: variant 'warm' has train.validation = false, so there is no validation GAUC to draw",
+        ),
+    ],
+)
+def test_tables_that_contradict_themselves(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert TABLES.count(old) == 1
+    with pytest.raises(UsageError) as caught:
+        plan(tmp_path, TABLES.replace(old, new))
+    assert said in caught.value.message
+
+
+def test_a_curve_without_validation_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(tiny_world.RECIPE + tiny_world.MORE_VARIANTS + TABLES)
+    sets = ("train.validation=false",)
+    setting = Setting(str(tmp_path / "tiny.toml"), None, None, sets, tmp_path / "runs", tables=True)
+    with pytest.raises(UsageError, match=r"variant 'warm', which \[curves\] draws, has train.validation = false"):
+        Graph(setting)
+    Graph(dataclasses.replace(setting, tables=False))
 
 
 def history(*values: float) -> list[dict[str, Any]]:
@@ -174,6 +217,11 @@ def test_what_the_command_needs(tmp_path: Path) -> None:
     result = ctrkit("tables", "--recipe", recipe, "--predictions", "basic=x.parquet", "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "need variant 'cold': give --predictions cold=…" in result.output
+    result = ctrkit("tables", "--recipe", recipe, "--predictions", "colt=x.parquet", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "has no variant 'colt'; did you mean 'cold'?" in result.output
+    twice = ["--predictions", "cold=x.parquet", "--predictions", "cold=y.parquet"]
+    assert "names 'cold' twice" in ctrkit("tables", "--recipe", recipe, *twice, "--out", tmp_path / "out").output
 
 
 # --- variants --------------------------------------------------------------------------------------------------------

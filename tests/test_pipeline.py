@@ -56,6 +56,17 @@ def test_what_follows_a_change_is_planned_and_nothing_else(run: Run) -> None:
     assert run.plan() == set()
 
 
+def test_the_figures_belong_to_the_report(run: Run) -> None:
+    before = run.contents()
+    assert "report-figures/gauc.csv" in before
+    (run.home / "report-figures/gauc.csv").unlink()
+    assert run.plan() == {"report.html"}
+    run.make()
+    assert run.contents() == before
+    (run.home / "report-figures/gauc.png").write_text("")
+    assert run.plan() == {"report.html"}
+
+
 def test_what_follows_a_change_of_the_recipe(run: Run) -> None:
     recipe = run.folder / "tiny.toml"
     text = recipe.read_text()

@@ -221,3 +221,24 @@ def test_shipped_recipes_have_no_table_that_nothing_reads() -> None:
     known = {f.alias or n for n, f in Recipe.model_fields.items()}
     for name in SHIPPED:
         assert set(tomllib.loads(find(name).read_text())) <= known
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[features]\nscore = { of = "user" }', "a feature cannot be called 'score'"),
+        ('[features]\nloss = { of = "ad" }', "a feature cannot be called 'loss'"),
+        ('[features]\nuser_code = { of = "ad" }', "a feature cannot be called 'user_code'"),
+        ('[features]\ngoods_code = { of = "ad" }', "a feature cannot be called 'goods_code'"),
+        ("[daily]\ntrain = { first_day = 2 }", "daily: train has first_day, which day after day decides"),
+        ('[daily]\ntrain = { warm_start = "extractors" }', "daily: train has warm_start"),
+        ("[split]\ntest = true", "split.test: has to be a number or text (given: true)"),
+        ('[train]\ntower = ["8"]', 'train.tower: has to be a number (given: "8")'),
+        ('[train]\nfirst_day = "3"', "train.first_day: has to be a date, or the number of a training day"),
+        ("[convert.impressions]\nfiles = 'a'\nheader = 'yes'", 'has to be true or false (given: "yes")'),
+    ],
+)
+def test_keys_of_another_kind_and_names_that_are_taken(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(write(tmp_path, text))
+    assert said in caught.value.message

@@ -112,7 +112,7 @@ def test_attention_is_not_for_every_model(shop: tuple[Path, Array]) -> None:
     for name, train in {"sum": {"pooling": "sum"}, "no user images": {"user_images": False}}.items():
         model, _ = saved(shop, name, **train)
         assert not has_attention(load(model, *paths).plan)
-        with pytest.raises(UserError, match="does not attend to pictures: it needs user_images and pooling"):
+        with pytest.raises(UserError, match="does not attend to behaviours: it needs model = 'din', or user_im"):
             attention_weights(model, *paths, "test", [100])
     model, _ = saved(shop, "model attention", **DICM)
     assert has_attention(load(model, *paths).plan)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -126,6 +127,28 @@ def test_one_dictionary_for_all_chunks(tmp_path: Path, in_order: bool) -> None:
     for chunk, (codes, texts) in zip(chunks, own, strict=True):
         translated = maps.of("x", str(chunk["stem"]))[codes]
         assert [[None, *words][c] for c in translated] == texts
+
+
+@pytest.mark.parametrize("texts", [list("zyxwvutsrqponmlkjihgfedcba"), [f"word {i * 7919 % 500}" for i in range(500)]])
+def test_dictionaries_are_the_same_however_many_words_are_looked_up_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]
+) -> None:
+    rng = np.random.default_rng(1)
+    chunks: list[dict[str, Any]] = []
+    for i in range(9):
+        words = pl.Series("value", rng.permutation(texts)[: rng.integers(0, len(texts))].tolist(), dtype=pl.String)
+        words.to_frame().write_ipc(tmp_path / f"{i}.words", compression="uncompressed")
+        chunks.append({"stem": str(tmp_path / f"{i}"), "words": {"x": (".words", 0, words.len(), False)}})
+    found = {}
+    for at_once in (1, 40, 700, 10**6):
+        monkeypatch.setattr(dictionaries, "AT_ONCE", at_once)
+        folder = tmp_path / f"all-{at_once}"
+        found[at_once] = (
+            dictionaries.unify(["x"], chunks, folder, []),
+            dictionaries.words(folder, "x").to_list(),
+            (folder / "x.map").read_bytes(),
+        )
+        assert found[at_once] == found[1]
 
 
 def test_texts_are_ordered_by_their_bytes() -> None:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,9 @@ def test_another_vocabulary_has_to_be_given(tiny_run: TinyRun, early: Path, tmp_
     result = other.call("train", *call, "--warm-convert", other.convert)
     assert result.exit_code == 1
     assert "(--warm-convert) is not the vocabulary with which" in result.output
+    result = other.call("train", *call, "--warm-convert", tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'nowhere'} (--warm-convert) is not there" in result.output
     # Extractors have no ids.
     other.train(tmp_path / "part", *words("extractors"), "--warm-start", early)
 
@@ -241,7 +245,7 @@ def test_models_of_days_that_are_not_earlier(tiny_run: TinyRun, early: Path, tmp
         (
             "extractors",
             ["train.extractor=[8, 6]"],
-            "'network.adnet.0.weight' is of shape [16, 512] there",
+            "has train.extractor = [16, 6], and this model [8, 6]: its extractors cannot be taken over",
         ),
         ("full", ["train.user_ids=true"], "(train.user_ids = false there and true here)"),
         ("full", ["train.pooling=sum", "train.tower=[5]"], "train.pooling = 'attentive' there and 'sum' here"),
@@ -255,6 +259,122 @@ def test_models_that_do_not_fit(
 ) -> None:
     more = [word for text in sets for word in ("--set", text)]
     assert said in refused(tiny_run, tmp_path / "m", *words(how), *more, "--warm-start", early)
+
+
+@pytest.mark.parametrize(
+    ("there", "how", "here", "said"),
+    [
+        ("train.batch_norm=true", "full", "train.batch_norm=false", "train.batch_norm = true there and false here"),
+        ("train.pooling=sum", "full", "train.pooling=max", "train.pooling = 'sum' there and 'max' here"),
+        (
+            "train.share_extractors=true",
+            "full",
+            "train.share_extractors=false",
+            "train.share_extractors = true there and false here",
+        ),
+        (
+            "train.shuffle_pictures=true",
+            "full",
+            "train.shuffle_pictures=false",
+            "train.shuffle_pictures = true there and false here",
+        ),
+        (
+            "train.shuffle_pictures=true",
+            "extractors",
+            "train.shuffle_pictures=false",
+            "has train.shuffle_pictures = true, and this model false",
+        ),
+        ("train.extractor=[16,6,6]", "extractors", "train.extractor=[16,6]", "has train.extractor = [16, 6, 6]"),
+        (
+            "train.extractor_activation=dice",
+            "extractors",
+            "train.tower=[12]",
+            "has train.extractor_activation = 'dice'",
+        ),
+        ("train.extractor_activation=dice", "full", "train.tower=[12]", "train.extractor_activation = 'dice' there"),
+        ("train.tower=[12,2]", "full", "train.tower=[12]", "train.tower = [12, 2] there and [12] here"),
+    ],
+)
+def test_models_that_mean_something_else(
+    tiny_run: TinyRun, tmp_path: Path, there: str, how: str, here: str, said: str
+) -> None:
+    """Of tensors that fit, or more than fit: refused, and the setting named."""
+    source = tiny_run.train(tmp_path / "source", *EARLY, "--set", there)
+    assert said in refused(tiny_run, tmp_path / "m", *words(how), "--set", here, "--warm-start", source)
+    tiny_run.train(tmp_path / "same", *words(how), "--set", there, "--warm-start", source)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        (["model=din"], ["model=base"], "train.model = 'din' there and 'base' here"),
+        (
+            ["model=din"],
+            ["model=din", "din_activation=prelu"],
+            "train.din_activation = 'sigmoid' there and 'prelu' here",
+        ),
+        (["model=din", "tiers=3", "pooling=sum"], ["model=din"], ""),  # parts that DIN has not
+    ],
+)
+def test_models_without_pictures_that_mean_something_else(
+    tiny_run: TinyRun, tmp_path: Path, there: list[str], here: list[str], said: str
+) -> None:
+    sets = [[w for key in keys for w in ("--set", f"train.{key}")] for keys in (there, here)]
+    source = tiny_run.train(tmp_path / "source", *EARLY, *sets[0])
+    if said:
+        assert said in refused(tiny_run, tmp_path / "m", *words("full"), *sets[1], "--warm-start", source)
+    else:
+        tiny_run.train(tmp_path / "m", *words("full"), *sets[1], "--warm-start", source)
+
+
+def spoil_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def spoil_settings(path: Path, change: Callable[[Any], Any]) -> None:
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(change(settings) or settings))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (
+            "model.pt",
+            lambda s: s["network.adnet.0.weight"].fill_(float("nan")),
+            "'network.adnet.0.weight' that are not",
+        ),
+        ("model.pt", lambda s: s["table.12"][3].fill_(float("inf")), "numbers in 'table.12' that are not finite"),
+        ("model.pt", lambda s: s.pop("table.12"), "'table.12' is missing there"),
+        (
+            "model.pt",
+            lambda s: s.update({"network.more.weight": torch.ones(2)}),
+            "'network.more.weight' is of shape [2]",
+        ),
+        ("optimiser.pt", lambda s: s.pop("table.12.m"), "'table.12.m' is missing"),
+        ("optimiser.pt", lambda s: s.update({"table.12.v": torch.ones(3, 12)}), "'table.12.v' is of shape [3, 12]"),
+        ("optimiser.pt", lambda s: s.clear(), "is missing"),
+        ("optimiser.pt", lambda s: s["table.12.m"].fill_(float("nan")), "'table.12.m' that are not finite"),
+        ("settings.json", lambda s: s["days"]["train"].update(last="never"), "does not say in dates"),
+        ("settings.json", lambda s: [s], "is not the settings of a model of this version"),
+        ("settings.json", lambda s: s.pop("picture_width") and None, "is not the settings of a model of this version"),
+    ],
+)
+def test_sources_that_are_spoiled(
+    tiny_run: TinyRun, optimised: Path, tmp_path: Path, file: str, change: Callable[[Any], Any], said: str
+) -> None:
+    source = Path(shutil.copytree(optimised, tmp_path / "source"))
+    (spoil_settings if file == "settings.json" else spoil_tensors)(source / file, change)
+    more = ["--set", "train.warm_optimiser=true", "--warm-start", source]
+    assert said in refused(tiny_run, tmp_path / "m", *words("full"), *more)
+
+
+@pytest.fixture(scope="module")
+def optimised(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the first training day, with its optimiser."""
+    return tiny_run.train(tmp_path_factory.mktemp("opt") / "model", *EARLY, "--set", "train.save_optimiser=true")
 
 
 def test_extractors_that_the_source_lacks(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -286,7 +406,9 @@ def test_options_that_need_each_other(tiny_run: TinyRun, early: Path, tmp_path: 
     assert "--warm-convert is for" in refused(tiny_run, out, *words("extractors"), *both, code=2)
     said = refused(tiny_run, out, "--set", "train.warm_optimiser=true", code=2)
     assert 'warm_optimiser needs warm_start = "full"' in said
-    assert "has no settings.json" in refused(tiny_run, out, *words("full"), "--warm-start", tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no settings.json" in refused(tiny_run, out, *words("full"), "--warm-start", empty)
     more = [*words("full"), "--set", "train.warm_optimiser=true", "--warm-start", early]
     assert "has no optimiser.pt" in refused(tiny_run, out, *more)
 

@@ -1,5 +1,6 @@
 """A tiny shop taken through the real stages, once a session."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from click.testing import Result
@@ -73,11 +74,13 @@ class TinyRun:
         self.recipe = folder / "recipe.toml"
         self.groups, self.convert, self.features = folder / "groups", folder / "convert", folder / "features.h5"
 
-    def build(self) -> "TinyRun":
-        """Run the data stages."""
+    def build(self, rewrite: Callable[[Path], None] | None = None) -> "TinyRun":
+        """Run the data stages. `rewrite` may change the raw folder first."""
         self.recipe.write_text(RECIPE, encoding="utf-8")
         raw, behaviours = self.folder / "raw", self.folder / "behaviours"
         self.must("simulate", "--out", raw)
+        if rewrite is not None:
+            rewrite(raw)
         self.must("convert", "--raw", raw, "--out", self.convert)
         self.must("select-clicks", "--convert", self.convert, "--out", behaviours)
         images = ["--pictures", raw / "pictures", "--convert", self.convert, "--out", self.features]

@@ -161,10 +161,11 @@ class Run:
     def contents(self) -> dict[str, bytes]:
         """Return every file that must come out the same each time: path → bytes.
 
-        Sidecars and TensorBoard's files hold times; the report shows how long the stages took.
+        Sidecars and TensorBoard's files hold times; the report, and one of its figures, show how long the stages took.
         """
         found = {str(p.relative_to(self.home)): p for p in sorted(self.home.rglob("*")) if p.is_file()}
-        skipped = {name for name in found if "tensorboard" in name or name == "report.html"}
+        timed = ("report.html", "report-figures/time.csv", "report-figures/time.png")
+        skipped = {name for name in found if "tensorboard" in name or name in timed}
         skipped |= {name for name in found if name.endswith(".json") and (self.home / name[:-5]).exists()}
         return {name: path.read_bytes() for name, path in found.items() if name not in skipped and ".lock" not in name}
 

@@ -15,7 +15,7 @@ from ctrkit.modelfile import TrainedModel, build
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.picture_vectors import PictureVectors
 from ctrkit.recipe import Train
-from tests.small_groups import FEATURES, SCHEMA, SIZES, Group, to_block, write_features, write_image_vocabulary
+from tests.small_groups import FEATURES, SCHEMA, SIZES, Group, to_block, write_features, write_pictures_of_sizes
 
 Array = npt.NDArray[np.float64]
 PICTURE_WIDTH = 5
@@ -29,7 +29,7 @@ def pictures(folder: Path, *, has_picture: bool = False) -> tuple[PictureVectors
     row = [*range(n)]
     row[3] = -1  # a picture that could not be read
     write_features(folder / "features.h5", [f"p{i}" for i in range(n)], row, vectors)
-    write_image_vocabulary(folder / "convert", [f"p{i}" for i in range(n)], [1] * n)
+    write_pictures_of_sizes(folder / "convert")
     by_index = np.zeros((SIZES["image"], PICTURE_WIDTH))
     by_index[2:] = vectors
     by_index[2 + 3] = 0.0

@@ -1,6 +1,7 @@
 """`ctrkit report` through the command line."""
 
 import json
+import math
 import re
 import shutil
 import tarfile
@@ -9,8 +10,10 @@ import polars as pl
 import pytest
 from click import Context
 from click.testing import CliRunner
+from PIL import Image
 
 from ctrkit.cli import COMMANDS, main
+from tests import shop
 
 
 def run(*arguments):
@@ -44,7 +47,7 @@ def test_writes_one_file_and_its_sidecar(made):
     result = run("report", *arguments)
     assert result.exit_code == 0, result.output
     text = out.read_text()
-    for word in ("<title>Ours</title>", "Learning curves", "No gallery", "train lr", "3.2"):
+    for word in ("<title>Ours</title>", "Learning curves", "none of the models given has attention", "train lr", "3.2"):
         assert word in text
     assert str(made) not in text
     sidecar = json.loads((made / "report.html.json").read_text())
@@ -70,7 +73,7 @@ def test_the_contact_sheet(made, tiny_run):
         result = run(*common, *words, "--out", made / out)
         assert result.exit_code == 0, result.output
         text = (made / out).read_text()
-        found = re.findall(r'<section class="case">(.*?)</section>', text, re.S)
+        found = re.findall(r'<article class="case">(.*?)</article>', text, re.S)
         return [re.findall(r'<img src="data:image/jpeg[^>]*alt="picture ([^"]*)"', part) for part in found], text
 
     shown, text = sections("a.html")
@@ -91,7 +94,7 @@ def test_the_contact_sheet(made, tiny_run):
     assert [images[0] for images in other] != [images[0] for images in shown[:3]]
     none, text = sections("d.html", "report.sheet_queries=0")
     assert none == []
-    assert "alike to the network" not in text
+    assert "report.sheet_queries is 0" in text
     result = run(*common, "--set", "report.sheet_neighbours=0", "--out", made / "e.html")
     assert result.exit_code == 2
     assert "report.sheet_neighbours" in result.output
@@ -132,3 +135,317 @@ def test_mistakes_leave_nothing_behind(made):
         assert says in result.stderr
         assert isinstance(result.exception, SystemExit)
     assert not [p for p in made.iterdir() if "x.html" in p.name]
+
+
+FIGURES = (
+    "activation",
+    "attention",
+    "calibration",
+    "calibration-by-ad",
+    "days",
+    "embedding-map",
+    "gauc",
+    "gauc-unseen-ads",
+    "learning-curves",
+    "neighbours",
+    "slices",
+    "surprises",
+    "time",
+)
+
+
+class Whole:
+    """A report of two models of the tiny run, with all it can show."""
+
+    def __init__(self, folder, tiny):
+        self.folder, self.tiny = folder, tiny
+        self.given = []
+        for name, sets in (("pictures", []), ("din", ["--variant", "din"])):
+            model, predictions = folder / name / "model", folder / name / "predictions.parquet"
+            tiny.must("train", *tiny.reads(), "--out", model, *sets)
+            tiny.must("predict", *tiny.reads(), "--model", model, "--out", predictions, *sets)
+            self.given += ["--model", f"{name}={model}", "--predictions", f"{name}={predictions}"]
+        scored = [f"{name}={folder / name / 'predictions.parquet'}" for name in ("pictures", "din")]
+        self.metrics = folder / "metrics.json"
+        result = run("eval", "--gauc", *scored, "--json", self.metrics, "--bootstrap", 20)
+        assert result.exit_code == 0, result.output
+        self.pictures = tiny.folder / "raw" / "pictures"
+        self.result = self.report("report.html")
+        assert self.result.exit_code == 0, self.result.output
+        self.page = (folder / "report.html").read_text(encoding="utf-8")
+
+    def report(self, out, *words):
+        given = ["--metrics", self.metrics, *self.given, *self.tiny.reads(), "--pictures", self.pictures]
+        return run("report", "--recipe", self.tiny.recipe, *given, "--out", self.folder / out, *words)
+
+    def csv(self, name):
+        return pl.read_csv(self.folder / "report-figures" / f"{name}.csv")
+
+    def section(self, name):
+        return re.search(rf'<section id="{name}">(.*?)</section>', self.page, re.S)[1]
+
+    def predictions(self, name):
+        return pl.read_parquet(self.folder / name / "predictions.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run, tmp_path_factory):
+    return Whole(tmp_path_factory.mktemp("whole"), tiny_run)
+
+
+def test_every_figure_is_a_picture_and_a_table(whole):
+    files = sorted(p.name for p in (whole.folder / "report-figures").iterdir())
+    assert files == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("csv", "png"))
+    for name in FIGURES:
+        with Image.open(whole.folder / "report-figures" / f"{name}.png") as image:
+            assert len(image.convert("RGB").resize((60, 60)).getcolors(3600)) > 3, name
+        assert whole.csv(name).height > 0
+    assert "Not shown" not in whole.page
+    assert "report-figures" in whole.result.output
+    counts = json.loads((whole.folder / "report.html.json").read_text())["counts"]
+    assert sorted(counts["figures"]) == sorted(FIGURES)
+
+
+def test_gauc_slices_and_calibration_are_those_of_metrics_json(whole):
+    metrics = json.loads(whole.metrics.read_text())
+    for row in whole.csv("gauc").iter_rows(named=True):
+        one = metrics["variants"][row["variant"]]["all"]
+        assert (row["gauc"], row["gauc_low"], row["gauc_high"]) == (one["gauc"], one["gauc_low"], one["gauc_high"])
+        assert f"{one['gauc']:.4f}" in whole.section("results")
+    slices = whole.csv("slices")
+    assert slices.height >= 4
+    for row in slices.iter_rows(named=True):
+        one = metrics["variants"][row["variant"]]["slices"][row["slice"]]
+        assert (row["gauc"], row["users_kept"]) == (one["gauc"], one["users_kept"])
+    assert whole.section("slices").count("<circle") == slices.height
+    bins = whole.csv("calibration")
+    for name, one in metrics["variants"].items():
+        own = bins.filter(pl.col("variant") == name)
+        assert own.drop("variant", "bin").to_dicts() == one["calibration_bins"]
+        made = whole.predictions(name)
+        assert own["impressions"].sum() == made.height
+        assert (own["observed"] * own["impressions"]).sum() == pytest.approx(made["click"].sum())
+    assert whole.section("calibration").count("<circle") == bins.height
+
+
+def test_learning_curves_are_those_of_metrics_jsonl(whole):
+    table = whole.csv("learning-curves")
+    for name in ("pictures", "din"):
+        lines = (whole.folder / name / "model" / "metrics.jsonl").read_text().splitlines()
+        said = [json.loads(line) for line in lines]
+        own = table.filter(pl.col("variant") == name)
+        assert own["step"].to_list() == [line["step"] for line in said]
+        assert own["valid_loss"].to_list() == [line.get("valid_loss") for line in said]
+        best = max(line["valid_gauc"] for line in said if line.get("valid_gauc") is not None)
+        assert own.filter(pl.col("best"))["valid_gauc"].to_list() == [best]
+        assert f"{best:.4f}" in whole.section("learning-curves")
+
+
+def test_attention_and_activation_are_the_models(whole):
+    """Scores are those of predict; a gallery's rows are the highest and the lowest of weights that add up to 1."""
+    for figure, name in (("attention", "pictures"), ("activation", "din")):
+        table = whole.csv(figure)
+        made = whole.predictions(name).select("sample_id", "user", "ad", "click", "score", "history_length")
+        joined = table.join(made, on="sample_id", how="left", suffix="_of_predict")
+        for key in ("user", "ad"):
+            assert joined[key].to_list() == joined[f"{key}_of_predict"].to_list()
+        assert joined["click"].cast(pl.Int64).to_list() == joined["click_of_predict"].to_list()
+        assert (joined["score"] - joined["score_of_predict"]).abs().max() < 1e-6
+        assert table["case"].n_unique() == table["user"].n_unique() > 1
+        for case in joined.partition_by("case"):
+            assert case["weight"].sum() == pytest.approx(1, abs=1e-5) or case.height < case["history_length"][0]
+    table = whole.csv("attention")
+    for case in table.partition_by("case"):
+        high, low = (case.filter(pl.col("row") == row)["weight"] for row in ("highest", "lowest"))
+        assert high.is_sorted(descending=True)
+        assert low.is_empty() or low.max() <= high.min()
+    shown = re.findall(r'data-category="([^"]*)"', whole.section("attention"))
+    assert shown == table.unique("case", maintain_order=True)["category"].to_list()
+    weights = re.findall(r"<figcaption>([\d.]+)</figcaption>", whole.section("attention"))
+    assert weights == [f"{w:.3f}" for w in table["weight"]]
+    bars = re.findall(r"height: ([\d.]+)px", whole.section("activation"))
+    assert len(bars) == whole.csv("activation").height
+
+
+def test_the_map_predicts_what_predict_does(whole):
+    """Where an ad was really shown at the place of the user's first impression of the day, the map says what predict
+    does: position is the tiny shop's only feature of the scene."""
+    table = whole.csv("embedding-map")
+    users = [column for column in table.columns if column.startswith("ctr ")]
+    assert len(users) == 3
+    assert whole.section("embedding-map").count('class="point"') == table.height
+    assert table["ad"].n_unique() == table.height
+    samples = pl.read_parquet(whole.tiny.convert / "samples" / "*" / "*.parquet").select("sample_id", "position")
+    checked = 0
+    for user in users:
+        made = (
+            whole.predictions("din").filter(pl.col("user") == user.removeprefix("ctr ")).join(samples, on="sample_id")
+        )
+        made = made.sort("sample_id").filter(pl.col("position") == pl.col("position").first())
+        both = table.select("ad", user).join(made, on="ad")
+        assert both[user].to_list() == pytest.approx(both["score"].to_list(), abs=1e-6)
+        checked += both.height
+    assert checked > 3
+    assert table.select(users).min_horizontal().n_unique() > 5
+    ads = pl.read_csv(whole.tiny.folder / "raw" / "ads.csv").select("ad", "category", "image")
+    joined = table.join(ads, on="ad", how="left", suffix="_of_log")
+    assert joined["image"].to_list() == joined["image_of_log"].to_list()
+    known = joined.filter(pl.col("category") != "unknown")
+    assert known["category"].to_list() == known["category_of_log"].to_list()
+    assert known.height > 0
+    told = json.loads(re.search(r'id="map-data">(.*?)</script>', whole.page, re.S)[1])
+    assert [ad[0] for ad in told["ads"]] == table["ad"].to_list()
+    assert told["ctr"][0] == pytest.approx(table[users[0]].to_list(), abs=6e-5)
+
+
+def test_errors_are_the_largest_log_losses_and_the_worst_sums(whole):
+    made = whole.predictions("pictures").to_dicts()
+    table = whole.csv("surprises")
+    for kind, click, sign in (("clicked, thought unlikely", 1, 1), ("not clicked, thought likely", 0, -1)):
+        ads, users, expected = set(), set(), []
+        for row in sorted(made, key=lambda r: (sign * r["score"], r["sample_id"])):
+            if row["click"] != click or row["ad"] in ads or len(expected) == 8:
+                continue
+            ads.add(row["ad"])
+            if row["user"] in users:
+                continue
+            users.add(row["user"])
+            expected.append(row)
+        own = table.filter(pl.col("kind") == kind)
+        assert own["sample_id"].to_list() == [row["sample_id"] for row in expected]
+        p = [row["score"] if click else 1 - row["score"] for row in expected]
+        assert own["loss"].to_list() == pytest.approx([-math.log(q) for q in p], abs=1e-5)
+    sums = {}
+    for row in made:
+        n, clicks, predicted, variance = sums.get(row["ad"], (0, 0, 0.0, 0.0))
+        p = row["score"]
+        sums[row["ad"]] = n + 1, clicks + row["click"], predicted + p, variance + p * (1 - p)
+    far = {ad: (s - c) / math.sqrt(v) for ad, (n, c, s, v) in sums.items() if n >= 20}
+    table = whole.csv("calibration-by-ad")
+    for kind, sign in (("predicted too high", 1), ("predicted too low", -1)):
+        expected = sorted((ad for ad in far if far[ad] * sign > 0), key=lambda ad: -sign * far[ad])[:8]
+        own = table.filter(pl.col("kind") == kind)
+        assert own["ad"].to_list() == expected
+        assert own["deviations"].to_list() == pytest.approx([far[ad] for ad in expected])
+    assert table.height > 0
+
+
+def test_days_are_those_of_the_samples(whole):
+    table = whole.csv("days")
+    split = json.loads((whole.tiny.convert / "split.json").read_text())
+    for row in table.iter_rows(named=True):
+        assert row["first_day"] == row["last_day"]
+        samples = pl.read_parquet(whole.tiny.convert / "samples" / f"day={row['first_day']}" / "*.parquet")
+        assert (row["impressions"], row["clicks"]) == (samples.height, samples["click"].sum())
+        assert row["first_day"] in split[row["split"]]
+    assert table.height == sum(len(split[name]) for name in ("train", "valid", "test"))
+
+
+def test_the_same_bytes_again_and_only_when_it_must(whole, monkeypatch):
+    files = [whole.folder / "report.html", *sorted((whole.folder / "report-figures").iterdir())]
+    before = [p.read_bytes() for p in files]
+    assert whole.report("report.html").exit_code == 0
+    assert [p.read_bytes() for p in files] == before
+    monkeypatch.setenv("CTRKIT_UNLESS_FRESH", "1")
+    assert "is what it would be made again" in whole.report("report.html").output
+    files[1].write_text("changed")
+    assert "is what it would be made again" not in whole.report("report.html").output
+    assert [p.read_bytes() for p in files] == before
+
+
+def test_a_strange_folder_is_left_alone(whole):
+    mine = whole.folder / "mine-figures" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    result = whole.report("mine.html")
+    assert result.exit_code == 1
+    assert "mine-figures" in result.stderr
+    assert "would be lost" in result.stderr
+    assert mine.read_text() == "years of work"
+    assert not (whole.folder / "mine.html").exists()
+
+
+def test_what_is_not_given_is_told(whole):
+    recipe, metrics = ["report", "--recipe", whole.tiny.recipe], ["--metrics", whole.metrics]
+    for words, told, kept in (
+        ([], {"attention", "activation", "embedding-map", "neighbours", "surprises", "data"}, {"gauc", "slices"}),
+        (whole.given, {"attention", "activation", "embedding-map", "neighbours", "data"}, {"surprises", "time"}),
+        (
+            [*whole.given, "--convert", whole.tiny.convert, "--groups", whole.tiny.groups],
+            {"attention", "neighbours"},
+            {"activation", "embedding-map", "days"},
+        ),
+    ):
+        out = whole.folder / "less.html"
+        result = run(*recipe, *metrics, *words, "--out", out)
+        assert result.exit_code == 0, result.output
+        sections = re.findall(r'<section id="([^"]*)">(.*?)</section>', out.read_text(), re.S)
+        absent = {name for name, text in sections if 'class="absent">Not shown: it needs' in text}
+        absent |= {name for name, text in sections if 'class="absent">Not shown: no' in text and name != "time"}
+        assert told <= absent
+        assert kept <= {p.stem for p in (whole.folder / "less-figures").iterdir()}
+        assert "<img" not in out.read_text() or "--pictures" in words
+
+
+def test_a_recipe_without_pictures_and_one_variant(tmp_path):
+    recipe = "\n".join(line for line in shop.RECIPE.splitlines() if "image" not in line)
+    shop.write(tmp_path, recipe, **shop.random_rows(3))
+    shop.run_all(tmp_path, {"workers": 1})
+    common = ["--recipe", tmp_path / "recipe.toml", "--set", "train.model=base", "--set", "train.epochs=1"]
+    groups, model, scores = tmp_path / "groups", tmp_path / "model", tmp_path / "predictions.parquet"
+    given = ["--model", f"base={model}", "--predictions", f"base={scores}", "--convert", tmp_path / "convert"]
+    metrics = tmp_path / "metrics.json"
+    for words in (
+        ["train", *common, "--groups", groups, "--out", model],
+        ["predict", *common, "--groups", groups, "--model", model, "--out", scores],
+        ["eval", "--gauc", f"base={scores}", "--json", metrics],
+        ["report", *common, "--metrics", metrics, "--groups", groups, *given, "--out", tmp_path / "report.html"],
+    ):
+        result = run(*words)
+        assert result.exit_code == 0, (result.output, result.exception)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Not shown: this recipe has no pictures.") == 2  # attention, pictures alike
+    assert "none of the models given is a DIN" in page
+    assert "<img" not in page
+    goods = pl.read_csv(tmp_path / "report-figures" / "embedding-map.csv")
+    shown = pl.read_parquet(scores).group_by("ad").len().sort(["len", "ad"], descending=[True, False])
+    assert goods["ad"].to_list() == shown["ad"].to_list()
+    assert goods["image"].to_list() == [""] * goods.height
+    assert 'class="point"' in page
+
+
+def test_predictions_that_are_text(made):
+    pl.read_parquet(made / "lr.parquet").write_csv(made / "lr.csv")
+    arguments = ["--metrics", made / "metrics.json", "--predictions", f"lr={made / 'lr.csv'}", "--out", made / "x.html"]
+    result = run("report", "--recipe", made / "r.toml", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "the predictions are no Parquet file" in (made / "x.html").read_text()
+
+
+def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
+    """A variant may have groups of its own: on these its weights and scores would be others than those predicted."""
+    shutil.copytree(whole.folder / "din", tmp_path / "din")
+    sidecar = tmp_path / "din" / "model.json"
+    told = json.loads(sidecar.read_text())
+    told["inputs"]["groups"] = "others"
+    sidecar.write_text(json.dumps(told))
+    given = ["--metrics", whole.metrics, *whole.tiny.reads(), "--pictures", whole.pictures]
+    given += [
+        "--model",
+        f"din={tmp_path / 'din' / 'model'}",
+        "--predictions",
+        f"din={tmp_path / 'din'}/predictions.parquet",
+    ]
+    result = run("report", "--recipe", whole.tiny.recipe, *given, "--out", tmp_path / "x.html")
+    assert result.exit_code == 0, result.output
+    figures = {p.stem for p in (tmp_path / "x-figures").iterdir()}
+    assert {"activation", "embedding-map"}.isdisjoint(figures)
+    assert {"surprises", "learning-curves"} <= figures
+
+
+def test_a_setting_that_names_nothing(whole):
+    for key, says in (("category", "'ad_categry' is no id feature of ads"), ("map_variant", "none of the models")):
+        result = whole.report("x.html", "--set", f"report.{key}=ad_categry")
+        assert result.exit_code == 2, result.output
+        assert says in result.stderr
+    assert not (whole.folder / "x.html").exists()

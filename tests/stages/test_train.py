@@ -126,11 +126,118 @@ def test_features_of_another_run(tiny_run: TinyRun, tmp_path: Path) -> None:
     assert "train: 3 pictures have no vector" in result.output
 
 
+def other_conversion(tiny_run: TinyRun, folder: Path) -> Path:
+    """The run's conversion, with a vocabulary of pictures that counts backwards."""
+    shutil.copytree(tiny_run.convert, folder)
+    path = folder / "vocab" / "image.parquet"
+    pl.read_parquet(path).with_columns(pl.col("value").reverse()).write_parquet(path)
+    return folder
+
+
+def test_a_conversion_of_other_groups(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Pictures would be others: refused by train and predict."""
+    other = other_conversion(tiny_run, tmp_path / "convert")
+    reads = ["--groups", tiny_run.groups, "--features", tiny_run.features, "--out", tmp_path / "out"]
+    model = tiny_run.train(tmp_path / "model")
+    for words in (["train"], ["predict", "--model", model]):
+        result = tiny_run.call(*words, *reads, "--convert", other)
+        assert result.exit_code == 1, result.output
+        assert f"{other} (--convert) has another vocabulary than {tiny_run.groups} (--groups)" in result.output
+        for folder, said in ((tmp_path / "nowhere", "is not there"), (tiny_run.folder / "raw", "has no vocab/")):
+            result = tiny_run.call(*words, *reads, "--convert", folder)
+            assert result.exit_code == 1, result.output
+            assert f"{folder} (--convert) {said}" in result.output
+        assert not (tmp_path / "out").exists()
+
+
+def test_features_of_the_recipe(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Widths and switches are the recipe's, the rest is the groups' or refused."""
+    model = tiny_run.train(tmp_path / "model", "--set", "features.gender.width=8", "--set", "features.goods.switch=")
+    state = torch.load(model / "model.pt", weights_only=True)
+    sizes = json.loads((tiny_run.groups / "schema.json").read_text())["vocab_sizes"]
+    assert state["table.8"].shape == (sizes["gender"] + 1, 8)
+    others = ("age", "ad_id", "category", "shop", "position", "goods")
+    assert state["table.12"].shape == (sum(sizes[v] for v in others) + 1, 12)
+    tiny_run.must("predict", *tiny_run.reads(), "--model", model, "--out", tmp_path / "p.parquet")
+    for text, said in (
+        ("age.min_count=3", "was made with features.age.min_count = 1, and the recipe says 3: run ctrkit group again"),
+        ("age.of=scene", "features.age.of = 'user'"),
+        ("more.of=user", "has no feature 'more': run ctrkit group again"),
+    ):
+        result = tiny_run.call("train", *tiny_run.reads(), "--out", tmp_path / "m", "--set", f"features.{text}")
+        assert result.exit_code == 1, result.output
+        assert said in result.output
+
+
+def test_outputs_that_cannot_be(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Told before anything is done."""
+    (tmp_path / "file").write_text("mine")
+    groups = Path(shutil.copytree(tiny_run.groups, tmp_path / "groups"))
+    words = ["--variant", "base", "--groups", groups, "--out"]
+    for out, code, said in (
+        (tmp_path / "file", 2, "is a file, and a folder is to be written"),
+        (Path("/dev/null"), 2, "is neither a file nor a folder"),
+        (groups / "model", 1, "lies in an input (groups:"),
+    ):
+        result = tiny_run.call("train", *words, out)
+        assert result.exit_code == code, result.output
+        assert said in result.output
+        assert "samples" not in result.output
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "groups"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["train.seed=-1"], 2, "train.seed: input should be greater than or equal to 0"),
+        (["train.seed=18446744073709551616"], 2, "train.seed: input should be less than"),
+        (["train.threads=100000"], 2, "train.threads: input should be less than or equal to 1024"),
+        (["train.device=mps"], 2, "train.device = 'mps' is not supported; use 'auto', 'cpu' or 'cuda'"),
+        (["train.device=meta"], 2, "train.device = 'meta' is not supported"),
+        (["train.learning_rate=1e308"], 2, "train.learning_rate: input should be less than"),
+        (["train.tower=[1000000000000]"], 2, "train.tower.0: input should be less than or equal to 1000000"),
+        (["train.learning_rate=true"], 2, "train.learning_rate: has to be a number (given: true)"),
+        (['train.epochs="3"'], 2, 'train.epochs: has to be a number (given: "3")'),
+        (["train.batch_norm=1"], 2, "train.batch_norm: has to be true or false (given: 1)"),
+    ],
+)
+def test_settings_that_cannot_be(tiny_run: TinyRun, tmp_path: Path, words: list[str], code: int, said: str) -> None:
+    sets = [w for text in words for w in ("--set", text)]
+    result = tiny_run.call("train", "--variant", "base", *sets, "--groups", tiny_run.groups, "--out", tmp_path / "m")
+    assert result.exit_code == code, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_picture_vectors_that_say_nothing(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """All the same: told. Infinite: refused."""
+    images = pl.read_parquet(tiny_run.convert / "vocab" / "image.parquet")["value"].to_list()
+    reads = ["--groups", tiny_run.groups, "--convert", tiny_run.convert, "--features"]
+    for value, code, said in ((0.1, 0, "are the same in"), (np.inf, 1, "infinite or missing numbers")):
+        path = tmp_path / f"{value}.h5"
+        write_features(path, images, range(len(images)), np.full((len(images), 4), value))
+        result = tiny_run.call("train", *reads, path, "--out", tmp_path / f"{value}")
+        assert result.exit_code == code, result.output
+        assert said in result.output
+
+
+def test_inspect_shows_the_files_of_tensors(tiny_run: TinyRun, tmp_path: Path) -> None:
+    words = ["--variant", "lr", "--set", "train.save_optimiser=true", "--groups", tiny_run.groups]
+    tiny_run.must("train", *words, "--out", tmp_path / "model")
+    for name, tensor in (("model.pt", "table.1"), ("optimiser.pt", "table.1.m")):
+        result = ctrkit("inspect", tmp_path / "model" / name)
+        assert result.exit_code == 0, result.output
+        assert f"{name}: " in result.output
+        assert f" {tensor} " in result.output
+
+
 def test_what_is_missing(tiny_run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     groups = ["--groups", tiny_run.groups]
     refusals = {
         "give --features": groups,
-        "is not a groups folder": ["--groups", tmp_path],
+        "is not a groups folder": ["--groups", tmp_path / "empty"],
         "nowhere.h5 is not there": [*groups, "--features", tmp_path / "nowhere.h5", "--convert", tiny_run.convert],
     }
     for message, words in refusals.items():
@@ -156,9 +263,12 @@ def test_recipes_that_no_model_can_be_made_of(tiny_run: TinyRun, tmp_path: Path)
         groups = tmp_path / f"groups {n}"
         shutil.copytree(tiny_run.groups, groups)
         kept = {name: f for name, f in schema["features"].items() if name not in dropped}
-        (groups / "schema.json").write_text(json.dumps({**schema, "features": kept}))
-        reads = ["--groups", groups, *tiny_run.reads()[2:]]
-        result = tiny_run.call("train", *words, *reads, "--out", tmp_path / "model")
+        (groups / "schema.json").write_text(json.dumps({**schema, "features": kept, "order": list(kept)}))
+        lines = tiny_run.recipe.read_text().splitlines()
+        recipe = tmp_path / f"recipe-{n}.toml"
+        recipe.write_text("\n".join(line for line in lines if line.partition(" = ")[0] not in dropped))
+        reads = ["--recipe", recipe, "--groups", groups, *tiny_run.reads()[2:]]
+        result = ctrkit("train", *words, *reads, "--out", tmp_path / "model")
         assert result.exit_code == 2, result.output
         assert message in result.output
     assert not (tmp_path / "model").exists()
