@@ -1,7 +1,7 @@
 """A batch whose loss or gradient was not finite: kept as a Parquet file, and told as an error."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,21 @@ class BadBatch:
     """Cross-entropy of each sample."""
     gradients: Mapping[str, Tensor]
     """By parameter."""
+
+    def brief(self) -> "BadBatch":
+        """Return it with one number a gradient, which is as finite as this is."""
+        return replace(self, gradients={name: g.detach().sum().cpu() for name, g in self.gradients.items()})
+
+    @classmethod
+    def merged(cls, shares: Sequence["BadBatch"]) -> "BadBatch":
+        """Return the batch of which several ranks had a share each."""
+        gradients: dict[str, Tensor] = {}
+        for share in shares:
+            for name, g in share.gradients.items():
+                gradients[name] = gradients.get(name, torch.zeros_like(g)) + g
+        block = Block.concat([share.block for share in shares])
+        logit_S, loss_S = (torch.cat([getattr(s, name) for s in shares]) for name in ("logit_S", "loss_S"))
+        return cls(shares[0].step, shares[0].epoch, block, logit_S, loss_S, gradients)
 
     def table(self) -> pl.DataFrame:
         """Return one row a sample: `sample_id` Int64, `click` Int8, `score` and `loss` Float32 (or what the model

@@ -27,6 +27,7 @@ class Collator:
     tables: width → embedding table.
     pictures: the picture vectors, if the model looks at any.
     unknown_rate: see `ctrkit.id_masks.unknown_mask`; 0 outside training.
+    rows_only: name the rows of pictures and do not read their vectors, for somebody else does.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class Collator:
         pictures: PictureVectors | None,
         counts: Mapping[str, npt.NDArray[np.int64]] | None = None,
         unknown_rate: float = 0.0,
+        *,
+        rows_only: bool = False,
     ) -> None:
         self.plan, self.tables, self.pictures = plan, tables, pictures
-        self.counts, self.unknown_rate = counts or {}, unknown_rate
+        self.counts, self.unknown_rate, self.rows_only = counts or {}, unknown_rate, rows_only
         self._place_V: dict[int, npt.NDArray[np.int32]] = {}
         self._lock = threading.Lock()
 
@@ -77,7 +80,9 @@ class Collator:
             if name and self.pictures is not None:
                 column = (block.sample if name == self.plan.ad_image else block.behaviour)[name]
                 assert isinstance(column, np.ndarray)
-                batch.picture_NW[name], batch.picture_index[name] = self.pictures.gather(column)
+                batch.picture_row[name], batch.picture_index[name] = self.pictures.distinct(column)
+                if not self.rows_only:
+                    batch.picture_NW[name] = self.pictures.vectors(batch.picture_row[name].numpy())
         return batch
 
     def _ids(self, block: Block, batch: Batch, seed: Sequence[int] | None) -> None:
@@ -144,7 +149,7 @@ class Collator:
         code = numba_loops.load("ctrkit.compiled_rows")
         with self._lock:
             if width not in self._place_V:
-                self._place_V[width] = np.full(len(self.tables[width].weight_VD), -1, np.int32)
+                self._place_V[width] = np.full(self.tables[width].n_rows, -1, np.int32)
             place_V = self._place_V[width]
             if code is not None:
                 distinct_U, place = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)

@@ -12,6 +12,7 @@ import torch
 
 from ctrkit.errors import UsageError, UserError
 from ctrkit.progress import say
+from ctrkit.ranks import Ranks
 
 
 def resolve(name: str, setting: str = "device") -> str:
@@ -32,6 +33,28 @@ def resolve(name: str, setting: str = "device") -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"{setting} = {name!r}, but torch finds {torch.cuda.device_count()} GPU(s) here, from cuda:0")
     return str(device)
+
+
+def of_rank(name: str, setting: str, ranks: Ranks) -> str:
+    """Return torch's name of the device of one of several ranks: of GPUs that of its number on this machine."""
+    device = resolve(name, setting)
+    if device != "cuda" or ranks.count == 1:
+        return device
+    device = resolve(f"cuda:{ranks.local_rank}", f"rank {ranks.rank}: {setting}")
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def memory_told(mend: str) -> Iterator[None]:
+    """Within the block, make of an error about memory that is not there the user's, which ends with what mends it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = (str(e).splitlines() or [""])[0]
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        raise UserError(f"there is not enough memory: {text.rpartition('] ')[2] or 'none is left'}. {mend}") from None
 
 
 @contextlib.contextmanager

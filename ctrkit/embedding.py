@@ -16,6 +16,10 @@ REGULARISATIONS = ("adaptive", "difacto", "l2", "dropout", "filter", "none")
 """Those of `[train] regularisation`. `dropout` and `filter` act on which ids a batch names (`ctrkit.id_masks`)."""
 
 
+DRAW = 1 << 20
+"""Rows whose first weights are drawn at a time; a multiple of 16."""
+
+
 class Table:
     """The embeddings of several vocabularies of one width, with the moments of row-wise Adam.
 
@@ -26,6 +30,8 @@ class Table:
     counts: vocabulary → [size], n_i, the training samples that contain index i (DIN section 4.4).
     frequent: vocabulary → [size] bool; where given, ids that are not frequent are unknown (DIN section 6.2, filter).
     dtype: of weights and moments. The first weights are drawn in float32, whatever it is.
+    share: (rank, ranks): of a matrix that is spread over ranks, row i lies on rank i mod ranks, as its row
+        1 + i div ranks; row 0 is padding on all of them. The weights are those that one process would draw.
     """
 
     def __init__(
@@ -37,25 +43,63 @@ class Table:
         scale: float = 0.05,
         dtype: torch.dtype = torch.float32,
         frequent: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.width = width
+        self.rank, self.ranks = share
         self.frequent = dict(frequent or {})
         self.offsets: dict[str, int] = {}
         end = 0
         for name, size in sizes.items():
             self.offsets[name] = end
             end += size
-        self.weight_VD = (torch.randn(end + 1, width, generator=generator) * scale).to(dtype)
-        self.weight_VD[0] = 0.0
-        n_V = torch.ones(end + 1, dtype=dtype)
+        self.n_rows = end + 1
+        """Of the whole matrix."""
+        padding = [torch.zeros(1, width, dtype=dtype)] * self.sharded
+        drawn = [
+            (self.own(torch.randn(stop - start, width, generator=generator), start) * scale).to(dtype)
+            for start, stop in _draws(self.n_rows)
+        ]
+        self.weight_VD = torch.cat([*padding, *drawn])
+        self.weight_VD[self.local_padding] = 0.0
+        n_V = torch.ones(self.n_rows, dtype=dtype)
         for name, size in sizes.items():
             known = torch.from_numpy(np.asarray(counts[name], np.float64)).to(dtype)
             n_V[self.offsets[name] + 1 : self.offsets[name] + size] = known[1:size].clamp(min=1.0)
-        self.count_V = n_V
+        self.count_V = torch.cat([n_V[:1], self.own(n_V)]) if self.sharded else n_V
         # Written, not `zeros`, whose pages come one by one, by a fault each, when a step first touches them.
         self.m_VD = torch.full_like(self.weight_VD, 0.0)
         self.v_VD = torch.full_like(self.weight_VD, 0.0)
         self.step = 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the matrix is spread over ranks."""
+        return self.ranks > 1
+
+    @property
+    def local_padding(self) -> slice:
+        """The rows here that are padding: the first, and where the whole matrix's own lies."""
+        return slice(0, 2 if self.sharded and self.rank == 0 else 1)
+
+    def own(self, rows: Tensor, first: int = 0) -> Tensor:
+        """Return those of some neighbouring rows of the whole matrix, of which `first` is the first, that lie here."""
+        return rows[(self.rank - first) % self.ranks :: self.ranks]
+
+    def local(self, rows: Tensor) -> Tensor:
+        """Return where rows of the whole matrix lie in this rank's; they have to lie here. Padding is row 0."""
+        return torch.where(rows == 0, 0, rows // self.ranks + 1) if self.sharded else rows
+
+    def put(self, name: str, rows_R: Tensor, values_RD: Tensor) -> None:
+        """Set rows of the whole `weight_VD`, `m_VD` or `v_VD`: of them those that lie here. Padding stays as it is."""
+        matrix = getattr(self, name)
+        here = rows_R % self.ranks == self.rank
+        matrix[self.local(rows_R[here]).to(matrix.device)] = values_RD[here].to(matrix.device, matrix.dtype)
+
+    def take_over(self, name: str, whole_VD: Tensor) -> None:
+        """Set `weight_VD`, `m_VD` or `v_VD` to what lies here of a whole matrix."""
+        matrix = getattr(self, name)
+        matrix[self.sharded :].copy_(self.own(whole_VD))
 
     def to(self, device: str) -> None:
         """Move weights, moments and counts to a device."""
@@ -104,3 +148,10 @@ class Table:
         new_UD = w_UD.addcdiv(m_UD, v_UD.sqrt().add_(eps), value=-size)
         new_UD[rows_U == 0] = 0.0
         self.weight_VD.index_copy_(0, rows_U, new_UD)
+
+
+def _draws(n_rows: int) -> list[tuple[int, int]]:
+    """Cut rows into runs such that normal numbers drawn run by run are those drawn at once: torch draws them sixteen
+    at a time, and the last sixteen anew where the number of all is no multiple."""
+    starts = [start for start in range(0, n_rows, DRAW) if start == 0 or n_rows - start >= 16]
+    return list(zip(starts, [*starts[1:], n_rows], strict=True))

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,12 @@ from ctrkit.id_masks import most_frequent, with_unknown
 from ctrkit.models import make_model
 from ctrkit.models.plan import Plan, make_plan
 from ctrkit.picture_vectors import PictureVectors
-from ctrkit.recipe import NOT_THE_MODEL, Train
+from ctrkit.placement import is_spread
+from ctrkit.ranks import ALONE, Ranks
+from ctrkit.recipe import NOT_THE_MODEL, RANKS, Train
+
+if TYPE_CHECKING:
+    from ctrkit.feature_service import FeatureService
 
 Counts = dict[str, npt.NDArray[np.int64]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -35,6 +40,8 @@ class TrainedModel:
     tables: dict[int, Table]
     pictures: PictureVectors | None
     device: str = "cpu"
+    service: "FeatureService | None" = None
+    """Where several ranks work on one model."""
 
     def to(self, device: str) -> "TrainedModel":
         """Move network and tables to a device; picture vectors travel with each batch."""
@@ -45,9 +52,12 @@ class TrainedModel:
         return self
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return every tensor that predicting needs, by name."""
+        """Return every tensor that predicting needs, by name.
+
+        Of a table that is spread over ranks rank 0 gets all rows, and the others none: all have to call it.
+        """
         out = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        out |= {f"table.{width}": table.weight_VD for width, table in self.tables.items()}
+        out |= {f"table.{width}": self._whole(width, "weight_VD") for width in self.tables}
         for table in self.tables.values():
             out |= {f"frequent.{vocab}": torch.from_numpy(known_V) for vocab, known_V in table.frequent.items()}
         if self.pictures is not None:
@@ -59,18 +69,23 @@ class TrainedModel:
         return {k: v.detach().clone().cpu() for k, v in self.tensors().items()}
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """Return the state of the tables' Adam, by name: `table.WIDTH.m` and `.v` [rows, width], `.step` []."""
+        """Return the state of the tables' Adam, by name: `table.WIDTH.m` and `.v` [rows, width], `.step` []. All ranks
+        have to call it, as `tensors`."""
         out: dict[str, torch.Tensor] = {}
         for width, table in self.tables.items():
-            out |= {f"table.{width}.m": table.m_VD, f"table.{width}.v": table.v_VD}
+            out |= {f"table.{width}.{kind}": self._whole(width, f"{kind}_VD") for kind in ("m", "v")}
             out[f"table.{width}.step"] = torch.tensor(table.step)
         return out
+
+    def _whole(self, width: int, name: str) -> torch.Tensor:
+        matrix: torch.Tensor = getattr(self.tables[width], name)
+        return matrix if self.service is None else self.service.whole(width, name)
 
     def load_moments(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `moments` returned."""
         for width, table in self.tables.items():
-            table.m_VD.copy_(state[f"table.{width}.m"])
-            table.v_VD.copy_(state[f"table.{width}.v"])
+            table.take_over("m_VD", state[f"table.{width}.m"])
+            table.take_over("v_VD", state[f"table.{width}.v"])
             table.step = int(state[f"table.{width}.step"])
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -78,7 +93,7 @@ class TrainedModel:
         prefix = "network."
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         for width, table in self.tables.items():
-            table.weight_VD.copy_(state[f"table.{width}"])
+            table.take_over("weight_VD", state[f"table.{width}"])
             table.frequent = {vocab: state[f"frequent.{vocab}"].clone().numpy() for vocab in table.frequent}
         if self.pictures is not None:
             dtype = self.pictures.mean_W.dtype
@@ -105,11 +120,13 @@ def build(
     counts: Counts,
     pictures: PictureVectors | None,
     dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainedModel:
     """Return a model with fresh parameters, drawn from `[train] seed`.
 
     dtype: of network, tables and pictures; default: that of `[train] precision`. All start from the same numbers, drawn
     in float32.
+    ranks: over which large tables are spread (`[train] placement`); of these this rank's rows are there.
     """
     dtype = dtype or DTYPES[train.precision]
     plan = make_plan(train, schema, pictures.width if pictures else 0)
@@ -135,6 +152,7 @@ def build(
             generator,
             dtype=dtype,
             frequent={v: frequent[v] for v in vocabs if v in frequent},
+            share=(ranks.rank, ranks.count) if is_spread(plan, width, ranks.count) else (0, 1),
         )
         for width, vocabs in plan.vocabularies().items()
     }
@@ -143,13 +161,27 @@ def build(
     return TrainedModel(plan, network, tables, pictures)
 
 
-def open_pictures(train: Train, features: Path | None, convert: Path | None) -> PictureVectors | None:
-    """Return the picture vectors that the model needs, or None."""
+def open_pictures(
+    train: Train, features: Path | None, convert: Path | None, ranks: Ranks = ALONE
+) -> PictureVectors | None:
+    """Return the picture vectors that the model needs, or None. Several ranks share the memory that one may take."""
     if not train.looks_at_pictures:
         return None
     if features is None or convert is None:
         raise UserError("this model looks at pictures: give --features (made by `ctrkit extract-images`) and --convert")
-    return PictureVectors(features, convert, shuffle=train.shuffle_pictures, has_picture=train.has_picture)
+    return PictureVectors(
+        features,
+        convert,
+        shuffle=train.shuffle_pictures,
+        has_picture=train.has_picture,
+        sharing=ranks.count,
+    )
+
+
+def check_conversion(convert: Path | None, schema: Schema, groups: Path) -> None:
+    """Refuse a `--convert`, if one is given, from which groups of this schema were not made."""
+    if convert is not None:
+        vocabulary.require(convert, "--convert", schema.vocab_digest, f"{groups} (--groups) was made with")
 
 
 def check_conversion(convert: Path | None, schema: Schema, groups: Path) -> None:
@@ -163,7 +195,7 @@ def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
     train = model.plan.train
     later = set() if train.has_picture else {"has_picture"}  # left out where off, as before there was the switch
     settings = {
-        "train": train.model_dump(mode="json", exclude=later | {"checkpoint_minutes"}),
+        "train": train.model_dump(mode="json", exclude=later | {"checkpoint_minutes"} | RANKS),
         "schema": model.plan.schema.to_json(),
         **extra,
     }
@@ -196,7 +228,7 @@ def check_recipe(folder: Path, recipe: Train) -> None:
         )
 
 
-def load(folder: Path, groups: Path, features: Path | None, convert: Path | None) -> TrainedModel:
+def load(folder: Path, groups: Path, features: Path | None, convert: Path | None, ranks: Ranks = ALONE) -> TrainedModel:
     """Read a model for use with these groups; a model trained with another vocabulary is an error."""
     settings, train, schema = read_settings(folder)
     here = Schema.read(groups)
@@ -207,12 +239,14 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
             "on these groups, or make the groups with the vocabulary it was trained with."
         )
     check_conversion(convert, here, groups)
-    pictures = open_pictures(train, features, convert)
+    pictures = open_pictures(train, features, convert, ranks)
     if pictures is not None:
         _check_pictures(pictures, settings, folder)
     nothing = {v: np.zeros(n, np.int64) for v, n in schema.vocab_sizes.items()}
-    model = build(train, schema, nothing, pictures)
+    model = build(train, schema, nothing, pictures, ranks=ranks)
     state, expected = state_dict.read(folder / "model.pt"), model.tensors()
+    # Of a table that is spread over ranks only a share is here.
+    expected |= {f"table.{w}": torch.empty(t.n_rows, w, device="meta") for w, t in model.tables.items() if t.sharded}
     wrong = sorted(k for k in expected.keys() | state.keys() if _shape(state, k) != _shape(expected, k))
     if wrong:
         raise UserError(

@@ -65,6 +65,23 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--nproc` and `--max-restarts`."""
+    number = click.IntRange(min=1, max=1024)
+    for option in (
+        click.option(
+            "--max-restarts",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="With several processes: how often all are started again after one has failed.",
+        ),
+        click.option("--nproc", type=number, help="Processes that share the work here. Default: the recipe's."),
+    ):
+        command = option(command)
+    return command
+
+
 def path_option(name: str, help: str, *, required: bool = True, **rest: Any) -> Callable[..., Any]:
     """Return a click option that gives a `Path`."""
     return click.option(name, type=click.Path(path_type=Path), required=required, help=help, **rest)

@@ -1,5 +1,6 @@
 """Picture vectors as models see them: centred and scaled, by index of the vocabulary `image`."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -38,12 +39,21 @@ class PictureVectors:
     convert: the folder that `ctrkit convert` wrote, for its vocabulary `image`.
     shuffle: give each picture another picture's vector, a control.
     has_picture: add a last coordinate, 1 for a picture that has a vector and 0 otherwise.
+    sharing: processes that share the memory in which features are held.
     """
 
-    def __init__(self, features: Path, convert: Path, *, shuffle: bool = False, has_picture: bool = False) -> None:
+    def __init__(
+        self,
+        features: Path,
+        convert: Path,
+        *,
+        shuffle: bool = False,
+        has_picture: bool = False,
+        sharing: int = 1,
+    ) -> None:
         self.has_picture = has_picture
         seed = CONTROL_SEED if shuffle else None
-        self.store = FeatureStore(features, shuffle_seed=seed, cache_bytes=MEMORY_LIMIT)
+        self.store = FeatureStore(features, shuffle_seed=seed, cache_bytes=MEMORY_LIMIT // sharing)
         self._vocabulary = convert / "vocab" / "image.parquet"
         if not self._vocabulary.is_file():
             raise UserError(
@@ -78,8 +88,16 @@ class PictureVectors:
         """How many pictures of the vocabulary have no vector."""
         return int((self.row_V[2:] < 0).sum())
 
-    def fit(self, count_V: npt.NDArray[np.int64] | None = None) -> None:
-        """Set mean and scale from the pictures that training refers to: those with a count, where counts are given."""
+    def fit(
+        self,
+        count_V: npt.NDArray[np.int64] | None = None,
+        share: tuple[int, int] = (0, 1),
+        summed: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]] = lambda x: x,
+    ) -> None:
+        """Set mean and scale from the pictures that training refers to: those with a count, where counts are given.
+
+        share: (rank, ranks): read every so many-th row only, from the first on; `summed` then adds what all have found.
+        """
         rows = self._training
         if count_V is not None:
             rows = np.unique(self.row_V[np.flatnonzero(count_V[: len(self.row_V)])])
@@ -88,10 +106,12 @@ class PictureVectors:
             raise UserError("no training sample refers to a picture that has a vector")
         total = np.zeros(self.store.width)
         square = np.zeros(self.store.width)
-        for part in np.array_split(rows, max(1, len(rows) // 8192)):
+        own = rows[share[0] :: share[1]]
+        for part in np.array_split(own, max(1, len(own) // 8192)):
             x = self._read(part).numpy().astype(np.float64)
             total += x.sum(0)
             square += (x * x).sum(0)
+        total, square = summed(np.stack([total, square]))
         if not np.isfinite(square).all():
             raise UserError(
                 f"{self.store.path} has vectors with infinite or missing numbers (NaN), of pictures in training: "
@@ -119,13 +139,23 @@ class PictureVectors:
     def _read(self, rows: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self.store.read(rows))
 
-    def gather(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return ([N, W] distinct vectors, [len(index)] positions in N) for indexes of the vocabulary `image`."""
+    def distinct(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return ([N] distinct rows of the file, rising, [len(index)] positions in N) for indexes of the vocabulary
+        `image`; row −1 stands for all pictures without a vector."""
         rows = np.where(index < len(self.row_V), self.row_V[np.minimum(index, len(self.row_V) - 1)], -1)
         distinct, position = np.unique(rows, return_inverse=True)
-        x_NW = self._read(np.maximum(distinct, 0)).to(self.scale.dtype).sub_(self.mean_W).mul_(self.scale)
-        if len(distinct) and distinct[0] < 0:
+        return torch.from_numpy(distinct), torch.from_numpy(position.reshape(-1).astype(np.int64))
+
+    def vectors(self, row_N: npt.NDArray[np.int64]) -> Tensor:
+        """Return [N, W] the vectors of rows, of which −1 can be the first only."""
+        x_NW = self._read(np.maximum(row_N, 0)).to(self.scale.dtype).sub_(self.mean_W).mul_(self.scale)
+        if len(row_N) and row_N[0] < 0:
             x_NW[0] = 0.0
         if self.has_picture:
-            x_NW = torch.cat([x_NW, torch.from_numpy(distinct >= 0).to(x_NW.dtype).unsqueeze(1)], 1)
-        return x_NW, torch.from_numpy(position.reshape(-1).astype(np.int64))
+            x_NW = torch.cat([x_NW, torch.from_numpy(row_N >= 0).to(x_NW.dtype).unsqueeze(1)], 1)
+        return x_NW
+
+    def gather(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return ([N, W] distinct vectors, [len(index)] positions in N) for indexes of the vocabulary `image`."""
+        row_N, position = self.distinct(index)
+        return self.vectors(row_N.numpy()), position

@@ -41,17 +41,19 @@ class Meter:
     total: how many units there are, or None where that is unknown.
     unit: what is counted, such as "pictures".
     done: how many were done before, by another process; they do not count for the rate.
+    quiet: show nothing, since another process does.
     """
 
-    def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, done: int = 0, *, quiet: bool = False) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = self._before = done
         self.note = ""
+        self.quiet = quiet
         self._begun = self._last = time.monotonic()
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Meter":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             self._bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -88,6 +90,8 @@ class Meter:
 
     def _line(self, now: float) -> None:
         self._last = now
+        if self.quiet:
+            return
         of = f"/{self.total:,}" if self.total is not None else ""
         left = ""
         if self.total and self._before < self.done < self.total:

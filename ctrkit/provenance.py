@@ -27,7 +27,7 @@ import click
 from ctrkit import digests, files
 from ctrkit.errors import Resumable, UsageError, UserError
 from ctrkit.progress import say
-from ctrkit.recipe import Recipe
+from ctrkit.recipe import RANKS, Recipe
 
 # The recipe tables whose change makes a stage's output stale.
 TABLES: dict[str, tuple[str, ...]] = {
@@ -54,6 +54,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "tables": ("tables", "curves", "eval", "name", "about"),
     "daily": ("daily", "eval", "name"),
 }
+ROUNDING: dict[str, frozenset[str]] = {"train": RANKS, "predict": frozenset(["processes"])}
+"""Of these tables, keys that change no more than the last bits of an output, and so do not make it stale."""
 FOLDERS = frozenset(["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "tables", "daily"])
 """Stages whose output is a folder; that of the others is a file."""
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
@@ -112,9 +114,13 @@ def provenance(
     options: Mapping[str, str] | None = None,
 ) -> Provenance:
     """Compute the provenance that a stage's output would have now. Inputs that are None do not count."""
+    config = recipe.tables(*TABLES[stage]) if recipe else {}
+    for table, keys in ROUNDING.items():
+        if table in config:
+            config[table] = {key: value for key, value in config[table].items() if key not in keys}
     return Provenance(
         stage=stage,
-        config=(recipe.tables(*TABLES[stage]) if recipe else {}) | dict(options or {}),
+        config=config | dict(options or {}),
         inputs=_digests_of(inputs, known),
         code=code_digest(stage),
     )
@@ -247,6 +253,11 @@ class Work:
 def will_work() -> bool:
     """Say whether a stage that comes to its `output` will make it, whether it is fresh or not."""
     return not _checking and not os.environ.get("CTRKIT_UNLESS_FRESH")
+
+
+def is_checking() -> bool:
+    """Say whether a stage is asked only whether its output is fresh."""
+    return _checking
 
 
 class Checked(Exception):

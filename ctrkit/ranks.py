@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
-from ctrkit.errors import Resumable, UsageError
+from ctrkit.errors import Resumable, UsageError, UserError
 
 PATIENCE = datetime.timedelta(days=30)
 """How long ranks wait for each other while all of them live. One that is gone is noticed at once."""
@@ -23,6 +23,35 @@ GLOO_THREAD, TASKS = "pt_gloo_runloop", Path("/proc/self/task")
 THREAD_SECONDS = 3.0
 """How long to wait for gloo's threads to end."""
 AGAIN = "What was done is kept: run the same command again and it goes on from there"
+
+
+LAUNCHED = "CTRKIT_LAUNCHED"
+"""In the environment of ranks that `ctrkit.launch` started, which says itself which one failed first."""
+LOST_ANOTHER = 75
+"""Exit code of such a rank that ends because another one has."""
+
+
+class LostRank(Resumable):
+    """What a rank says that ends because of another one."""
+
+
+class SilentlyLostRank(LostRank):
+    """The same where the launcher tells of the other one."""
+
+    exit_code = LOST_ANOTHER
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        pass
+
+
+class ToldByFirst(UserError):
+    """What a rank raises for an error that rank 0 raises too, and tells."""
+
+    def __init__(self) -> None:
+        super().__init__("rank 0 says what is wrong")
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -61,10 +90,15 @@ class Ranks:
             yield
             return
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         with _told_to_stop(self):
             try:
-                dist.init_process_group("gloo", timeout=PATIENCE)
+                store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
+                # torchrun's store outlives a restart, with the addresses of those that have ended.
+                store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
             except (RuntimeError, ValueError) as e:
                 raise UsageError(
                     f"rank {self.rank} of {self.count} cannot reach the others at MASTER_ADDR "
@@ -72,6 +106,12 @@ class Ranks:
                 ) from None
             try:
                 yield
+            except RuntimeError as e:
+                if _lost(e):
+                    raise self._lost_another(e) from None
+                raise
+            except OSError as e:
+                raise Resumable(f"rank {self.rank} of {self.count} cannot go on: {_first_line(e)}. {AGAIN}") from None
             finally:
                 with contextlib.suppress(RuntimeError):
                     dist.destroy_process_group()
@@ -87,11 +127,29 @@ class Ranks:
         try:
             dist.all_gather_object(found, value)
         except RuntimeError as e:
-            raise Resumable(
-                f"rank {self.rank} of {self.count} has lost another one, whose own message says why "
-                f"({_first_line(e)}). {AGAIN}"
-            ) from None
+            raise self._lost_another(e) from None
         return found
+
+    def gather_first(self, value: Any) -> list[Any]:
+        """Return at rank 0 what each rank gave, in their order; elsewhere nothing. All ranks have to call it."""
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.count if self.rank == 0 else None
+        try:
+            dist.gather_object(value, found)
+        except RuntimeError as e:
+            raise self._lost_another(e) from None
+        return found or []
+
+    def tell(self, value: Any = None) -> Any:
+        """Return what rank 0 gave. All ranks have to call it."""
+        return self.gather(value)[0]
+
+    def _lost_another(self, error: Exception) -> Resumable:
+        return _lost_rank(
+            f"rank {self.rank} of {self.count} has lost another one, whose own message says why "
+            f"({_first_line(error)}). {AGAIN}"
+        )
 
     @contextlib.contextmanager
     def leading(self) -> Iterator["Leader"]:
@@ -108,6 +166,10 @@ class Ranks:
     def follow(self) -> bool:
         """For the other ranks: wait for rank 0, and say whether there is work."""
         return bool(self.gather(None)[0])
+
+
+ALONE = Ranks()
+"""One process."""
 
 
 @dataclass
@@ -128,7 +190,10 @@ def _told_to_stop(ranks: Ranks) -> Iterator[None]:
     """Turn SIGTERM, by which torchrun ends the ranks when one of them has failed, into a message."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Resumable(f"rank {ranks.rank} of {ranks.count} was told to stop, as when another one has failed. {AGAIN}")
+        if LAUNCHED in os.environ:  # as if killed, which leaves all that was done, and without a word
+            os._exit(LOST_ANOTHER)
+        who = f"rank {ranks.rank} of {ranks.count}"
+        raise LostRank(f"{who} was told to stop, as when another one has failed. {AGAIN}")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -149,6 +214,18 @@ def _thread_name(thread: Path) -> str:
         return (thread / "comm").read_text().strip()
     except OSError:  # it has just ended
         return ""
+
+
+def _lost_rank(message: str) -> LostRank:
+    return SilentlyLostRank(message) if LAUNCHED in os.environ else LostRank(message)
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Say whether an error is that of a collective whose other side is gone."""
+    import torch.distributed as dist
+
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "Connection closed by peer" in text
 
 
 def _first_line(error: Exception) -> str:

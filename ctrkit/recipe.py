@@ -586,6 +586,15 @@ class Train(Table):
     """CPU threads. Fixed, since sums depend on it in the last bits."""
     device: str = "cpu"
     """`cpu`, `cuda` or `auto`, of train and predict. Bit-identical reruns are promised on the CPU only."""
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that train together here, each with a GPU or `threads` cores; under torchrun as many as it starts."""
+    placement: Literal["auto", "replicate", "shard"] = "auto"
+    """Of ID tables, where several processes train: a copy in each, or rows spread over them; auto: by size."""
+    picture_placement: Literal["auto", "replicate", "shard"] = "auto"
+    """Of pictures: each process extracts those of its samples, or those that lie on it, for all; auto: the second, but
+    not with SimTier."""
+    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which extracted picture vectors and their gradients go from process to process."""
     # What it writes.
     log_every: Annotated[int, Field(ge=0)] = 100
     """Steps between lines of metrics.jsonl and points of TensorBoard, besides those of the validations; 0: none."""
@@ -620,7 +629,10 @@ class Train(Table):
         return self.model == "dicm" and self.user_images in ("simtier", "simtier+pooled")
 
 
-NOT_THE_MODEL = frozenset(["device", "threads", "log_every", "checkpoint_minutes", "save_optimiser"])
+RANKS = frozenset(["processes", "placement", "picture_placement"])
+"""Keys of [train] that say how processes share the work. They change the last bits of what comes out, and so do not
+make an output stale."""
+NOT_THE_MODEL = RANKS | {"device", "threads", "log_every", "checkpoint_minutes", "save_optimiser", "exchange_dtype"}
 """Keys of [train] that say where a model is trained and what is written besides, not what model it is."""
 
 
@@ -629,6 +641,8 @@ class Predict(Table):
 
     split: Literal["train", "valid", "test"] = "test"
     batch: Annotated[int, Field(ge=1)] = 4096
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that score together here, as `train.processes`."""
 
 
 class Eval(Table):

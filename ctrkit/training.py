@@ -21,17 +21,20 @@ from torch import Tensor, nn
 from ctrkit import compiling
 from ctrkit.ahead import ahead
 from ctrkit.bad_batches import BadBatch
-from ctrkit.batches import GroupedData
+from ctrkit.batches import Block, GroupedData
 from ctrkit.checkpoints import Checkpoint, Checkpoints
 from ctrkit.collate import Collator
+from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
+from ctrkit.feature_service import Rows, gather
 from ctrkit.gauc import gauc
 from ctrkit.modelfile import Counts, TrainedModel
 from ctrkit.models import threads
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.compiled_layers import loops
 from ctrkit.progress import Meter, say
-from ctrkit.scoring import scores
+from ctrkit.ranks import ALONE, ToldByFirst
+from ctrkit.scoring import all_scores
 from ctrkit.tensorboard import Board
 
 CHECK_STEPS = 50
@@ -67,14 +70,18 @@ class Mean:
 
 @dataclass
 class Trainer:
-    """Everything that moves while a model is trained."""
+    """Everything that moves while a model is trained.
+
+    Where several ranks train it (`model.service`), all do the same, each on its share of every batch: losses, counts,
+    decisions and records are the same on all, rank 0 writes.
+    """
 
     model: TrainedModel
     counts: Counts
     train: GroupedData
     valid: GroupedData | None
     valid_users: np.ndarray[Any, Any] | None
-    """The raw user of each validation sample, in order; integers or text."""
+    """The raw user of each validation sample, in order; integers or text. Of several ranks rank 0 needs them."""
     checkpoints: Checkpoints | None = None
     """Where the state is kept. Default: a temporary folder, which goes when training ends."""
     tensorboard: Path | None = None
@@ -88,8 +95,15 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.config = self.model.plan.train
+        self.service = self.model.service
+        self.ranks = self.service.parallel.ranks if self.service else ALONE
         self.collate = Collator(
-            self.model.plan, self.model.tables, self.model.pictures, self.counts, self.config.unknown_rate
+            self.model.plan,
+            self.model.tables,
+            self.model.pictures,
+            self.counts,
+            self.config.unknown_rate,
+            rows_only=self.service is not None and self.service.reads,
         )
         self.widths = {n: self.model.plan.width(n) for n in self.model.plan.ids}
         weights = [p for p in self.model.network.parameters() if p.ndim > 1]
@@ -102,6 +116,8 @@ class Trainer:
         self.network: nn.Module = self.model.network
         if self.config.compile:
             self.network = compiling.compiled(self.model.network, self.model.device)
+        if self.service is not None:
+            self.network = self.service.parallel.wrap(self.network)
         self.steps = self.samples = 0
         self.epoch = self.batch = 0
         """Epochs that are done, and batches of the present one."""
@@ -110,6 +126,9 @@ class Trainer:
         self.waited = 0
         """Validations since."""
         self.check_steps = 1 if self._device.type == "cpu" else CHECK_STEPS
+        self._saved = time.monotonic()
+        self.overdue = self._zero()
+        """Not zero where rank 0 finds that the last checkpoint is too old."""
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self._device)
         """The first step whose loss or gradient was not finite; from then on nothing is updated."""
         self.gradient_norm = self._zero()
@@ -138,15 +157,17 @@ class Trainer:
         with (
             self._somewhere(),
             self._threads(),
-            Meter("train", n_samples * self.config.epochs, "samples", done=self.samples) as meter,
-            Board(self.tensorboard, self.steps, self.output) as board,
+            Meter(
+                "train", n_samples * self.config.epochs, "samples", done=self.samples, quiet=not self._first
+            ) as meter,
+            Board(self.tensorboard if self._first else None, self.steps, self.output) as board,
         ):
             self._saved = time.monotonic()
             self._told = self._saved, self.samples
             while not self.finished:
                 for batch in self._batches():
-                    self._count(self.step(batch), batch.n_samples)
-                    meter.add(batch.n_samples)
+                    self._count(self.step(batch), batch.n_total)
+                    meter.add(batch.n_total)
                     ended = self.batch == batches
                     if self.steps % self.check_steps == 0:
                         self._check_finite()
@@ -157,14 +178,15 @@ class Trainer:
                         better = self._evaluate(board)
                     if ended:
                         self.epoch, self.batch = self.epoch + 1, 0
-                    minutes = (time.monotonic() - self._saved) / 60
-                    if ended or better or minutes >= self.config.checkpoint_minutes:
+                    if ended or better or self._is_overdue():
                         self._save()
                     if self.finished:
                         break
             if self.best is not None and self.best[0] != self.steps:
                 assert self.checkpoints is not None
                 self._take_over(self.checkpoints.read(self.best[0]))
+                if self.service is not None:
+                    self.ranks.gather(None)  # before rank 0 removes the checkpoint
         return self.model
 
     def resume(self, last: Checkpoint) -> None:
@@ -180,6 +202,8 @@ class Trainer:
             mean.total.fill_(total)
             mean.samples = samples
         epoch = min(self.epoch + 1, self.config.epochs)
+        if not self._first:
+            return
         say(f"train: going on after step {self.steps:,}, in epoch {epoch} of {self.config.epochs}")
 
     def step(self, batch: Batch) -> Tensor:
@@ -187,28 +211,64 @@ class Trainer:
         learning_rate = self.config.learning_rate * self.config.decay ** (self.steps // self.config.decay_steps)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        tables = self.model.tables
-        rows = {w: tables[w].gather(r) for w, r in batch.rows.items()}
+        own, rows = gather(self.model.tables, batch)
         logit_S = self._forward_S(batch, rows)
-        loss = nn.functional.binary_cross_entropy_with_logits(logit_S, batch.click_S.to(logit_S.dtype))
+        loss_S = nn.functional.binary_cross_entropy_with_logits(
+            logit_S, batch.click_S.to(logit_S.dtype), reduction="none"
+        )
+        loss = loss_S.sum() / batch.n_total
         self.adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.steps += 1
-        self.samples += batch.n_samples
+        self.samples += batch.n_total
+        loss = loss.detach()
         # The gradient of the data: the regularisers join it later, in the optimisers.
-        with_gradient = [p for p in (*self.model.network.parameters(), *rows.values()) if p.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+        if self.service is None:
+            self.gradient_norm = self._norm([r.weight_MD for r in own.values()])
+        else:
+            own = self.service.merge(batch, own)
+            loss, self.gradient_norm = self._over_ranks(loss, own)
         frozen = self._freeze(loss, self.gradient_norm)
         if self.config.clip_norm:
+            with_gradient = [*self.model.network.parameters(), *(r.weight_MD for r in own.values())]
             nn.utils.clip_grads_with_norm_(with_gradient, self.config.clip_norm, self.gradient_norm)
         self.adam.found_inf = frozen.float()  # type: ignore[attr-defined]
         self.adam.step()
-        for w, r in batch.rows.items():
+        for w, updated in own.items():
             # Row 0 is padding, and stays zero whatever the gradient.
-            own_or_none = torch.where(frozen, 0, r)
+            own_or_none = torch.where(frozen, 0, updated.local)
             how = self.config.regularisation, self.config.regularisation_strength
-            tables[w].update(own_or_none, rows[w], learning_rate, *how)
-        return loss.detach()
+            self.model.tables[w].update(own_or_none, updated.weight_MD, learning_rate, *how)
+        return loss
+
+    def _norm(self, rows: Sequence[Tensor]) -> Tensor:
+        """Return the norm [] of the gradient of the dense parameters and of these rows together."""
+        leaves = [*self.model.network.parameters(), *rows]
+        return nn.utils.get_total_norm([p.grad for p in leaves if p.grad is not None])
+
+    def _over_ranks(self, loss: Tensor, own: Mapping[int, Rows]) -> tuple[Tensor, Tensor]:
+        """Return the loss [] over all ranks and the norm [] of the gradient, the same on all; hear from rank 0 whether
+        a checkpoint is overdue. A collective."""
+        assert self.service is not None
+        tables = self.model.tables
+        spread = [r.weight_MD.grad for w, r in own.items() if tables[w].sharded and r.weight_MD.grad is not None]
+        squares = [g.double().square().sum() for g in spread]
+        overdue = self._first and self._minutes >= self.config.checkpoint_minutes
+        mine = torch.stack([loss.double(), sum(squares, self._zero()), self._zero() + overdue])
+        total, square, self.overdue = self.service.parallel.sum(mine).unbind()
+        here = self._norm([r.weight_MD for w, r in own.items() if not tables[w].sharded]).double()
+        return total.to(loss.dtype), (here.square() + square).sqrt().to(loss.dtype)
+
+    @property
+    def _minutes(self) -> float:
+        """Since the last checkpoint."""
+        return (time.monotonic() - self._saved) / 60
+
+    def _is_overdue(self) -> bool:
+        """Say whether the last checkpoint is too old: the same on all ranks. There it may wait for the device."""
+        if self.service is None:
+            return self._minutes >= self.config.checkpoint_minutes
+        return self.steps % self.check_steps == 0 and bool(self.overdue)
 
     def _forward_S(self, batch: Batch, rows: Mapping[int, Tensor]) -> Tensor:
         """Return the log-odds [S] of a batch, in training."""
@@ -221,13 +281,23 @@ class Trainer:
         """Yield what is left of the epoch, on the model's device."""
         self.model.network.train()
         for batch in ahead(self._made((self.config.seed, self.epoch), self.batch), AHEAD):
-            yield batch.to(self.model.device)
+            yield self._prepared(batch)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """Return a batch on the model's device, with what the ranks need of each other."""
+        batch = batch.to(self.model.device)
+        return batch if self.service is None else self.service.prepare(batch, training=True)
 
     def _made(self, seed: tuple[int, int], skip: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, on the CPU, in a thread of their own."""
         torch.set_num_threads(1)  # of this thread: the others are training
         for block in self.train.epoch(self.config.batch, seed, skip=skip):
-            yield self.collate(block, seed)
+            batch = self.collate(self._share(block), seed)
+            batch.total = block.n_samples
+            yield batch
+
+    def _share(self, block: Block) -> Block:
+        return block if self.service is None else share(block, self.ranks)
 
     def _count(self, loss: Tensor, samples: int) -> None:
         self.batch += 1
@@ -248,19 +318,29 @@ class Trainer:
             return
         seed = (self.config.seed, self.epoch)
         number = self.batch - 1 - (self.steps - step)  # in the epoch: checked at its end at the latest
-        block = next(self.train.epoch(self.config.batch, seed, skip=number))
-        batch = self.collate(block, seed).to(self.model.device)
+        whole = next(self.train.epoch(self.config.batch, seed, skip=number))
+        block = self._share(whole)
+        made = self.collate(block, seed)
+        made.total = whole.n_samples
+        batch = self._prepared(made)
         self.model.network.train()
         self.adam.zero_grad()
-        rows = {w: self.model.tables[w].gather(r) for w, r in batch.rows.items()}
+        own, rows = gather(self.model.tables, batch)
         logit_S = self._forward_S(batch, rows)
         click_S = batch.click_S.to(logit_S.dtype)
         loss_S = nn.functional.binary_cross_entropy_with_logits(logit_S, click_S, reduction="none")
-        loss_S.mean().backward()  # type: ignore[no-untyped-call]
+        (loss_S.sum() / batch.n_total).backward()  # type: ignore[no-untyped-call]
         gradients = {name: p.grad for name, p in self.model.network.named_parameters() if p.grad is not None}
-        gradients |= {f"the ids of width {w}": row.grad for w, row in rows.items() if row.grad is not None}
-        seen = (logit_S.detach().cpu(), loss_S.detach().cpu())
-        raise BadBatch(step, self._epoch_number, block, *seen, gradients).error(self.config, self.bad_batch)
+        for w, r in own.items():
+            if r.weight_MD.grad is not None:
+                gradients[f"the ids of width {w}"] = r.weight_MD.grad
+        found = BadBatch(step, self._epoch_number, block, logit_S.detach().cpu(), loss_S.detach().cpu(), gradients)
+        if self.service is not None:
+            of_ranks = self.ranks.gather_first(found.brief())
+            if not self._first:
+                raise ToldByFirst
+            found = BadBatch.merged(of_ranks)
+        raise found.error(self.config, self.bad_batch)
 
     def _log(self, board: Board, meter: Meter) -> None:
         """Write a line of metrics.jsonl and points of TensorBoard on the training since the last."""
@@ -294,8 +374,8 @@ class Trainer:
             "valid_gauc": None,
             "learning_rate": self.adam.param_groups[0]["lr"],
         }
-        if self.valid is not None and self.valid_users is not None:
-            record["valid_loss"], record["valid_gauc"] = self._validate(self.valid, self.valid_users)
+        if self.valid is not None:
+            record["valid_loss"], record["valid_gauc"] = self._validate(self.valid)
             self.model.network.train()
         self.loss.clear()
         self.records.append(record)
@@ -309,25 +389,37 @@ class Trainer:
         self.waited += 1
         return False
 
-    def _validate(self, data: GroupedData, users_S: np.ndarray[Any, Any]) -> tuple[float, float | None]:
-        """Return mean log loss and GAUC over a split. Holds 9 bytes a sample: its user, click and score."""
-        click_S, score_S = np.zeros(len(users_S), np.int8), np.zeros(len(users_S), np.float32)
-        loss, end = 0.0, 0
-        for block, score in scores(self.model, data, VALIDATION_BATCH):
-            begin, end = end, end + block.n_samples
-            click_S[begin:end], score_S[begin:end] = np.asarray(block.sample["click"]), score
-            p = np.clip(score.astype(np.float64), 1e-7, 1 - 1e-7)
-            loss -= float(np.where(click_S[begin:end] == 1, np.log(p), np.log1p(-p)).sum())
+    def _validate(self, data: GroupedData) -> tuple[float, float | None]:
+        """Return mean log loss and GAUC over a split. Rank 0 holds 9 bytes a sample: its user, click and score."""
+        score_S, click_S = all_scores(self.model, data, VALIDATION_BATCH)
+        try:
+            judged = self._judged(click_S, score_S) if self._first else None
+        except UserError:
+            self.ranks.tell()
+            raise
+        if (told := self.ranks.tell(judged)) is None:
+            raise ToldByFirst
+        loss, value = told
+        return loss, value
+
+    def _judged(self, click_S: np.ndarray[Any, Any], score_S: np.ndarray[Any, Any]) -> tuple[float, float | None]:
+        """Return mean log loss and GAUC."""
+        assert self.valid_users is not None
         if not np.isfinite(score_S).all():
             raise UserError(
                 f"some validation scores of step {self.steps} are not finite. Lower [train] learning_rate (now "
                 f"{self.config.learning_rate:g}), or look for extreme values in the picture features with "
                 "`ctrkit inspect`."
             )
-        return loss / len(users_S), gauc(users_S, click_S, score_S).value
+        loss = 0.0
+        for begin in range(0, len(score_S), VALIDATION_BATCH):
+            part = slice(begin, begin + VALIDATION_BATCH)
+            p = np.clip(score_S[part].astype(np.float64), 1e-7, 1 - 1e-7)
+            loss -= float(np.where(click_S[part] == 1, np.log(p), np.log1p(-p)).sum())
+        return loss / len(score_S), gauc(self.valid_users, click_S, score_S).value
 
     def _save(self) -> None:
-        """Write a checkpoint: all that later steps depend on."""
+        """Write a checkpoint: all that later steps depend on. Rank 0 does, from what all of them have."""
         self._check_finite()
         assert self.checkpoints is not None
         progress = {
@@ -341,7 +433,9 @@ class Trainer:
             "records": self.records,
         }
         tensors = {**self.model.tensors(), **self.optimiser_state(), **self._random_state()}
-        self.checkpoints.save(self.steps, tensors, progress, None if self.best is None else self.best[0])
+        if self._first:
+            self.checkpoints.save(self.steps, tensors, progress, None if self.best is None else self.best[0])
+        self.ranks.tell()  # none goes on, perhaps to read it, before it is there
         self._saved = time.monotonic()
 
     def optimiser_state(self) -> dict[str, Tensor]:
@@ -384,8 +478,9 @@ class Trainer:
         if self.checkpoints is not None:
             yield
             return
-        with tempfile.TemporaryDirectory(prefix="ctrkit-") as folder:
-            self.checkpoints = Checkpoints(Path(folder))
+        own = tempfile.TemporaryDirectory(prefix="ctrkit-") if self._first else contextlib.nullcontext()
+        with own as folder:
+            self.checkpoints = Checkpoints(Path(self.ranks.tell(folder)))
             try:
                 yield
             finally:
@@ -394,6 +489,11 @@ class Trainer:
     @property
     def _device(self) -> torch.device:
         return torch.device(self.model.device)
+
+    @property
+    def _first(self) -> bool:
+        """Whether this rank writes, and tells what goes on."""
+        return self.ranks.rank == 0
 
     @property
     def _epoch_number(self) -> int:

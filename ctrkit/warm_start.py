@@ -230,7 +230,7 @@ def _full(model: TrainedModel, source: Source, warmed: Warmed, vocabularies: tup
     for width, rows in table_rows(model.plan, source, vocabularies).items():
         table = model.tables[width]
         old_R, new_R = rows.pairs()
-        table.weight_VD[new_R] = state[f"table.{width}"][old_R].to(table.weight_VD.dtype)
+        table.put("weight_VD", new_R, state[f"table.{width}"][old_R])
         warmed.rows |= rows.counts
     if model.plan.train.warm_optimiser:
         warmed.optimiser = True
@@ -351,8 +351,8 @@ def optimiser_state(
     for width, rows in table_rows(model.plan, source, vocabularies).items():
         table: Table = model.tables[width]
         old_R, new_R = rows.pairs()
-        for key, moments in (("m", table.m_VD), ("v", table.v_VD)):
-            moments[new_R.to(moments.device)] = state[f"table.{width}.{key}"][old_R].to(moments.device, moments.dtype)
+        for key in ("m", "v"):
+            table.put(f"{key}_VD", new_R, state[f"table.{width}.{key}"][old_R])
         table.step = int(state[f"table.{width}.step"])
 
 

@@ -416,10 +416,9 @@ def spoil(made: training.Trainer, step: int) -> None:
 def test_validation_scores_that_are_not_finite(noise: Path) -> None:
     made = trainer(noise)
     assert made.valid is not None
-    assert made.valid_users is not None
     made.model.tables[12].weight_VD.fill_(math.nan)
     with pytest.raises(UserError, match=r"some validation scores of step 0 are not finite. Lower \[train\] learning"):
-        made._validate(made.valid, made.valid_users)
+        made._validate(made.valid)
 
 
 # Precision.

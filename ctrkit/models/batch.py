@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ctrkit.models.layers import gather_rows, segment_sum
+
+if TYPE_CHECKING:
+    from ctrkit.row_exchange import Route
 
 
 @dataclass
@@ -31,13 +34,21 @@ class Batch:
     segment: dict[str, Tensor]
     """Multi-hot feature → the group or sample of each of its values."""
     picture_NW: dict[str, Tensor] = field(default_factory=dict)
-    """Picture feature → [N, W] its distinct pictures' centred vectors."""
+    """Picture feature → [N, W] its distinct pictures' centred vectors; where pictures are spread over ranks, those of
+    the pictures that lie on this rank and any rank names."""
+    picture_row: dict[str, Tensor] = field(default_factory=dict)
+    """Picture feature → [N] rows of features.h5 of its distinct pictures, rising; −1: no vector."""
     picture_index: dict[str, Tensor] = field(default_factory=dict)
     """Picture feature → [S] or [B] positions in N."""
     kept_P: Tensor | None = None
     """[P] bool: whether the sample sees the ids of the behaviour (`regularisation = "dropout"`). None: it does."""
     dropout_rate: float = 0.0
     """The share of pairs that `kept_P` was drawn to leave out."""
+    route: dict[int | str, "Route"] = field(default_factory=dict)
+    """Embedding width or picture feature → how its rows travel between the ranks that name them and those on which
+    they lie. What is not in it lies here."""
+    total: int = 0
+    """Samples of the global batch, of which these are a share; 0: these are all."""
 
     def to(self, device: str) -> "Batch":
         """Return the batch with its tensors on a device; itself where they are there already."""
@@ -54,6 +65,19 @@ class Batch:
     @property
     def n_samples(self) -> int:
         return len(self.click_S)
+
+    @property
+    def n_total(self) -> int:
+        """Samples of all ranks."""
+        return self.total or self.n_samples
+
+    def spread(self, name: int | str, x_MD: Tensor) -> Tensor:
+        """Return [N, D], rows for what this rank names, from those that lie here; of pictures or of a table."""
+        return self.route[name].spread(x_MD) if name in self.route else x_MD
+
+    def collect(self, name: str, x_N: Tensor) -> Tensor:
+        """Return [M], sums over the ranks for the pictures that lie here, from what each has for those it names."""
+        return self.route[name].sum(x_N) if name in self.route else x_N
 
     def id_pairs(self) -> tuple[Tensor, Tensor]:
         """Return (sample, behaviour) of the pairs [P] whose ids the model sees: all, or those that dropout keeps."""

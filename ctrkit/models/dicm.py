@@ -49,7 +49,8 @@ class DICM(nn.Module):
     def pictures(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Return (the ads' extracted picture vectors [S, D], the behaviours' [B, D]), where the model has them.
 
-        Each distinct picture is extracted once.
+        Each distinct picture is extracted once: where pictures are spread over ranks, once over all of them, on the
+        rank on which it lies.
         """
         ad_ND = user_ND = None
         ad_NW, user_NW = (batch.picture_NW.get(name) for name in (self.plan.ad_image, self.plan.user_image))
@@ -67,9 +68,11 @@ class DICM(nn.Module):
                 user_ND = self.usernet(user_NW, count_user)
         ad_SD = user_BD = None
         if ad_ND is not None:
-            ad_SD = nn.functional.embedding(batch.picture_index[self.plan.ad_image], ad_ND)
+            name = self.plan.ad_image
+            ad_SD = nn.functional.embedding(batch.picture_index[name], batch.spread(name, ad_ND))
         if user_ND is not None:
-            user_BD = nn.functional.embedding(batch.picture_index[self.plan.user_image], user_ND)
+            name = self.plan.user_image
+            user_BD = nn.functional.embedding(batch.picture_index[name], batch.spread(name, user_ND))
         return ad_SD, user_BD
 
     def _counts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
@@ -84,7 +87,11 @@ class DICM(nn.Module):
         of_group = segment_sum(ones_S, batch.group_S, batch.n_groups).index_select(0, batch.group_B)
         for name, weight in ((self.plan.ad_image, ones_S), (self.plan.user_image, of_group)):
             seen = batch.picture_index.get(name)
-            out.append(None if seen is None else segment_sum(weight, seen, len(batch.picture_NW[name])))
+            if seen is None:
+                out.append(None)
+                continue
+            named = batch.picture_row if name in batch.route else batch.picture_NW
+            out.append(batch.collect(name, segment_sum(weight, seen, len(named[name]))))
         return out[0], out[1]
 
     def context_S(self, look: Lookup, ad_SD: Tensor | None) -> Tensor:

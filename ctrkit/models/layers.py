@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ctrkit.models import threads
 from ctrkit.models.compiled_layers import DiceRows, GatherRows, PReLURows, loops
+from ctrkit.models.statistics import Group, moments
 
 
 class Dice(nn.Module):
@@ -18,8 +19,11 @@ class Dice(nn.Module):
     m ← 0.99·m + 0.01·batch with bias correction, since eqs. 6 and 7 as printed grow without bound.
     ε, open in the paper, bounds the gradient of channels that are constant over a batch (or have one row).
     Input and output [rows, H]; rows are real rows, never padding. `count` [rows] says how often each row counts
-    where equal rows are given once; without it each counts once.
+    where equal rows are given once; without it each counts once. With a `group` the statistics are those of the rows
+    of all its ranks.
     """
+
+    group: Group = None
 
     mean_H: Tensor
     var_H: Tensor
@@ -40,6 +44,18 @@ class Dice(nn.Module):
         self.var_H.lerp_(var_H.to(self.var_H.dtype), self.momentum)
         self.seen += 1
 
+    def of_all_ranks(self, n: Tensor, mean_H: Tensor, var_H: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (E, Var) of a batch of which all ranks have n [] rows, and observe them; the running averages where
+        there is no row. Does not wait for the device."""
+        before = self.mean_H.clone(), self.var_H.clone(), self.seen.clone()
+        running = self.running()
+        self.observe(mean_H.detach(), var_H.detach())
+        there = n > 0
+        with torch.no_grad():
+            for now, then in zip((self.mean_H, self.var_H, self.seen), before, strict=True):
+                now.copy_(torch.where(there, now, then))
+        return torch.where(there, mean_H, running[0]), torch.where(there, var_H, running[1])
+
     def running(self) -> tuple[Tensor, Tensor]:
         """Return (E, Var), the bias-corrected averages."""
         correction = (1.0 - (1.0 - self.momentum) ** self.seen).clamp(min=self.momentum).to(self.mean_H.dtype)
@@ -47,6 +63,8 @@ class Dice(nn.Module):
 
     def forward(self, y: Tensor, count: Tensor | None = None) -> Tensor:
         y = _wide(y)
+        if self.training and self.group is not None:
+            return self._activated(y, *self.of_all_ranks(*moments(y, count, self.group)))
         run = loops(y) if y.dtype == self.a_H.dtype and y.ndim == 2 and count is None else None
         if run is not None and self.training and len(y):
             out: Tensor = DiceRows.apply(y, self.a_H, self, run)
@@ -62,6 +80,9 @@ class Dice(nn.Module):
             self.observe(mean_H.detach(), var_H.detach())
         else:
             mean_H, var_H = self.running()
+        return self._activated(y, mean_H, var_H)
+
+    def _activated(self, y: Tensor, mean_H: Tensor, var_H: Tensor) -> Tensor:
         # √ has no slope at 0: a constant channel passes no gradient through its deviation.
         deviation_H = torch.where(var_H > 0, var_H, 1.0).sqrt() * (var_H > 0)
         p = torch.sigmoid((y - mean_H) / (deviation_H + self.eps))
@@ -189,6 +210,35 @@ def mlp(widths: Sequence[int], act: str) -> MLP:
     return MLP(*layers)
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of [rows, width]; over the rows of all ranks of `group`, where there is one. A batch of one row, which
+    has no variance, is normalised by the running statistics."""
+
+    group: Group = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and self.group is not None:
+            return self._over_ranks(_wide(input))
+        if len(input) == 1:
+            return nn.functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias)
+        return super().forward(input)
+
+    def _over_ranks(self, x_RH: Tensor) -> Tensor:
+        n, mean_H, var_H = moments(x_RH, None, self.group)
+        several = n > 1
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        mean_H = torch.where(several, mean_H, self.running_mean)
+        var_H = torch.where(several, var_H, self.running_var)
+        with torch.no_grad():
+            unbiased_H = torch.where(several, var_H * (n / (n - 1).clamp(min=1)), var_H)
+            self.running_mean.lerp_(mean_H, self.momentum or 0.0)
+            self.running_var.lerp_(unbiased_H, self.momentum or 0.0)
+            self.num_batches_tracked += several
+        return (x_RH - mean_H) * (var_H + self.eps).rsqrt() * self.weight + self.bias
+
+
 class Discriminator(nn.Module):
     """Concatenated middle vectors → BatchNorm → fully connected layers → two outputs (DICM section IV).
 
@@ -197,16 +247,11 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int, hidden: Sequence[int], act: str, batch_norm: bool) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width) if batch_norm else nn.Identity()
+        self.norm = BatchNorm(width) if batch_norm else nn.Identity()
         self.layers = mlp([width, *hidden, 2], act)
 
     def forward(self, x_SD: Tensor) -> Tensor:
-        if isinstance(self.norm, nn.BatchNorm1d) and len(x_SD) == 1:  # one row has no variance: use the running one
-            norm = self.norm
-            x_SD = nn.functional.batch_norm(x_SD, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        else:
-            x_SD = self.norm(x_SD)
-        out_S2: Tensor = self.layers(x_SD)
+        out_S2: Tensor = self.layers(self.norm(x_SD))
         return out_S2[:, 1] - out_S2[:, 0]
 
 

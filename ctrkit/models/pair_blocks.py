@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrkit.models.layers import Dice, PReLU, segment_softmax, segment_sum
+from ctrkit.models.statistics import merged, summed
 
 aten = torch.ops.aten
 BLOCK = {"cpu": 8192, "cuda": 1 << 20}
@@ -80,7 +81,7 @@ class BlockDice:
 
     n_sums = 3
 
-    def __init__(self, module: Dice, mean_H: Tensor, var_H: Tensor, n_pairs: int) -> None:
+    def __init__(self, module: Dice, mean_H: Tensor, var_H: Tensor, n_pairs: int | Tensor) -> None:
         self.a_H, self.mean_H, self.n_pairs = module.a_H.detach(), mean_H, n_pairs
         self.deviation_H = torch.where(var_H > 0, var_H, 1.0).sqrt() * (var_H > 0)
         self.r_H = 1.0 / (self.deviation_H + module.eps)
@@ -154,7 +155,7 @@ class Pairs:
         self.acts: dict[int, Any] = {}
         waits = []
         for layer, module in enumerate(modules):
-            if isinstance(module, Dice) and module.training and self.n_pairs:
+            if isinstance(module, Dice) and module.training and (self.n_pairs or module.group is not None):
                 waits.append(layer)
             elif isinstance(module, Dice):
                 self.acts[layer] = BlockDice(module, *module.running(), self.n_pairs)
@@ -225,12 +226,21 @@ class Pairs:
             moments = self.sweep(begin, end, logit_P1)
             if end < self.depth:
                 module = self.modules[end]
-                mean_H, var_H = moments.mean_H, moments.square_H / moments.n
                 assert isinstance(module, Dice)
-                module.observe(mean_H, var_H)
-                self.acts[end] = BlockDice(module, mean_H, var_H, self.n_pairs)
+                self.acts[end] = self.dice(module, moments, self.widths[end])
         logit_P: Tensor = logit_P1.squeeze(1)
         return logit_P
+
+    def dice(self, module: Dice, moments: Moments, width: int) -> BlockDice:
+        """Return a Dice with the moments of all pairs, which it observes; those of all ranks, where it has a group."""
+        if module.group is None:
+            mean_H, var_H = moments.mean_H, moments.square_H / moments.n
+            module.observe(mean_H, var_H)
+            return BlockDice(module, mean_H, var_H, self.n_pairs)
+        none_H = self.h_SH.new_zeros(width)
+        mean_H, square_H = (moments.mean_H, moments.square_H) if self.n_pairs else (none_H, none_H)
+        n, mean_H, var_H = merged(self.h_SH.new_tensor(self.n_pairs), mean_H, square_H, module.group)
+        return BlockDice(module, *module.of_all_ranks(n, mean_H, var_H), n.clamp(min=1))
 
     def sweep(self, begin: int, end: int, logit_P1: Tensor) -> Moments:
         """Compute layers begin to end; return the moments of layer end, unless it is that of the logits."""
@@ -272,7 +282,8 @@ class Pairs:
         for begin, end in reversed(self.sweeps):
             self.sweep_back(begin, end, dlogit_P, waiting)
             if begin:
-                self.acts[begin - 1].settle(self.sum(f"act {begin - 1}", 3, self.widths[begin - 1]))
+                sums, group = self.sum(f"act {begin - 1}", 3, self.widths[begin - 1]), self.modules[begin - 1].group
+                self.acts[begin - 1].settle(sums if group is None else summed(sums, group))
         out: list[Tensor | None] = [self.sum("h_S", *self.h_SH.shape), self.sum("h_B", *self.h_BH.shape)]
         for name, x in (("q", self.q_SD), ("k", self.k_BD), ("product", self.product_HD)):
             out.append(None if x is None else self.sum(name, *x.shape))

@@ -72,7 +72,9 @@ def attend(
         return attend_plain(unit, q_SD, k_BD, v_BE, sample_P, behaviour_P, softmax=softmax, scale=scale)
     activations = [unit.act, *list(unit.rest)[1::2]]
     product_HD = unit.weight["p"] if "p" in unit.parts else None
-    run, how = loops(q_SD), (activations, sample_P, behaviour_P, softmax, scale)
+    # The loops know nothing of other ranks' rows, which Dice's statistics are to be of.
+    over_ranks = any(isinstance(module, Dice) and module.group is not None for module in activations)
+    run, how = None if over_ranks else loops(q_SD), (activations, sample_P, behaviour_P, softmax, scale)
     out_SE: Tensor = Attend.apply(
         Pairs(*how) if run is None else CompiledPairs(run, *how),
         torch.is_grad_enabled(),

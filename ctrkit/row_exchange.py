@@ -1,0 +1,174 @@
+"""Rows of a matrix that is spread over ranks: asked of their owners by number, gradients sent back the same way.
+
+Row i belongs to rank i mod W. What travels is numbers of rows, their vectors and the gradients of these, each by one
+all-to-all. An owner merges what all ranks ask, so that a row is fetched (or computed) and updated once.
+
+Letters: W ranks, U distinct rows that this rank names, A rows that all ranks ask of this one (in the order of the
+ranks), M the distinct ones of these, D width.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+INT32_ROWS = 1 << 31
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The rows of one matrix that a rank names in a batch."""
+
+    rows_U: Tensor
+    """[U] int64, distinct and rising."""
+    n_rows: int
+    """Of the matrix."""
+    of: str
+    """What the bytes are counted as: `table`, `picture`."""
+    wire: torch.dtype | None = None
+    """Dtype of vectors and gradients on their way; None: as they are."""
+
+
+class RowExchange:
+    """Sends rows between the ranks of a process group, and counts the bytes.
+
+    All ranks make the same calls in the same order, also those that have nothing to send.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        self.sent: Counter[str] = Counter()
+        """Bytes that left this rank for others: `table ids`, `table vectors`, `table gradients`, `table counts`, and so
+        for `picture`."""
+
+    def routes(self, asks: Sequence[Ask]) -> list["Route"]:
+        """Tell the owners which rows this rank names of some matrices, and learn which the others ask of it: two
+        messages, however many matrices. A collective."""
+        if not asks:
+            return []
+        owners = [ask.rows_U % self.count for ask in asks]
+        orders = [torch.argsort(owner_U, stable=True) for owner_U in owners]
+        asked_WK = torch.stack([torch.bincount(owner_U, minlength=self.count) for owner_U in owners], 1)
+        wanted_WK = torch.empty_like(asked_WK)
+        dist.all_to_all_single(wanted_WK, asked_WK, group=self.group)
+        asked, wanted = asked_WK.tolist(), wanted_WK.tolist()
+        small = torch.int32 if max(ask.n_rows for ask in asks) < INT32_ROWS else torch.int64
+        lists = [
+            torch.split(ask.rows_U[order_U].to(small), [a[k] for a in asked])
+            for k, (ask, order_U) in enumerate(zip(asks, orders, strict=True))
+        ]
+        sizes = [n for per_rank in wanted for n in per_rank]
+        out = torch.cat([lists[k][r] for r in range(self.count) for k in range(len(asks))])
+        found = torch.split(self._send(out, [sum(a) for a in asked], [sum(w) for w in wanted]), sizes)
+        routes = []
+        for k, ask in enumerate(asks):
+            rows_M, place_A = torch.unique(torch.cat(found[k :: len(asks)]).long(), return_inverse=True)
+            own_asked, own_wanted = [a[k] for a in asked], [w[k] for w in wanted]
+            routes.append(Route(self, ask, orders[k], own_asked, own_wanted, rows_M, place_A))
+            others = len(ask.rows_U) - own_asked[self.rank]
+            self.sent[f"{ask.of} ids"] += others * out.element_size() + (self.count - 1) * asked_WK.element_size()
+        return routes
+
+    def all_gather(self, rows_M: Tensor, x_MD: Tensor, of: str) -> tuple[Tensor, Tensor]:
+        """Return ([n] rows, [n, D] gradients): what every rank has, in the order of the ranks. A collective."""
+        lengths_W = rows_M.new_empty(self.count)
+        dist.all_gather_into_tensor(lengths_W, rows_M.new_full((1,), len(rows_M)), group=self.group)
+        lengths = lengths_W.tolist()
+        most = max(lengths)
+        found = []
+        for x, what in ((rows_M, "ids"), (x_MD, "gradients")):
+            padded = torch.cat([x, x.new_zeros((most - len(x), *x.shape[1:]))])
+            all_x = x.new_empty((self.count * most, *x.shape[1:]))
+            dist.all_gather_into_tensor(all_x, padded, group=self.group)
+            self.sent[f"{of} {what}"] += (self.count - 1) * padded.numel() * padded.element_size()
+            found.append(torch.cat([all_x[r * most : r * most + n] for r, n in enumerate(lengths)]))
+        return found[0], found[1]
+
+    def _send(self, x: Tensor, to: list[int], of: list[int]) -> Tensor:
+        """Send runs of rows to the ranks, `to` of these lengths; return those that come, `of` these lengths."""
+        out = x.new_empty((sum(of), *x.shape[1:]))
+        dist.all_to_all_single(out, x.contiguous(), of, to, group=self.group)
+        return out
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which rows a rank asks of which, for one batch."""
+
+    exchange: RowExchange
+    ask: Ask
+    order_U: Tensor
+    """This rank's rows in the order of their owners: positions in U."""
+    asked: list[int]
+    """Of each rank, how many rows this one asks."""
+    wanted: list[int]
+    """By each rank, how many rows are asked of this one."""
+    rows_M: Tensor
+    """[M] int64, rising: the distinct rows that are asked of this rank."""
+    place_A: Tensor
+    """Positions in M of the rows asked."""
+
+    def spread(self, x_MD: Tensor) -> Tensor:
+        """Return [U, D], the rows that this rank names, from [M, D], those that it owns. A collective, and so is its
+        gradient: the sum over the ranks that named a row, in their order."""
+        out_UD: Tensor = _Spread.apply(x_MD, self)
+        return out_UD
+
+    def sum(self, x_UD: Tensor) -> Tensor:
+        """Return [M, …]: the sum, over the ranks that named a row, of what each has for it. A collective."""
+        return self._collect(x_UD, "counts", x_UD.dtype)
+
+    def collect(self, grad_UD: Tensor) -> Tensor:
+        """Return [M, D], the sum of gradients, as the gradient of `spread` gives it. A collective."""
+        return self._collect(grad_UD, "gradients", self.ask.wire or grad_UD.dtype)
+
+    def _give(self, x_MD: Tensor) -> Tensor:
+        x_AD = x_MD.index_select(0, self.place_A).to(self.ask.wire or x_MD.dtype)
+        self._count(x_AD, "vectors", self.wanted)
+        x_UD = self.exchange._send(x_AD, self.wanted, self.asked).to(x_MD.dtype)
+        return torch.empty_like(x_UD).index_copy_(0, self.order_U, x_UD)
+
+    def _collect(self, x_UD: Tensor, what: str, wire: torch.dtype) -> Tensor:
+        sent_UD = x_UD.index_select(0, self.order_U).to(wire)
+        self._count(sent_UD, what, self.asked)
+        x_AD = self.exchange._send(sent_UD, self.asked, self.wanted).to(x_UD.dtype)
+        return x_AD.new_zeros((len(self.rows_M), *x_AD.shape[1:])).index_add_(0, self.place_A, x_AD)
+
+    def _count(self, x: Tensor, what: str, to: list[int]) -> None:
+        """Count what leaves this rank."""
+        row_bytes = x.element_size() * math.prod(x.shape[1:])
+        self.exchange.sent[f"{self.ask.of} {what}"] += (len(x) - to[self.exchange.rank]) * row_bytes
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        return route._give(x_MD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_UD: Tensor) -> tuple[Tensor, None]:
+        return ctx.route.collect(dout_UD), None
+
+
+def interleaved(x_nD: Tensor, n_rows: int, group: dist.ProcessGroup) -> Tensor | None:
+    """Return at rank 0 the whole matrix [n_rows, …] of which row i is row i div W of rank i mod W; None elsewhere.
+
+    A collective.
+    """
+    count, rank = dist.get_world_size(group), dist.get_rank(group)
+    most = -(-n_rows // count)
+    padded = torch.cat([x_nD, x_nD.new_zeros((most - len(x_nD), *x_nD.shape[1:]))])
+    parts = [torch.empty_like(padded) for _ in range(count)] if rank == 0 else None
+    dist.gather(padded, parts, group_dst=0, group=group)
+    if parts is None:
+        return None
+    return torch.stack(parts, 1).flatten(0, 1)[:n_rows]
