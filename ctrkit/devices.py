@@ -58,18 +58,6 @@ def memory_told(mend: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_told(mend: str) -> Iterator[None]:
-    """Within the block, make of an error about memory that is not there the user's, which ends with what mends it."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        text = (str(e).splitlines() or [""])[0]
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
-            raise
-        raise UserError(f"there is not enough memory: {text.rpartition('] ')[2] or 'none is left'}. {mend}") from None
-
-
-@contextlib.contextmanager
 def lock(device: str) -> Iterator[None]:
     """Hold a GPU for the block, waiting for the stage of this user that holds it. A CPU is shared."""
     where = torch.device(device)

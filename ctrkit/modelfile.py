@@ -184,12 +184,6 @@ def check_conversion(convert: Path | None, schema: Schema, groups: Path) -> None
         vocabulary.require(convert, "--convert", schema.vocab_digest, f"{groups} (--groups) was made with")
 
 
-def check_conversion(convert: Path | None, schema: Schema, groups: Path) -> None:
-    """Refuse a `--convert`, if one is given, from which groups of this schema were not made."""
-    if convert is not None:
-        vocabulary.require(convert, "--convert", schema.vocab_digest, f"{groups} (--groups) was made with")
-
-
 def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
     """Write `settings.json` and `model.pt` into a folder. Raises OSError where there is no room."""
     train = model.plan.train

@@ -18,8 +18,6 @@ from ctrkit.recipe import RANKS, Recipe
 
 SMALLER = "Make [train] batch smaller, or extractor, tower, attention, or the features' width"
 
-SMALLER = "Make [train] batch smaller, or extractor, tower, attention, or the features' width"
-
 
 @click.command("train")
 @recipe_options
