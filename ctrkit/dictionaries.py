@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ from ctrkit import spool
 from ctrkit.spool import Ints
 
 Chunk = Mapping[str, Any]
+SHORT = ".words"
+"""What the name of a chunk's file of all short dictionaries ends in."""
 AT_ONCE = 1 << 21
 """Words of chunks that are looked up together, at least: what is in memory besides the distinct ones and all codes."""
 
@@ -24,7 +26,7 @@ def tasks(names: Sequence[str], chunks: Sequence[Chunk]) -> list[list[str]]:
         for name in lengths.keys() & chunk["words"].keys():
             end, a, b, _ = chunk["words"][name]
             lengths[name] += b - a
-            if end != ".words":
+            if end != SHORT:
                 alone.add(name)
     short = [n for n in names if n not in alone]
     long = sorted(alone, key=lambda name: (-lengths[name], name))
@@ -39,17 +41,40 @@ def unify(names: Sequence[str], chunks: Sequence[Chunk], folder: Path, in_order:
     in the map.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    words_of: dict[str, list[pl.Series]] = {name: [] for name in names}
     kinds = {n: pl.Int64 if all(c["words"][n][3] for c in chunks if n in c["words"]) else pl.String for n in names}
-    for chunk in chunks:
-        read: dict[str, pl.Series] = {}
-        for name in names:
-            if name in chunk["words"]:
-                end, a, b, _ = chunk["words"][name]
-                if end not in read:
-                    read[end] = pl.read_ipc(chunk["stem"] + end)["value"]
-                words_of[name].append(read[end].slice(a, b - a).cast(kinds[name]))
+    short: dict[str, pl.Series] = {}
+    words_of = {name: _Words(name, chunks, kinds[name], short) for name in names}
     return {name: _merge(name, words_of[name], folder, name in in_order) for name in names}
+
+
+class _Words(Sequence[pl.Series]):
+    """A column's words, chunk by chunk, of the chunks that have it. Those in files of their own are read when they are
+    asked for, the others, short ones, once for all columns: `short` keeps them.
+    """
+
+    def __init__(
+        self, name: str, chunks: Sequence[Chunk], dtype: type[pl.DataType], short: dict[str, pl.Series]
+    ) -> None:
+        self._places = [(c["stem"], *c["words"][name][:3]) for c in chunks if name in c["words"]]
+        self._dtype, self._short = dtype, short
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> pl.Series: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[pl.Series]: ...
+    def __getitem__(self, at: int | slice) -> pl.Series | list[pl.Series]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        stem, end, begin, until = self._places[at]
+        words = self._short.get(stem) if end == SHORT else None
+        if words is None:
+            words = pl.read_ipc(stem + end)["value"]
+        if end == SHORT:
+            self._short[stem] = words
+        return words.slice(begin, until - begin).cast(self._dtype)
 
 
 def _merge(name: str, words_of: Sequence[pl.Series], folder: Path, in_order: bool) -> dict[str, Any]:

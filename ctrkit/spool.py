@@ -113,16 +113,16 @@ def _code_range(values: pl.Series, low: int, high: int) -> tuple[Ints, pl.Series
 
 def code_ranges(parts: Sequence[pl.Series]) -> tuple[list[Ints], pl.Series] | None:
     """Return what `code` would give of the whole numbers of all parts (Int64, without nulls), the codes (UInt32) part
-    by part; None where they are not from a small range. Nothing but the codes grows with the parts."""
-    full = [part.to_numpy() for part in parts if part.len()]
+    by part; None where they are not from a small range. Goes through the parts three times; only the codes are held."""
+    full = [(int(p.min()), int(p.max()), len(p)) for p in (part.to_numpy() for part in parts) if len(p)]
     if not full:
         return None
-    low, high = min(int(p.min()) for p in full), max(int(p.max()) for p in full)
-    if high - low >= max(RANGE, 4 * sum(map(len, full))):
+    low, high = min(a for a, _, _ in full), max(b for _, b, _ in full)
+    if high - low >= max(RANGE, 4 * sum(n for _, _, n in full)):
         return None
     there = np.zeros(high - low + 1, bool)
-    for part in full:
-        there[part - low] = True
+    for part in parts:
+        there[part.to_numpy() - low] = True
     codes = np.cumsum(there, dtype=np.uint32)
     words = pl.Series("value", np.flatnonzero(there) + low, dtype=pl.Int64)
     return [codes[part.to_numpy() - low] for part in parts], words
