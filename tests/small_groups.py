@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ctrkit.batches import Block, Column, Ragged, Schema
 from ctrkit.digests import Digests
@@ -216,13 +218,15 @@ def write_features(path: Path, images: Sequence[str], row: Sequence[int], vector
 
 
 def write_image_vocabulary(convert: Path, images: Sequence[str], counts: Sequence[int]) -> None:
-    """Write `convert/vocab/image.parquet`: the images have the indexes 2, 3, …"""
+    """Write `convert/vocab/image.parquet`: the images have the indexes 2, 3, …
+
+    By pyarrow: this module is imported before processes are forked, which polars' threads would not survive.
+    """
     (convert / "vocab").mkdir(parents=True)
-    frame = pl.DataFrame(
-        {"value": images, "index": range(2, 2 + len(images)), "count": counts},
-        schema={"value": pl.String, "index": pl.UInt32, "count": pl.UInt64},
-    )
-    frame.write_parquet(convert / "vocab" / "image.parquet")
+    types = {"value": pa.large_string(), "index": pa.uint32(), "count": pa.uint64()}
+    columns = (images, range(2, 2 + len(images)), counts)
+    table = pa.table([pa.array(c, t) for c, t in zip(columns, types.values(), strict=True)], names=list(types))
+    pq.write_table(table, convert / "vocab" / "image.parquet")
 
 
 def write_pictures_of_sizes(convert: Path) -> None:

@@ -187,4 +187,4 @@ def test_a_switch_is_on_or_off(world: Path, tmp_path: Path) -> None:
     words = ["--recipe", world / "recipe.toml", "--variant", "ad", "--set", "train.has_picture=3"]
     result = ctrkit("train", *words, *reads(world, "ad"), "--out", tmp_path / "model")
     assert result.exit_code == 2
-    assert "train.has_picture: input should be a valid boolean" in result.output
+    assert "train.has_picture: has to be true or false" in result.output
