@@ -215,7 +215,9 @@ def user_values(column: pl.Series, path: Path, first_row: int = 0) -> pl.Series:
             ) from None
     bad = column.is_null()
     if column.dtype == pl.String:
-        bad |= (column.str.strip_chars() == "").fill_null(True)
+        may_be_blank = (column < "!") | (column >= "\x80")  # most texts do not start as blank ones do
+        if may_be_blank.any():
+            bad |= (column.str.strip_chars() == "").fill_null(True)
     if bad.any():
         raise UserError(
             f"{path}: row {first_row + _row(bad):,} has no user (column {column.name!r} is empty in "

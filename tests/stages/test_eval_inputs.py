@@ -80,7 +80,7 @@ def test_slices_of_one_name_are_refused(parquet):
     assert "column 'history' makes a slice called 'history=0'" in said
 
 
-@pytest.mark.parametrize("blank", ["", "  ", "\t"])
+@pytest.mark.parametrize("blank", ["", "  ", "\t", "\u3000"])
 def test_a_blank_user_is_missing(parquet, blank):
     said = refused(parquet(user=pl.Series(["a", "a", blank, "b", blank, "c"])))
     assert "row 3 has no user (column 'user' is empty in 2 of 6 rows)" in said
