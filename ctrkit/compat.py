@@ -61,7 +61,10 @@ def compat(program: Program, user: ArrayLike, label: ArrayLike, score: ArrayLike
     """Return the GAUC that a program would print.
 
     Takes the arrays of `ctrkit.gauc.gauc`; for torchrec in the order in which it would see each user's impressions.
+    Raises ValueError as that does, and for an unknown program.
     """
+    if program not in NAMES:
+        raise ValueError(f"program is {program!r}, not one of {tuple(NAMES)}")
     codes, label, score = user_codes(user), np.asarray(label), np.asarray(score)
     return total(program, [partial(program, user_auc(codes, label, score), codes, label, score)])
 

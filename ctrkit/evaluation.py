@@ -172,7 +172,10 @@ def measure(click: NDArray[np.bool_], score: NDArray[Any], gauc: GAUC, auc: floa
 
 
 def evaluate_arrays(user: ArrayLike, label: ArrayLike, score: ArrayLike, weight: Weight = "impressions") -> Metrics:
-    """Compute all metrics of arrays, without intervals; they are what `ctrkit.gauc.gauc` takes, and not empty."""
+    """Compute all metrics of arrays, without intervals; they are what `ctrkit.gauc.gauc` takes, and not empty.
+
+    Raises ValueError as that does.
+    """
     label, score = np.asarray(label), np.asarray(score)
     users = user_auc(user_codes(user), label, score)
     if len(label) == 0:

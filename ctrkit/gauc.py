@@ -68,16 +68,16 @@ def gauc(user: ArrayLike, label: ArrayLike, score: ArrayLike, weight: Weight = "
     score: [n] finite numbers; any scale, higher means more likely to be clicked.
     weight: what a user counts with; "users" gives each the same.
 
-    Raises ValueError for unequal lengths, labels other than 0/1, scores that are not finite, users without a value,
-    unknown weights.
+    Raises ValueError for unequal lengths, labels other than 0/1, scores that are not finite or no numbers, users
+    without a value (None, NaN, blank text), unknown weights.
     """
-    if weight not in get_args(Weight):
-        raise ValueError(f"weight is {weight!r}, not one of {get_args(Weight)}")
     return gauc_of(user_auc(user_codes(user), label, score), weight)
 
 
 def gauc_of(users: UserAUC, weight: Weight = "impressions") -> GAUC:
-    """Average the users' AUCs (DIN eq. 1)."""
+    """Average the users' AUCs (DIN eq. 1). Raises ValueError for an unknown weight."""
+    if weight not in get_args(Weight):
+        raise ValueError(f"weight is {weight!r}, not one of {get_args(Weight)}")
     kept = users.kept
     w = users.weights(weight)[kept]
     return GAUC(
@@ -117,6 +117,8 @@ def user_auc(
     if len(user) == 0:
         none = np.zeros(0, np.int64)
         return UserAUC(user=none, impressions=none, clicks=none, auc=np.zeros(0))
+    if label.dtype.kind not in "biuf" or score.dtype.kind not in "biuf":
+        raise ValueError(f"label and score are numbers, not {label.dtype} and {score.dtype}")
     if not ((label == 0) | (label == 1)).all():
         raise ValueError("labels other than 0 and 1")
     if user.min() < 0:
@@ -169,8 +171,12 @@ def _differs(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def user_codes(user: ArrayLike) -> Ints:
-    """Return int64 [n] ≥ 0, equal where the users are. Raises ValueError for a user that is no value (None, NaN)."""
+    """Return int64 [n] ≥ 0, equal where the users are. Raises ValueError for a user that is no value (None, NaN, blank
+    text), and where users are no list.
+    """
     user = np.asarray(user)
+    if user.ndim != 1:
+        raise ValueError(f"users are a list or an array of one dimension, not of {user.ndim}")
     if user.dtype.kind in "iu" and len(user):
         low, high = int(user.min()), int(user.max())
         if low >= 0 and high < 2**63:
@@ -179,7 +185,7 @@ def user_codes(user: ArrayLike) -> Ints:
             return user.astype(np.int64) - low
     if user.dtype.kind == "f" and not np.isfinite(user).all():
         raise ValueError("users without a value")
-    if user.dtype.kind in "UO" and user.ndim == 1:
+    if user.dtype.kind in "UO":
         try:
             text = pl.Series("user", user, dtype=pl.String, strict=True)
         except (TypeError, pl.exceptions.PolarsError):
@@ -187,10 +193,18 @@ def user_codes(user: ArrayLike) -> Ints:
         if text is not None:
             if text.null_count():
                 raise ValueError("users without a value")
-            codes = text.unique().sort().to_frame().with_row_index("code")
+            distinct = text.unique().sort()
+            if (distinct.str.strip_chars() == "").any():
+                raise ValueError("users without a value: blank text")
+            codes = distinct.to_frame().with_row_index("code")
             joined = text.to_frame().join(codes, on="user", how="left", maintain_order="left")
             return joined["code"].cast(pl.Int64).to_numpy()
-    _, inverse = np.unique(user, return_inverse=True)
+    try:
+        values, inverse = np.unique(user, return_inverse=True)
+    except TypeError:
+        raise ValueError("users of several types, or without a value: give whole numbers or text") from None
+    if user.dtype.kind == "O" and any(value is None or value != value for value in values):
+        raise ValueError("users without a value")
     return inverse.reshape(-1).astype(np.int64)
 
 

@@ -244,7 +244,7 @@ class _Run:
         click = predictions.labels(frame[self.columns["label"]], self.path, first_row)
         users = predictions.user_values(frame[self.columns["user"]], self.path, first_row)
         words, checks = self._words(users)
-        masks = list(self.slicing.masks(frame).values())
+        masks = list(self.slicing.masks(frame, first_row).values())
         columns = [words, score, click, *checks]
         if masks:
             columns += list(np.packbits(np.stack(masks), axis=0, bitorder="little"))

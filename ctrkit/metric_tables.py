@@ -14,6 +14,14 @@ from ctrkit.errors import UserError
 
 UNSEEN = "unseen_ad=true"
 """The slice that shows whether a model can do without a trained ad id."""
+COUNTS = ("impressions", "users_kept", "users_dropped", "impressions_covered")
+"""Metrics that are whole numbers; and those that may be null:"""
+NUMBERS = (
+    *("gauc", "gauc_low", "gauc_high", "gain", "gain_low", "gain_high", "r_gauc", "auc", "log_loss"),
+    *("normalised_entropy", "calibration", "ece"),
+)
+MOST_COLUMNS = 8
+"""More slices than these stand in rows."""
 FEW = 30
 """Of fewer users than this, the GAUC of a slice is given in brackets."""
 
@@ -24,6 +32,39 @@ def read_metrics(path: Path) -> dict[str, Any]:
     if not isinstance(metrics, dict) or not {"settings", "order", "variants", "comparisons"} <= metrics.keys():
         raise UserError(f"{path} is not a metrics.json; write one with: ctrkit eval --gauc FILE... --json {path}")
     return metrics
+
+
+def check_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    """Raise UserError, with the first fault, unless a metrics.json has all that tables of it are made of."""
+
+    def fault(where: str, what: str) -> UserError:
+        return UserError(f"{path} is not a metrics.json as eval writes it: {where} {what}. Write it again with eval.")
+
+    def within(holder: Any, key: str, kind: Any, where: str) -> Any:
+        if not isinstance(holder, dict) or key not in holder:
+            raise fault(f"{where}.{key}" if where else key, "is missing")
+        if not isinstance(holder[key], kind):
+            raise fault(f"{where}.{key}" if where else key, f"is {holder[key]!r}"[:80])
+        return holder[key]
+
+    settings = within(metrics, "settings", dict, "")
+    for key in ("weight", "ties", "interval", "baseline"):
+        within(settings, key, str, "settings")
+    order, variants = within(metrics, "order", dict, ""), within(metrics, "variants", dict, "")
+    slices = within(order, "slices", list, "order")
+    if odd := [name for name in (*slices, *within(order, "variants", list, "order")) if not isinstance(name, str)]:
+        raise fault("order", f"holds {odd[0]!r}, which is no name")
+    for name in order["variants"]:
+        one = within(variants, name, dict, "variants")
+        where = f"variants.{name}"
+        parts = {f"{where}.all": within(one, "all", dict, where)}
+        of_slices = within(one, "slices", dict, where)
+        parts |= {f"{where}.slices.{s}": within(of_slices, s, dict, f"{where}.slices") for s in of_slices}
+        for place, part in parts.items():
+            for key in COUNTS:
+                within(part, key, int, place)
+            for key in NUMBERS:
+                within(part, key, int | float | None, place)
 
 
 def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
@@ -62,11 +103,16 @@ def computed_how(metrics: dict[str, Any]) -> str:
     return text
 
 
+def counted(n: int, thing: str) -> str:
+    """Format a count of things: "1 user", "2 users"."""
+    return f"{n:,} {thing}{'s' if n != 1 else ''}"
+
+
 def covered_how(one: dict[str, Any]) -> str:
     """Say which users and impressions a GAUC covers."""
     return (
-        f"{one['users_kept']:,} users kept, {one['users_dropped']:,} dropped for having only one class; "
-        f"{percent(one['share_covered'], 1, sign=False)} of {one['impressions']:,} impressions covered"
+        f"{counted(one['users_kept'], 'user')} kept, {one['users_dropped']:,} dropped for having only one class; "
+        f"{percent(one['share_covered'], 1, sign=False)} of {counted(one['impressions'], 'impression')} covered"
     )
 
 
@@ -175,18 +221,30 @@ def compat_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def slice_table(metrics: dict[str, Any], slices: Sequence[str]) -> Table:
-    """Return files × slices: GAUC."""
+def slice_tables(metrics: dict[str, Any], slices: Sequence[str]) -> Iterator[Table]:
+    """Yield tables of the GAUC by slice: files × slices, or where slices are many, slices × files, a few files each."""
+    names = metrics["order"]["variants"]
+    if len(slices) <= MOST_COLUMNS:
+        yield _slice_table(metrics, names, slices, slices_down=False)
+        return
+    for begin in range(0, len(names), MOST_COLUMNS):
+        yield _slice_table(metrics, names[begin : begin + MOST_COLUMNS], slices, slices_down=True)
+
+
+def _slice_table(metrics: dict[str, Any], names: Sequence[str], slices: Sequence[str], *, slices_down: bool) -> Table:
     table = new_table("GAUC by slice")
-    table.add_column("variant", overflow="fold")
-    for s in slices:
-        table.add_column(Text(s), justify="right", overflow="fold")
-    for name in metrics["order"]["variants"]:
-        by_slice = metrics["variants"][name]["slices"]
-        cells = [of_few(by_slice[s]) if s in by_slice else "" for s in slices]
-        table.add_row(*(Text(cell) for cell in [lines(name, 33), *cells]))
-    shown = [v["slices"][s] for v in metrics["variants"].values() for s in slices if s in v["slices"]]
-    if any(one["users_kept"] < FEW for one in shown):
+    table.add_column("slice" if slices_down else "variant", overflow="fold")
+    for column in names if slices_down else slices:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    by_name = {name: metrics["variants"][name]["slices"] for name in names}
+    cells = {(name, s): of_few(by_name[name][s]) if s in by_name[name] else "" for name in names for s in slices}
+    if slices_down:
+        for s in slices:
+            table.add_row(*(Text(cell) for cell in [s, *(cells[name, s] for name in names)]))
+    else:
+        for name in names:
+            table.add_row(*(Text(cell) for cell in [lines(name, 33), *(cells[name, s] for s in slices)]))
+    if any(one["users_kept"] < FEW for of in by_name.values() for s, one in of.items() if s in slices):
         table.caption, table.caption_justify = f"In brackets: of fewer than {FEW} users.", "left"
     return table
 

@@ -1,5 +1,7 @@
 """Reading predictions, ours or anyone's: a table with a user, a 0/1 label and a score in each row."""
 
+import csv
+import gzip
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,10 @@ FIRST_ROWS = 2_000_000
 """Rows of a file that the report chooses impressions, users and ads from."""
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 COMPRESSED = (".gz", ".zst")
+EXACT_BELOW = 2**53
+"""Integers that are smaller are exact in float64."""
+EXACT_DIGITS = 15
+"""Decimals of at most so many digits stay different in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +73,15 @@ def check_columns(path: Path, columns: Sequence[str], required: Mapping[str, str
     """Raise UserError for a column that is wanted and not there. `required`: option → column."""
     for what, column in required.items():
         if column not in columns:
+            there = _columns(path)
+            if (found := _other_separator(path, there)) is not None:
+                raise UserError(
+                    f"{path} has the one column {there[0]!r}: its columns look separated by {found!r}, and in a "
+                    f"{_kind(path)} file that is {SEPARATORS[_kind(path)]!r}. Write it with that, or as Parquet."
+                )
             raise UserError(
                 f"{path} has no column {column!r}, which should be the {what}; name it with --{what}"
-                f"{nearest(column, _columns(path))}"
+                f"{nearest(column, there)}"
             )
     for name in slices:
         column = name if name in columns else BUILT_IN.get(name, name)
@@ -77,10 +89,22 @@ def check_columns(path: Path, columns: Sequence[str], required: Mapping[str, str
             raise UserError(f"{path} has no column {column!r} for --by {name}{nearest(column, _columns(path))}")
 
 
+def _other_separator(path: Path, columns: Sequence[str]) -> str | None:
+    """Return what seems to separate the columns of a text file that has only one as it should be read."""
+    if len(columns) != 1 or _kind(path) == ".parquet":
+        return None
+    return next((mark for mark in (";", "\t", ",", "|") if mark in columns[0]), None)
+
+
 def _read(path: Path, wanted: Sequence[str]) -> pl.DataFrame:
     """Read the columns that are wanted or that slices are built from, of those that the file has."""
     known = {*wanted, *BUILT_IN.values()}
-    columns = [c for c in _columns(path) if c in known]
+    there = _columns(path)
+    columns = [c for c in there if c in known]
+    if _kind(path) != ".parquet":
+        for column in columns:
+            if f"{column}_duplicated_0" in there:  # polars' name of the second
+                raise UserError(f"{path} has several columns {column!r}; leave one of them, or rename the others.")
     if not columns:  # polars reads a choice of none as all
         return pl.DataFrame()
     try:
@@ -90,8 +114,38 @@ def _read(path: Path, wanted: Sequence[str]) -> pl.DataFrame:
         separator = SEPARATORS[_kind(path)]
         frame = pl.read_csv(path, columns=columns, separator=separator, infer_schema=False, glob=False)
         return frame.head(frame.height - _blank_end(frame, path, separator))
-    except pl.exceptions.PolarsError as e:
-        raise UserError(f"{path} cannot be read as {_kind(path)[1:]}: {e}") from None
+    except (OSError, pl.exceptions.PolarsError) as e:
+        raise _unreadable(path, e) from None
+
+
+def _unreadable(path: Path, fault: Exception) -> UserError:
+    """Say in one paragraph why a file cannot be read."""
+    kind = _kind(path)
+    if "truncate_ragged_lines" in str(fault):
+        found = _first_long_row(path, SEPARATORS[kind])
+        where = "a row has" if found is None else f"row {found[0]:,} has {found[1]:,} fields,"
+        return UserError(
+            f"{path} cannot be read as {kind[1:]}: {where} more than the header names. Put text that holds a "
+            f"{SEPARATORS[kind]!r} in double quotes, or mend the row."
+        )
+    why = " ".join(str(fault).split())
+    if isinstance(fault, OSError) and path.suffix in COMPRESSED:
+        why += ". It may have been cut off: write or copy it again"
+    return UserError(f"{path} cannot be read as {kind[1:]}: {why}.")
+
+
+def _first_long_row(path: Path, separator: str) -> tuple[int, int] | None:
+    """Return the first row of more fields than the header (1 is the first row of data) and its fields, if found."""
+    if path.suffix == ".zst":
+        return None
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows = csv.reader(file, delimiter=separator)
+            width = len(next(rows))
+            return next(((number, len(row)) for number, row in enumerate(rows, 1) if len(row) > width), None)
+    except (OSError, EOFError, csv.Error, StopIteration):
+        return None
 
 
 def _blank_end(frame: pl.DataFrame, path: Path, separator: str) -> int:
@@ -132,8 +186,8 @@ def _columns(path: Path) -> list[str]:
         return head.columns
     except pl.exceptions.NoDataError:
         raise UserError(f"{path} is empty; there is nothing to evaluate.") from None
-    except pl.exceptions.PolarsError as e:
-        raise UserError(f"{path} cannot be read as {kind[1:]}: {e}") from None
+    except (OSError, pl.exceptions.PolarsError) as e:
+        raise _unreadable(path, e) from None
 
 
 def _row(bad: pl.Series) -> int:
@@ -159,8 +213,12 @@ def user_values(column: pl.Series, path: Path, first_row: int = 0) -> pl.Series:
             raise UserError(
                 f"{path}: column {column.name!r} is {column.dtype}; users are text or whole numbers"
             ) from None
-    if column.null_count():
-        bad = column.is_null()
+    bad = column.is_null()
+    if column.dtype == pl.String:
+        may_be_blank = (column < "!") | (column >= "\x80")  # most texts do not start as blank ones do
+        if may_be_blank.any():
+            bad |= (column.str.strip_chars() == "").fill_null(True)
+    if bad.any():
         raise UserError(
             f"{path}: row {first_row + _row(bad):,} has no user (column {column.name!r} is empty in "
             f"{int(bad.sum()):,} of {len(column):,} rows). GAUC is by user: leave these rows out, or give "
@@ -204,7 +262,10 @@ def labels(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[np.bool
 
 
 def scores(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[Any]:
-    """Return the scores, float32 or float64 [rows], finite."""
+    """Return the scores, float32 or float64 [rows], finite.
+
+    Raises UserError also for integers and decimals that float64 cannot tell apart: they would be ties.
+    """
     numbers = _numbers(column, path)
     if not numbers.dtype.is_float():
         numbers = numbers.cast(pl.Float64)
@@ -213,7 +274,26 @@ def scores(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[Any]:
             _at(path, column, bad, "is not a finite number", first_row)
             + " Every impression needs a score; name their column with --score."
         )
+    if not column.dtype.is_float() and (bad := _inexact(column, numbers)).any():
+        raise UserError(
+            _at(path, column, bad, "has more digits than float64, in which scores are compared", first_row)
+            + " Scores that differ would tie: give their ranks, or round them to float64 yourself."
+        )
     return numbers.cast(pl.Float32).to_numpy() if numbers.dtype == pl.Float16 else numbers.to_numpy()
+
+
+def _inexact(column: pl.Series, score: pl.Series) -> pl.Series:
+    """Return which integers and decimals [rows] float64 may not tell from others. `score`: the column as Float64."""
+    if column.dtype.is_decimal():
+        digits = column.cast(pl.String).str.replace_all(r"^-?[0.]+|[^0-9]", "").str.strip_chars_end("0")
+        return digits.str.len_bytes() > EXACT_DIGITS
+    large = score.abs() >= EXACT_BELOW
+    if not large.any():
+        return large
+    if column.dtype == pl.String:
+        whole = column.str.strip_chars().cast(pl.Int128, strict=False)
+        return large & (whole != score.cast(pl.Int128, strict=False)).fill_null(False)
+    return large & (column.cast(pl.Int128, strict=False) != score.cast(pl.Int128, strict=False)).fill_null(True)
 
 
 def _at(path: Path, column: pl.Series, bad: pl.Series, fault: str, first_row: int = 0) -> str:
@@ -229,29 +309,56 @@ def _at(path: Path, column: pl.Series, bad: pl.Series, fault: str, first_row: in
 class Slicing:
     """Which slices a file of predictions is cut into."""
 
+    path: Path
     unseen: bool
     history: bool
     values: dict[str, pl.Series]
     """Column → its distinct values, ascending; a slice each."""
 
-    def masks(self, frame: pl.DataFrame) -> dict[str, NDArray[np.bool_]]:
-        """Return name → which rows of the frame are inside, also where none is."""
+    def masks(self, frame: pl.DataFrame, first_row: int = 0) -> dict[str, NDArray[np.bool_]]:
+        """Return name → which rows of the frame are inside, also where none is.
+
+        `first_row`: rows of the file before the frame's first, for messages. Raises UserError for an `unseen_ad` that
+        is not 0 or 1 and a `history_length` that is not a whole number from 0 on, and for two slices of one name.
+        """
         made: dict[str, NDArray[np.bool_]] = {}
+
+        def add(name: str, inside: pl.Series, column: str) -> None:
+            if name in made:
+                raise UserError(
+                    f"{self.path}: column {column!r} makes a slice called {name!r}, and there is another of that "
+                    f"name, of another column. Give the column another name."
+                )
+            made[name] = inside.fill_null(False).to_numpy()
+
         if self.unseen:
-            unseen = _numbers(frame["unseen_ad"], Path())
-            for name, value in (("true", 1), ("false", 0)):
-                made[f"unseen_ad={name}"] = (unseen == value).fill_null(False).to_numpy()
+            unseen = self._checked(frame["unseen_ad"], lambda n: (n == 0) | (n == 1), "is neither 0 nor 1", first_row)
+            for shown, value in (("true", 1), ("false", 0)):
+                add(f"unseen_ad={shown}", unseen == value, "unseen_ad")
         if self.history:
-            length = frame["history_length"].cast(pl.Float64, strict=False)
+            fault = "is not a number of behaviours, which is whole and at least 0"
+            is_length = lambda n: n.is_finite() & (n >= 0) & (n == n.floor())  # noqa: E731
+            length = self._checked(frame["history_length"], is_length, fault, first_row)
             for low, high in HISTORY_BUCKETS:
                 inside = (length >= low) & (length <= (high if high is not None else np.inf))
                 shown = f"{low}+" if high is None else f"{low}-{high}" if high > low else f"{low}"
-                made[f"history={shown}"] = inside.fill_null(False).to_numpy()
+                add(f"history={shown}", inside, "history_length")
         for column, values in self.values.items():
             for v in values:
-                shown = str(v).lower() if isinstance(v, bool) else str(v)
-                made[f"{column}={shown}"] = (frame[column] == v).fill_null(False).to_numpy()
+                add(f"{column}={str(v).lower() if isinstance(v, bool) else v}", frame[column] == v, column)
         return made
+
+    def _checked(
+        self, column: pl.Series, is_good: Callable[[pl.Series], pl.Series], fault: str, first_row: int
+    ) -> pl.Series:
+        """Return a column that built-in slices are made from as Float64, null where it is empty."""
+        numbers = _numbers(column, self.path).cast(pl.Float64)
+        if (bad := ~is_good(numbers).fill_null(False) & column.is_not_null()).any():
+            raise UserError(
+                _at(self.path, column, bad, fault, first_row)
+                + f" Slices are made of a column called {column.name!r}: mend it, or give it another name."
+            )
+        return numbers
 
 
 def slicing(
@@ -265,7 +372,12 @@ def slicing(
     values: dict[str, pl.Series] = {}
     asked = [name if name in schema else BUILT_IN[name] for name in slices]
     asked = [column for column, name in zip(asked, slices, strict=True) if name not in BUILT_IN or column == "day"]
+    asked = [column for column in asked if column != "unseen_ad"]  # that is the built-in slice
     for column in dict.fromkeys(["day", *asked] if "day" in schema else asked):
+        if schema[column].is_nested():
+            raise UserError(
+                f"{path}: column {column!r} is {schema[column]}, and slices are made from columns of single values"
+            )
         found = distinct(column).drop_nulls().sort()
         if len(found) <= MOST_VALUES:
             values[column] = found
@@ -274,11 +386,7 @@ def slicing(
                 f"{path}: column {column!r} has {len(found):,} distinct values; slices are made from at "
                 f"most {MOST_VALUES}. Choose a coarser column."
             )
-    return Slicing(
-        unseen="unseen_ad" in schema and schema["unseen_ad"] in (pl.Boolean, pl.String),
-        history="history_length" in schema and not schema["history_length"].is_nested(),
-        values=values,
-    )
+    return Slicing(path=path, unseen="unseen_ad" in schema, history="history_length" in schema, values=values)
 
 
 def first_rows(path: Path) -> pl.LazyFrame:

@@ -657,8 +657,15 @@ class Eval(Table):
     compare: tuple[tuple[str, str], ...] = ()
     """Pairs of variants (better, worse) to compare by paired bootstrap."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
-    """Resamples of users; 0: no intervals."""
+    """Resamples of users, at least 2; 0: no intervals."""
     seed: Seed = 0
+
+    @field_validator("bootstrap")
+    @classmethod
+    def _has_spread(cls, resamples: int) -> int:
+        if resamples == 1:
+            raise ValueError("one resample has no spread; give at least 2, or 0 for no intervals")
+        return resamples
 
 
 class Report(Table):

@@ -10,7 +10,16 @@ from rich.text import Text
 
 from ctrkit import page_templates
 from ctrkit.errors import UsageError, UserError, nearest
-from ctrkit.metric_tables import lines, new_table, number, percent, read_metrics, with_interval
+from ctrkit.metric_tables import (
+    check_metrics,
+    counted,
+    lines,
+    new_table,
+    number,
+    percent,
+    read_metrics,
+    with_interval,
+)
 
 ALL = "all"
 SAME = {"weight": "users count by", "ties": "ties are", "interval": "intervals are"}
@@ -41,9 +50,12 @@ def metrics_path(run: Path) -> Path:
 def compare(runs: Mapping[str, Path], slice_name: str = ALL, variants: Sequence[str] = ()) -> Comparison:
     """Lay runs side by side, over one slice. `runs`: name → metrics.json; `variants`: only these, if any.
 
-    Raises UserError for files that are no metrics.json, UsageError for slices and variants that no run has.
+    Raises UserError for files that are no metrics.json, UsageError for variants that no run has and for slices that
+    one has of none of the variants.
     """
     metrics = {name: read_metrics(path) for name, path in runs.items()}
+    for name, path in runs.items():
+        check_metrics(path, metrics[name])
     order = list(dict.fromkeys(v for m in metrics.values() for v in m["order"]["variants"]))
     slices = list(dict.fromkeys([ALL, *(s for m in metrics.values() for s in m["order"]["slices"])]))
     if slice_name not in slices:
@@ -51,11 +63,15 @@ def compare(runs: Mapping[str, Path], slice_name: str = ALL, variants: Sequence[
     for name in variants:
         if name not in order:
             raise UsageError(f"no run has the variant {name!r}{nearest(name, order)}")
+    for run, m in metrics.items():
+        there = [m["variants"][v] for v in variants or order if v in m["order"]["variants"]]
+        if slice_name != ALL and there and not any(slice_name in one["slices"] for one in there):
+            raise UsageError(f"{run} has no slice {slice_name!r}{nearest(slice_name, m['order']['slices'])}")
     rows = []
     for variant in variants or order:
         first: float | None = None
         for run, m in metrics.items():
-            if variant not in m["variants"]:
+            if variant not in m["order"]["variants"]:
                 continue
             one = m["variants"][variant]
             one = one[ALL] if slice_name == ALL else one["slices"].get(slice_name)
@@ -100,16 +116,18 @@ def _notes(metrics: Mapping[str, Any], slice_name: str, variants: Sequence[str])
     covered: dict[str, list[str]] = {}
     for run, m in metrics.items():
         for variant in variants:
-            one = m["variants"].get(variant)
+            one = m["variants"][variant] if variant in m["order"]["variants"] else None
             one = one and (one[ALL] if slice_name == ALL else one["slices"].get(slice_name))
             if one:
                 text = (
-                    f"{one['users_kept']:,} users kept, {one['users_dropped']:,} dropped for having only one class; "
-                    f"{one['impressions_covered']:,} of {one['impressions']:,} impressions covered"
+                    f"{counted(one['users_kept'], 'user')} kept, {one['users_dropped']:,} dropped for having only one "
+                    f"class; {one['impressions_covered']:,} of {counted(one['impressions'], 'impression')} covered"
                 )
                 covered.setdefault(text, []).append(run)
     for text, names in covered.items():
-        notes.append(f"{'All runs' if len(covered) == 1 else ', '.join(dict.fromkeys(names))}: {text}.")
+        these = list(dict.fromkeys(names))
+        every = len(covered) == 1 and len(these) == len(metrics)
+        notes.append(f"{'All runs' if every else ', '.join(these)}: {text}.")
     if len(covered) > 1:
         notes.append("So the rows are not all of the same impressions, and differences are of the data as well.")
     notes.append(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ctrkit import files
-from ctrkit.errors import UsageError
+from ctrkit.errors import UsageError, UserError
 from ctrkit.options import path_option
 from ctrkit.progress import console, say
 from ctrkit.run_comparison import ALL, compare, metrics_path, page, table
@@ -31,6 +31,9 @@ def command(runs: tuple[str, ...], slice_name: str, variants: tuple[str, ...], h
     ctrkit compare before=a/metrics.json after=b/metrics.json --slice unseen_ad=true --html compare.html
     """
     paths = name_runs(runs)
+    for name, path in paths.items():
+        if html is not None and html.exists() and path.samefile(html):
+            raise UserError(f"{html} is an input ({name}) and would be written over; name another output")
     made = compare(paths, slice_name, variants)
     if html is not None:
         files.write_text(html, page(made, list(paths)))

@@ -18,10 +18,11 @@ from ctrkit.metric_tables import (
     compat_table,
     computed_how,
     overall_table,
-    slice_table,
+    slice_tables,
     statement,
 )
 from ctrkit.options import path_option
+from ctrkit.predictions import SEPARATORS
 from ctrkit.progress import console, say
 from ctrkit.recipe import Eval, Recipe, load
 
@@ -53,8 +54,8 @@ from ctrkit.recipe import Eval, Recipe, load
     type=click.Choice(list(get_args(Program))),
     help="Give the GAUC that this program would print, too.",
 )
-@click.option("--bootstrap", type=click.IntRange(min=0), help="Resamples of users; 0: no intervals.")
-@click.option("--seed", type=int, help="Of the resamples.")
+@click.option("--bootstrap", type=click.IntRange(min=0), help="Resamples of users, at least 2; 0: no intervals.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Of the resamples.")
 @path_option("--json", "Write metrics.json here.", required=False)
 @click.option("--recipe", "recipe_name", metavar="NAME|FILE", help="Take [eval] from a recipe.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the recipe.")
@@ -84,6 +85,8 @@ def command(
     ctrkit eval --gauc new.parquet --baseline old.parquet --by country
     ctrkit eval --gauc a=1.parquet b=2.parquet c=3.parquet --compare all --compat recbole
     """
+    if flags["bootstrap"] == 1:
+        raise UsageError("--bootstrap 1: one resample has no spread; give at least 2, or 0 for no intervals")
     paths = name_files(predictions)
     if flags["baseline"]:
         flags["baseline"] = with_baseline(paths, flags["baseline"])
@@ -134,6 +137,8 @@ def with_baseline(paths: dict[str, Path], baseline: str) -> str:
         if known == path or (known.exists() and path.exists() and known.samefile(path)):
             return name
     if not (path.is_file() or "=" in baseline):
+        if len(path.parts) > 1 or set(path.suffixes) & {".parquet", *SEPARATORS}:
+            raise UsageError(f"--baseline {baseline!r}: there is no such file{nearest(baseline, paths)}")
         return baseline  # a name, perhaps of the recipe's variants
     ((name, path),) = name_files((baseline,)).items()
     if name in paths:
@@ -171,6 +176,9 @@ def among(paths: dict[str, Path], settings: Eval, recipe: Recipe, flags: dict[st
         raise UsageError(f"{option} {name!r} is none of the files{nearest(name, paths)}")
 
     baseline = settings.baseline if settings.baseline and here(settings.baseline, "baseline") else ""
+    for better, worse in settings.compare:
+        if better == worse:
+            raise UsageError(f"compare {better!r} with itself: name each file once")
     compare = tuple(pair for pair in settings.compare if all(here(name, "compare") for name in pair))
     return {"baseline": baseline, "compare": compare}
 
@@ -189,8 +197,9 @@ def show(metrics: dict[str, Any], by: tuple[str, ...] = ()) -> None:
         out.print()
         out.print(compat_table(metrics))
     if shown:
-        out.print()
-        out.print(slice_table(metrics, shown))
+        for table in slice_tables(metrics, shown):
+            out.print()
+            out.print(table)
     if metrics["comparisons"]:
         out.print()
         out.print(comparison_table(metrics, "all", "unseen_ad=true", *asked))

@@ -204,3 +204,9 @@ def test_the_sums_of_parts_are_those_of_the_whole():
         whole, joined = compat(program, user, label, score), total(program, parts)
         assert joined.value == pytest.approx(whole.value, abs=1e-14)
         assert joined.low == pytest.approx(whole.low, abs=1e-14)
+
+
+@pytest.mark.parametrize("program", ["foo", None])
+def test_an_unknown_program_raises(program):
+    with pytest.raises(ValueError, match=r"not one of .*fuxictr"):
+        compat(program, [1, 1], [1, 0], [0.1, 0.2])

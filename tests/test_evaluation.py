@@ -118,6 +118,8 @@ def test_arrays_in_numbers_out(tmp_path):
     assert asdict(made) == from_file
     with pytest.raises(ValueError, match="no impressions"):
         evaluate_arrays([], [], [])
+    with pytest.raises(ValueError, match="weight is 'x'"):
+        evaluate_arrays([1, 1], [1, 0], [0.1, 0.2], weight="x")
 
 
 def test_r_gauc_is_undefined_against_a_baseline_that_knows_nothing():

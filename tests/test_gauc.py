@@ -148,7 +148,7 @@ SPECIAL_64 = [*SPECIAL, 2**-1074, -(2**-1074), 2**-1022, 0.5 + 2**-53, 1e308, -1
 USERS = {
     "integers": st.sampled_from([0, 1, 2, 3, 5]),
     "any integers": st.sampled_from([-(2**63), -7, 0, 2**31, 2**63 - 1]),
-    "text": st.sampled_from(["", "a", "b", "\N{SNOWMAN}", "a "]),
+    "text": st.sampled_from([" b", "a", "b", "\N{SNOWMAN}", "a "]),
     "one": st.just(4),
 }
 
@@ -212,3 +212,28 @@ def test_scores_of_other_types_are_compared_exactly(dtype):
 def test_users_without_a_value_raise(user):
     with pytest.raises(ValueError, match="users without a value"):
         gauc(np.array(user, object if user[0] == "a" else float), [1, 0], [0.1, 0.2])
+
+
+@pytest.mark.parametrize("user", [["a", ""], ["a", "  "], np.array(["a", "\t"], object)])
+def test_blank_users_raise(user):
+    with pytest.raises(ValueError, match="users without a value"):
+        gauc(user, [1, 0], [0.1, 0.2])
+
+
+@pytest.mark.parametrize("bad", [None, "text", [None, None], ["x", "y"], [object(), object()], [{}, []]])
+@pytest.mark.parametrize("place", ["label", "score"])
+def test_what_is_no_array_of_numbers_raises(place, bad):
+    arrays = {"user": [1, 1], "label": [1, 0], "score": [0.1, 0.2]} | {place: bad}
+    with pytest.raises(ValueError, match=r"shape|are numbers"):
+        gauc(**arrays)
+
+
+@pytest.mark.parametrize("bad", [None, "text", [1, None], ["a", 1, None], [object(), object()]])
+def test_users_that_are_no_users_raise(bad):
+    with pytest.raises(ValueError, match="users"):
+        gauc(np.array(bad, object), [1, 0, 1][: np.size(bad)], [0.1, 0.2, 0.3][: np.size(bad)])
+
+
+def test_users_of_nan_among_objects_raise():
+    with pytest.raises(ValueError, match="users without a value"):
+        gauc(np.array([1, float("nan")], object), [1, 0], [0.1, 0.2])

@@ -146,3 +146,60 @@ def test_mistakes(runs):
         assert result.exit_code == code, result.output
         assert isinstance(result.exception, SystemExit)
         assert says in " ".join(result.stderr.split())
+
+
+def test_an_input_is_not_written_over(runs):
+    path = runs / "monday" / "metrics.json"
+    before = path.read_bytes()
+    for run in (runs / "monday", path):
+        result = ctrkit("compare", runs / "tuesday", run, "--html", path)
+        assert result.exit_code == 1, result.output
+        assert "is an input (monday) and would be written over" in result.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_run_that_lacks_the_slice_is_named(runs):
+    folder = runs / "tuesday"
+    TABLE.drop("unseen_ad").write_parquet(folder / "good.parquet")
+    assert ctrkit("eval", folder / "good.parquet", "--json", folder / "metrics.json").exit_code == 0
+    result = ctrkit("compare", runs / "monday", folder, "--slice", "unseen_ad=true")
+    assert result.exit_code == 2, result.output
+    assert "tuesday has no slice 'unseen_ad=true'" in result.stderr
+
+
+def test_all_runs_are_those_that_have_the_variant(runs):
+    folder = runs / "tuesday"
+    assert ctrkit("eval", folder / "good.parquet", "--json", folder / "metrics.json").exit_code == 0
+    assert "All runs: 2 users kept" in ctrkit("compare", runs / "monday", folder, "--variant", "good").output
+    said = ctrkit("compare", runs / "monday", folder, "--variant", "bad").output
+    assert "All runs" not in said
+    assert "monday: 2 users kept" in said
+
+
+def without(holder, key):
+    del holder[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: without(m["variants"]["good"]["all"], "gauc"), "variants.good.all.gauc is missing"),
+        (lambda m: without(m["variants"], "good"), "variants.good is missing"),
+        (lambda m: m["variants"]["good"]["all"].update(auc="0.5"), "variants.good.all.auc is '0.5'"),
+        (lambda m: m["variants"]["bad"]["all"].update(users_kept=None), "variants.bad.all.users_kept is None"),
+        (lambda m: m["variants"]["bad"]["slices"].update({"unseen_ad=true": []}), "slices.unseen_ad=true is []"),
+        (lambda m: without(m["settings"], "ties"), "settings.ties is missing"),
+        (lambda m: m.update(variants=[]), "variants is []"),
+        (lambda m: m["order"].update(variants=[1]), "order holds 1, which is no name"),
+    ],
+)
+def test_a_spoiled_metrics_json_is_one_paragraph(runs, change, says):
+    path = runs / "monday" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    change(metrics)
+    path.write_text(json.dumps(metrics))
+    result = ctrkit("compare", runs / "monday")
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "is not a metrics.json as eval writes it: " in result.stderr
+    assert says in result.stderr

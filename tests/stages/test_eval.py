@@ -149,6 +149,27 @@ def test_slices_that_are_asked_for_are_shown_and_compared(tmp_path):
     )
 
 
+def test_many_slices_stand_in_rows(tmp_path):
+    n = 40
+    table = pl.DataFrame({"user": [i // 2 for i in range(2 * n)], "click": [1, 0] * n, "score": [1.0, 0.0] * n})
+    table = table.with_columns(country=pl.format("land-{}", pl.col("user")))
+    names = [f"a-variant-of-a-long-name-{i}" for i in range(9)]
+    for name in names:
+        table.write_parquet(tmp_path / f"{name}.parquet")
+    paths = [tmp_path / f"{name}.parquet" for name in names]
+    one = run(paths[0], "--by", "country", "--bootstrap", 0).output.splitlines()
+    for i in range(n):
+        assert [f"country=land-{i}", "(1.0000)"] in [line.split() for line in one]
+    many = run(*paths, "--by", "country", "--bootstrap", 0).output.splitlines()
+    rows = [line.count("(1.0000)") for line in many if "(1.0000)" in line]
+    assert rows == [8] * n + [1] * n
+
+
+def test_one_user_is_one_user(tmp_path):
+    TABLE.head(3).write_csv(tmp_path / "one.csv")
+    assert "; 1 user kept, 0 dropped" in run(tmp_path / "one.csv").output
+
+
 def test_what_other_programs_would_print(tmp_path):
     TABLE.write_csv(tmp_path / "x.csv")
     out = tmp_path / "m.json"
@@ -242,6 +263,10 @@ def test_mistakes(tmp_path):
     assert "is not there" in refused(1, tmp_path / "gone.csv", "--json", out)
     assert "baseline 'god' is none of the files; did you mean 'good'" in refused(2, good, "--baseline", "god")
     assert "compare 'x' is none of the files" in refused(2, good, "--compare", "good,x")
+    assert "compare 'good' with itself" in refused(2, good, "--compare", "good,good")
+    assert "no such file; did you mean 'good'" in refused(2, good, "--baseline", "good.parquet")
+    assert "'--seed'" in refused(2, good, "--seed", "-1")
+    assert "at least 2" in refused(2, good, "--bootstrap", "1")
     assert "not of the form BETTER,WORSE" in refused(2, good, "--compare", "good")
     assert "Missing argument" in refused(2, "--gauc")
     assert "'--weight'" in refused(2, good, "--weight", "rows")
