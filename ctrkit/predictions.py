@@ -192,26 +192,26 @@ def _numbers(column: pl.Series, path: Path) -> pl.Series:
     raise UserError(f"{path}: column {column.name!r} is {column.dtype}, not numbers")
 
 
-def labels(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[np.bool_]:
-    """Return which rows are clicked, bool [rows]."""
+def labels(
+    column: pl.Series, path: Path, first_row: int = 0, advice: str = " Name the column of the clicks with --label."
+) -> NDArray[np.bool_]:
+    """Return which rows are clicked, bool [rows]. advice: ends the message about what is no label."""
     numbers = _numbers(column, path)
     if (bad := ~(((numbers == 0) | (numbers == 1)).fill_null(False))).any():
-        raise UserError(
-            _at(path, column, bad, "is not a label: 1 is a click, 0 is none", first_row)
-            + " Name the column of the clicks with --label."
-        )
+        raise UserError(_at(path, column, bad, "is not a label: 1 is a click, 0 is none", first_row) + advice)
     return (numbers == 1).to_numpy()
 
 
-def scores(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[Any]:
-    """Return the scores, float32 or float64 [rows], finite."""
+def scores(
+    column: pl.Series, path: Path, first_row: int = 0, advice: str = "; name their column with --score"
+) -> NDArray[Any]:
+    """Return the scores, float32 or float64 [rows], finite. advice: ends the message about what is no score."""
     numbers = _numbers(column, path)
     if not numbers.dtype.is_float():
         numbers = numbers.cast(pl.Float64)
     if (bad := ~(numbers.is_finite().fill_null(False))).any():
         raise UserError(
-            _at(path, column, bad, "is not a finite number", first_row)
-            + " Every impression needs a score; name their column with --score."
+            _at(path, column, bad, "is not a finite number", first_row) + f" Every impression needs a score{advice}."
         )
     return numbers.cast(pl.Float32).to_numpy() if numbers.dtype == pl.Float16 else numbers.to_numpy()
 

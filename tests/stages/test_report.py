@@ -416,10 +416,58 @@ def test_a_recipe_without_pictures_and_one_variant(tmp_path):
 
 def test_predictions_that_are_text(made):
     pl.read_parquet(made / "lr.parquet").write_csv(made / "lr.csv")
+    assert run("eval", "--gauc", made / "lr.csv", "--json", made / "metrics.json").exit_code == 0
     arguments = ["--metrics", made / "metrics.json", "--predictions", f"lr={made / 'lr.csv'}", "--out", made / "x.html"]
     result = run("report", "--recipe", made / "r.toml", *arguments)
     assert result.exit_code == 0, result.output
     assert "the predictions are no Parquet file" in (made / "x.html").read_text()
+
+
+def test_predictions_of_another_run_are_refused(made):
+    """By content where eval has left a sidecar, else by impressions and clicks; models and predictions by name."""
+    same = ["report", "--recipe", made / "r.toml", "--metrics", made / "metrics.json", "--out", made / "x.html"]
+
+    def error(*words):
+        result = run(*same, *words)
+        assert result.exit_code == 1, result.output
+        assert isinstance(result.exception, SystemExit)
+        return result.stderr
+
+    frame = pl.read_parquet(made / "lr.parquet")
+    frame.with_columns(score=1 - pl.col("score")).write_parquet(made / "other.parquet")
+    told = error("--predictions", f"lr={made / 'other.parquet'}")
+    assert f"other.parquet (--predictions lr) is not what {made / 'metrics.json'} was computed from" in told
+    assert "has no variant 'lt'; did you mean 'lr'?" in error("--predictions", f"lt={made / 'lr.parquet'}")
+    assert "--model lt=…: " in error("--model", f"lt={made / 'model'}")
+    (made / "metrics.json.json").unlink()
+    frame.head(3).write_parquet(made / "other.parquet")
+    told = error("--predictions", f"lr={made / 'other.parquet'}")
+    assert "has 3 impressions and 2 clicks, but" in told
+    assert "computed from 4 and 2" in told
+    score, click = pl.col("score"), pl.col("click")
+    for change, says in (
+        (pl.when(click == 0).then(score).otherwise(float("nan")).alias("score"), "row 1, column 'score': nan is not"),
+        ((click * 2).alias("click"), "row 1, column 'click': 2 is not a label: 1 is a click, 0 is none"),
+        (score.cast(pl.String), "column 'score' is String, not numbers"),
+    ):
+        frame.with_columns(change).write_parquet(made / "other.parquet")
+        told = error("--predictions", f"lr={made / 'other.parquet'}")
+        assert says in told
+        assert "--score" not in told
+        assert "--label" not in told
+    (made / "other.parquet").write_bytes((made / "lr.parquet").read_bytes()[:-20])
+    assert "cannot be read as Parquet (" in error("--predictions", f"lr={made / 'other.parquet'}")
+    assert not (made / "x.html").exists()
+
+
+def test_another_runs_vocabulary_is_refused(whole, tmp_path):
+    shutil.copytree(whole.tiny.convert / "vocab", tmp_path / "convert" / "vocab")
+    (tmp_path / "convert" / "vocab" / "category.parquet").unlink()
+    given = ["--metrics", whole.metrics, "--convert", tmp_path / "convert", "--groups", whole.tiny.groups]
+    result = run("report", "--recipe", whole.tiny.recipe, *given, "--out", tmp_path / "x.html")
+    assert result.exit_code == 1
+    assert "(--convert) has another vocabulary than" in result.stderr
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
