@@ -181,6 +181,10 @@ def test_who_and_what_is_not_known(run: Path, tmp_path: Path) -> None:
     assert f"has no impression of ad '{row['ad']}x', so its features are not known; did you mean" in told
     assert "does not match the format" in wrong(day="8 March")
     assert "once on" in error(*base, *whom(row), "--number", 2)
+    table = predictions(run, "din")
+    unseen = next(a for a in table["ad"].unique().sort() if a not in set(table.filter(user=row["user"])["ad"]))
+    told = error(*base, *whom(row | {"ad": unseen}), "--number", 2)
+    assert f"did not see ad '{unseen}' on {row['day']}, so there is no number 2 of it" in told
     assert not list(tmp_path.iterdir())
 
 
@@ -195,6 +199,13 @@ def test_runs_that_are_none(run: Path, tiny_run: TinyRun, tmp_path: Path) -> Non
     assert "has no sidecar that says what it was trained on" in error("--run", other, *whom(row))
     (other / "din" / "model.json").symlink_to(run / "din" / "model.json")
     assert "no longer has the groups that" in error("--run", other, *whom(row))
+    (other / "groups").symlink_to(tiny_run.groups)
+    assert "groups has no sidecar (groups.json) that says whether" in error("--run", other, *whom(row))
+    shutil.copytree(run / "lr" / "model", tmp_path / "broken")
+    state = tmp_path / "broken" / "model.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    told = error("--model", tmp_path / "broken", *tiny_run.reads(), *whom(row))
+    assert told == f"{state} is damaged: it is not what ctrkit train wrote. Train the model again."
 
 
 def test_another_runs_vocabulary_is_refused(run: Path, tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import tarfile
+import warnings
 
 import polars as pl
 import pytest
@@ -486,9 +487,47 @@ def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
     ]
     result = run("report", "--recipe", whole.tiny.recipe, *given, "--out", tmp_path / "x.html")
     assert result.exit_code == 0, result.output
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("trained on other groups or features than those given: din.") == 2  # activation, map
+    assert "is a DIN" not in page
     figures = {p.stem for p in (tmp_path / "x-figures").iterdir()}
     assert {"activation", "embedding-map"}.isdisjoint(figures)
     assert {"surprises", "learning-curves"} <= figures
+
+
+def test_a_line_that_is_no_json(made):
+    (made / "model" / "metrics.jsonl").write_text('{"step": 5, "loss": 0.6}\n\n{"step": 6, "lo\n')
+    given = ["--metrics", made / "metrics.json", "--model", f"lr={made / 'model'}", "--out", made / "x.html"]
+    result = run("report", "--recipe", made / "r.toml", *given)
+    assert result.exit_code == 1
+    assert "metrics.jsonl: line 3 is not JSON" in result.stderr
+    assert "train the model again" in result.stderr
+    (made / "model" / "metrics.jsonl").unlink()
+    result = run("report", "--recipe", made / "r.toml", "--set", "report.gallery_variant=gone", *given)
+    assert result.exit_code == 2
+    assert "report.gallery_variant 'gone' is none of the models; known: lr" in result.stderr
+
+
+def test_names_of_any_script_and_length(tmp_path):
+    """No warning of a missing glyph, the axis' names cut, and a sort of slices without a chart is named."""
+    words = ["靴" * 60, "👟 sneaker"]
+    rows = [(f"u{n}", k % 2, (k * 7 + n) % 5 / 5, words[k // 2 % 2], "all") for n in range(40) for k in range(8)]
+    table = pl.DataFrame(rows, schema=["user", "click", "score", "kind", "one"], orient="row")
+    table.write_parquet(tmp_path / "p.parquet")
+    (tmp_path / "r.toml").write_text('name = "r"\n')
+    metrics, out = tmp_path / "metrics.json", tmp_path / "x.html"
+    scored = f"靴👟={tmp_path / 'p.parquet'}"
+    assert run("eval", scored, "--by", "kind", "--by", "one", "--json", metrics).exit_code == 0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert run("report", "--recipe", tmp_path / "r.toml", "--metrics", metrics, "--out", out).exit_code == 0
+    assert not [w for w in told if "Glyph" in str(w.message)]
+    page = out.read_text(encoding="utf-8")
+    shown = re.findall(r'text-anchor="middle"><title>([^<]*)</title>([^<]*)</text>', page)
+    assert [name for name, _ in shown] == words
+    assert shown[1][1] == words[1]
+    assert re.fullmatch("靴{12,16}…", shown[0][1])
+    assert "Not drawn: one, of a single slice" in page
 
 
 def test_a_setting_that_names_nothing(whole):
