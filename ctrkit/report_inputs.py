@@ -10,8 +10,10 @@ from ctrkit import metric_tables, predictions, provenance, vocabulary
 from ctrkit.batches import Schema
 from ctrkit.errors import UserError, nearest
 
-ROWS = 4_000_000
+ROWS = 1_000_000
 """Rows of predictions that are in memory at a time."""
+SHOWN = ("sample_id", "user", "ad", "day", "history_length")
+"""Columns of predictions, besides click and score, that a report may show; they are read to see whether they can be."""
 
 
 def check(
@@ -72,9 +74,9 @@ def _check_predictions(path: Path) -> tuple[int, int] | None:
             if not (schema[column].is_numeric() or (column == "click" and schema[column] == pl.Boolean)):
                 raise UserError(f"{path}: column {column!r} is {schema[column]}, not numbers")
         total = int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
-        clicks = 0
+        clicks, columns = 0, ["click", "score", *(column for column in SHOWN if column in schema)]
         for first in range(0, total, ROWS):
-            frame = pl.scan_parquet(path, glob=False).select("click", "score").slice(first, ROWS).collect()
+            frame = pl.scan_parquet(path, glob=False).select(columns).slice(first, ROWS).collect()
             clicks += int(predictions.labels(frame["click"], path, first, advice="").sum())
             predictions.scores(frame["score"], path, first, advice="")
     except (OSError, pl.exceptions.PolarsError) as e:

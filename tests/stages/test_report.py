@@ -8,6 +8,7 @@ import tarfile
 import warnings
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from click import Context
 from click.testing import CliRunner
@@ -457,6 +458,13 @@ def test_predictions_of_another_run_are_refused(made):
         assert "--score" not in told
         assert "--label" not in told
     (made / "other.parquet").write_bytes((made / "lr.parquet").read_bytes()[:-20])
+    assert "cannot be read as Parquet (" in error("--predictions", f"lr={made / 'other.parquet'}")
+    frame.write_parquet(made / "other.parquet")
+    users = pq.read_metadata(made / "other.parquet").row_group(0).column(0)
+    spoilt = bytearray((made / "other.parquet").read_bytes())
+    start, length = users.dictionary_page_offset or users.data_page_offset, users.total_compressed_size
+    spoilt[start : start + length] = b"\xff" * length
+    (made / "other.parquet").write_bytes(spoilt)
     assert "cannot be read as Parquet (" in error("--predictions", f"lr={made / 'other.parquet'}")
     assert not (made / "x.html").exists()
 
