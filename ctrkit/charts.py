@@ -1,6 +1,8 @@
 """Small charts as inline SVG: the same numbers give the same bytes, and text from the data is escaped."""
 
+import itertools
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 OTHER_SHAPE, OTHER_MARKER = "M0-3.2A3.2 3.2 0 1 0 .01-3.2Z", "."
 INK, SOFT, RULE = "#1c2430", "#5d6878", "#dfe4ea"
 TICK = f'fill="{SOFT}" font-size="11"'
+CHARACTER = 6.2
+"""Width of a character of a tick's text."""
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
 
 
@@ -159,15 +163,19 @@ def lines(
         parts.append(f'<line stroke="{RULE}" stroke-width="1" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text {TICK} x="{left - 6}" y="{float(y) + 4:g}" text-anchor="end">{tick:g}</text>')
     if names:
+        room = (right - left) / max(2, sum(map(bool, names)))
         for place, name in enumerate(names):
             x = at(place, low)[0]
-            parts.append(f'<text {TICK} x="{x}" y="{bottom + 16}" text-anchor="middle">{escape(name)}</text>')
+            text = f"<title>{escape(name)}</title>{escape(cut(name, room))}"
+            parts.append(f'<text {TICK} x="{x}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
     else:
         for tick in ticks(first, last, 4):
             x = at(tick, low)[0]
             parts.append(f'<text {TICK} x="{x}" y="{bottom + 16}" text-anchor="middle">{tick:,.6g}</text>')
     middle = (left + right) // 2
-    parts.append(f'<text {TICK} x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text {TICK} x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(cut(x_label, right - left))}</text>'
+    )
     for position, row in enumerate(rows):
         if row is None:
             continue
@@ -286,6 +294,16 @@ def scatter(dots: Sequence[Dot], label: str, name: str) -> Markup:
         f'<svg id="{escape(name)}" class="map" viewBox="0 0 {side} {tall:.0f}" role="img" aria-label="{escape(label)}">'
     )
     return Markup(head + '<g stroke="#fff" stroke-width=".7">' + "".join(parts) + "</g></svg>")
+
+
+def cut(text: str, room: float) -> str:
+    """Return text of ticks' size cut to `room`, in units of a chart; wide characters (CJK, emoji) take two places."""
+    places = [2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text]
+    most = int(room / CHARACTER)
+    if sum(places) <= most:
+        return text
+    kept = sum(1 for upto in itertools.accumulate(places) if upto < most)
+    return text[:kept] + "…"
 
 
 def shade(step: int) -> str:

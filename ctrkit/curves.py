@@ -66,10 +66,17 @@ def read_metrics_lines(model: Path) -> list[dict[str, Any]]:
     path = model / "metrics.jsonl"
     if not path.is_file():
         return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as e:
-        raise UserError(f"{path} has a line that is not JSON: {e}") from None
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError as e:
+            raise UserError(
+                f"{path}: line {number} is not JSON ({e}): take the line out, or train the model again"
+            ) from None
+        if record is not None:
+            found.append(record)
+    return found
 
 
 def first_step(points: Points, value: float) -> int | None:

@@ -20,6 +20,8 @@ from ctrkit.recipe import Recipe
 FEWEST = 8
 """Ads without which there is no map."""
 PERPLEXITY = 30.0
+EMBEDDING = ("din", "dicm", "base")
+"""Models whose embeddings have more than one number."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -45,14 +47,21 @@ def choose_variant(recipe: Recipe, models: Mapping[str, Path]) -> str | None:
         return wanted
     if wanted and wanted not in recipe.variants:
         raise UsageError(f"report.map_variant {wanted!r} is none of the models{nearest(wanted, models)}")
-    kind = {
-        name: files.read_json(model / "settings.json").get("train", {}).get("model") for name, model in models.items()
-    }
-    for kinds in (("din",), ("dicm", "base")):
-        for name in models:
-            if kind[name] in kinds:
+    for kinds in (("din",), EMBEDDING):
+        for name, model in models.items():
+            if kind_of(model) in kinds:
                 return name
     return None
+
+
+def has_embeddings(model: Path) -> bool:
+    """Say whether a model directory holds a model that is not linear."""
+    return kind_of(model) in EMBEDDING
+
+
+def kind_of(model: Path) -> str:
+    """Return `train.model` of a model directory."""
+    return str(files.read_json(model / "settings.json").get("train", {}).get("model"))
 
 
 def make_map(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from ctrkit import plot_text
 from ctrkit.charts import COLOURS, INK, MARKERS, OTHER_MARKER, RULE, SCALE, SOFT, SPLIT_COLOURS
 from ctrkit.gallery import Thumbnails
 
@@ -48,10 +49,11 @@ def write(figures: Sequence[Figure], folder: Path) -> None:
         of_pictures = isinstance(figure.draw, partial) and figure.draw.func is picture_rows  # these place themselves
         canvas = Canvas(figsize=figure.size, layout=None if of_pictures else "constrained")
         FigureCanvasAgg(canvas)
-        figure.draw(canvas, figure.table)
-        # Text of the data is no mathematics.
-        canvas.suptitle(figure.title, fontsize=11, parse_math=False)
-        canvas.savefig(folder / f"{figure.name}.png", format="png", dpi=120, metadata={"Software": None})
+        with plot_text.any_script():
+            figure.draw(canvas, figure.table)
+            # Text of the data is no mathematics.
+            canvas.suptitle(figure.title, fontsize=11, parse_math=False)
+            canvas.savefig(folder / f"{figure.name}.png", format="png", dpi=120, metadata={"Software": None})
 
 
 def whiskers(canvas: "Canvas", table: pl.DataFrame) -> None:

@@ -62,6 +62,8 @@ def find(groups: Path, user: str, day: datetime.date, ad: str, number: int = 1) 
     own = _read(splits[split], (pl.col("user") == user) & (pl.col("day") == day))
     places = [i for i, text in enumerate(own.ads) if text == ad]
     places.sort(key=lambda i: (own.rows["time"][i], own.rows["sample_id"][i]))
+    if not places and number > 1:
+        raise UserError(f"user {user!r} did not see ad {ad!r} on {day}, so there is no number {number} of it")
     if not places:
         return _what_if(groups, splits, own, user, day, ad, split)
     if number > len(places):

@@ -238,7 +238,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
         _check_pictures(pictures, settings, folder)
     nothing = {v: np.zeros(n, np.int64) for v, n in schema.vocab_sizes.items()}
     model = build(train, schema, nothing, pictures, ranks=ranks)
-    state, expected = state_dict.read(folder / "model.pt"), model.tensors()
+    state, expected = _read_tensors(folder / "model.pt"), model.tensors()
     # Of a table that is spread over ranks only a share is here.
     expected |= {f"table.{w}": torch.empty(t.n_rows, w, device="meta") for w, t in model.tables.items() if t.sharded}
     wrong = sorted(k for k in expected.keys() | state.keys() if _shape(state, k) != _shape(expected, k))
@@ -249,6 +249,14 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
         )
     model.load_state(state)
     return model
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return state_dict.read(path)
+    except UserError:
+        fault = "is damaged: it is not what ctrkit train wrote" if path.is_file() else "is not there"
+        raise UserError(f"{path} {fault}. Train the model again.") from None
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], Train, Schema]:

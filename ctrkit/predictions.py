@@ -250,19 +250,20 @@ def _numbers(column: pl.Series, path: Path) -> pl.Series:
     raise UserError(f"{path}: column {column.name!r} is {column.dtype}, not numbers")
 
 
-def labels(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[np.bool_]:
-    """Return which rows are clicked, bool [rows]."""
+def labels(
+    column: pl.Series, path: Path, first_row: int = 0, advice: str = " Name the column of the clicks with --label."
+) -> NDArray[np.bool_]:
+    """Return which rows are clicked, bool [rows]. advice: ends the message about what is no label."""
     numbers = _numbers(column, path)
     if (bad := ~(((numbers == 0) | (numbers == 1)).fill_null(False))).any():
-        raise UserError(
-            _at(path, column, bad, "is not a label: 1 is a click, 0 is none", first_row)
-            + " Name the column of the clicks with --label."
-        )
+        raise UserError(_at(path, column, bad, "is not a label: 1 is a click, 0 is none", first_row) + advice)
     return (numbers == 1).to_numpy()
 
 
-def scores(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[Any]:
-    """Return the scores, float32 or float64 [rows], finite.
+def scores(
+    column: pl.Series, path: Path, first_row: int = 0, advice: str = "; name their column with --score"
+) -> NDArray[Any]:
+    """Return the scores, float32 or float64 [rows], finite. advice: ends the message about what is no score.
 
     Raises UserError also for integers and decimals that float64 cannot tell apart: they would be ties.
     """
@@ -271,8 +272,7 @@ def scores(column: pl.Series, path: Path, first_row: int = 0) -> NDArray[Any]:
         numbers = numbers.cast(pl.Float64)
     if (bad := ~(numbers.is_finite().fill_null(False))).any():
         raise UserError(
-            _at(path, column, bad, "is not a finite number", first_row)
-            + " Every impression needs a score; name their column with --score."
+            _at(path, column, bad, "is not a finite number", first_row) + f" Every impression needs a score{advice}."
         )
     if not column.dtype.is_float() and (bad := _inexact(column, numbers)).any():
         raise UserError(

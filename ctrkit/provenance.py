@@ -395,6 +395,31 @@ def _guard(stage: str, inputs: Inputs, target: Path) -> None:
         raise UsageError(f"{target} is {there}, and {wanted} is to be written; name another output")
 
 
+def guard_plain(inputs: Inputs, targets: Mapping[str, Path | None]) -> None:
+    """Refuse to write plain files, which get no sidecar, over inputs or into them, over what ctrkit wrote (or over the
+    sidecar of that), or two into one. targets: option → file; None: not asked for."""
+    asked = {option: path for option, path in targets.items() if path is not None}
+    resolved: dict[Path, str] = {}
+    for option, path in asked.items():
+        for name, source in inputs.items():
+            if source is not None and source.exists():
+                if path.exists() and path.samefile(source):
+                    raise UserError(f"{path} ({option}) is an input ({name}) and would be written over; name another")
+                if files.is_inside(path, source):
+                    raise UserError(f"{path} ({option}) lies in an input ({name}: {source}); name another")
+        made = [p for p in (path, *path.resolve().parents) if p.exists() and read_sidecar(p)]
+        made += [p for p in [path.with_suffix("")] if path == files.sidecar_path(p) and read_sidecar(p)]
+        if made:
+            raise UserError(
+                f"{path} ({option}) is of what ctrkit {read_sidecar(made[0])['stage']} wrote ({made[0]}), which would "
+                "change; name another"
+            )
+        if path.is_dir():
+            raise UsageError(f"{path} ({option}) is a folder, and a file is to be written; name another")
+        if (other := resolved.setdefault(path.resolve(), option)) != option:
+            raise UsageError(f"{other} and {option} both name {path}; give each a file of its own")
+
+
 def _guard_beside(target: Path, beside: Path) -> None:
     """Refuse to write a folder over one that was not made with the target, nor left by a killed maker of it."""
     sidecar = read_sidecar(target)

@@ -1,6 +1,6 @@
 """What a report shows, gathered from a run's files and computed from its models, as plain data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def gather(recipe: Recipe, sources: Sources) -> Content:
     """Read and compute everything that a report shows. Raises UserError for a file that is not what it should be."""
     metrics = metric_tables.read_metrics(sources.metrics)
     thumbnails = gallery.Thumbnails(sources.pictures, recipe.extract_images)
+    check_variants(recipe, sources)
     why: dict[str, str] = {}
     convert = sources.convert
     return Content(
@@ -125,6 +126,15 @@ def gather(recipe: Recipe, sources: Sources) -> Content:
         stages=story.stage_seconds(sources.named()),
         why=why,
     )
+
+
+def check_variants(recipe: Recipe, sources: Sources) -> None:
+    """Refuse a setting that names a variant of neither the recipe nor the models."""
+    for key in ("gallery_variant", "activation_variant", "map_variant"):
+        wanted = getattr(recipe.report, key)
+        if wanted and wanted not in sources.models and wanted not in recipe.variants:
+            known = nearest(wanted, sources.models) or "; none was given with --model"
+            raise UsageError(f"report.{key} {wanted!r} is none of the models{known}")
 
 
 def category_feature(recipe: Recipe, schema: Schema) -> str:
@@ -148,10 +158,32 @@ def category_feature(recipe: Recipe, schema: Schema) -> str:
 
 
 def needs(sources: Sources, variant: str, *names: str) -> str:
-    """Return what is not given of what a section needs, as the options that would give it; "" if all is."""
+    """Return why a section cannot be shown, for what is not given of what it needs (the options that would give it) or
+    for predictions it cannot choose from; "" if it can."""
     missing = [f"--{name}" for name in names if getattr(sources, name) is None]
     missing += [f"--predictions {variant}=…"] if variant not in sources.predictions else []
-    return f"Not shown: it needs {' and '.join(missing)}." if missing else ""
+    if missing:
+        return f"Not shown: it needs {' and '.join(missing)}."
+    return unusable(sources.predictions[variant], {"sample_id", "user", "ad", "click", "history_length"})
+
+
+def unusable(predictions: Path, columns: set[str]) -> str:
+    """Return why impressions cannot be chosen from predictions; "" if they can."""
+    if not is_parquet(predictions):
+        return "Not shown: the predictions are no Parquet file."
+    lacking = columns - set(pl.read_parquet_schema(predictions))
+    return f"Not shown: the predictions have no column {', '.join(sorted(lacking))}." if lacking else ""
+
+
+def absence(sources: Sources, key: str, asked: int, serves: Callable[[Path], bool], otherwise: str) -> str:
+    """Return why no model is looked into: it is not asked for (`report.key` is 0), the models that would serve were
+    trained on other groups or features, or otherwise."""
+    if not asked:
+        return f"Not shown: report.{key} is 0."
+    others = [name for name, model in sources.models.items() if serves(model)]
+    if others:
+        return f"Not shown: trained on other groups or features than those given: {', '.join(others)}."
+    return otherwise
 
 
 def fitting(sources: Sources) -> dict[str, Path]:
@@ -220,8 +252,9 @@ def make_gallery(
     settings = recipe.report
     variant = gallery.choose_variant(recipe, fitting(sources)) if settings.gallery_cases else None
     if variant is None:
-        reason = "none of the models given has attention over pictures"
-        why["attention"] = f"Not shown: {reason}." if has_pictures(sources.groups) else no_pictures()
+        reason = "Not shown: none of the models given has attention over pictures."
+        otherwise = reason if has_pictures(sources.groups) else no_pictures()
+        why["attention"] = absence(sources, "gallery_cases", settings.gallery_cases, gallery.attends, otherwise)
         return None
     if missing := needs(sources, variant, "groups", "features", "convert"):
         why["attention"] = missing
@@ -247,7 +280,10 @@ def make_activations(recipe: Recipe, sources: Sources, why: dict[str, str]) -> A
     settings = recipe.report
     variant = gallery.choose_activation(recipe, fitting(sources)) if settings.activation_cases else None
     if variant is None:
-        why["activation"] = "Not shown: none of the models given is a DIN."
+        otherwise = "Not shown: none of the models given is a DIN."
+        why["activation"] = absence(
+            sources, "activation_cases", settings.activation_cases, gallery.activates, otherwise
+        )
         return None
     if missing := needs(sources, variant, "groups", "convert"):
         why["activation"] = missing
@@ -271,7 +307,8 @@ def make_map(recipe: Recipe, sources: Sources, why: dict[str, str]) -> embedding
     settings = recipe.report
     variant = embedding_map.choose_variant(recipe, fitting(sources)) if settings.map_ads else None
     if variant is None:
-        why["map"] = "Not shown: none of the models given has embeddings of more than one number."
+        otherwise = "Not shown: none of the models given has embeddings of more than one number."
+        why["map"] = absence(sources, "map_ads", settings.map_ads, embedding_map.has_embeddings, otherwise)
         return None
     pictured = looks_at_pictures(sources.models[variant])
     if missing := needs(sources, variant, "groups", "convert", *(["features"] * pictured)):
@@ -342,14 +379,11 @@ def make_errors(recipe: Recipe, sources: Sources, metrics: dict[str, Any], why: 
     """Find where the main variant errs, with the ads' pictures and categories."""
     variant = main_variant(recipe, sources, metrics) if recipe.report.surprises else None
     if variant is None:
-        why["errors"] = "Not shown: no predictions were given."
+        reason = "no predictions were given" if recipe.report.surprises else "report.surprises is 0"
+        why["errors"] = f"Not shown: {reason}."
         return None
-    if not is_parquet(sources.predictions[variant]):
-        why["errors"] = "Not shown: the predictions are no Parquet file."
-        return None
-    columns = {"sample_id", "user", "ad", "day", "click", "score"}
-    if lacking := columns - set(pl.read_parquet_schema(sources.predictions[variant])):
-        why["errors"] = f"Not shown: the predictions have no column {', '.join(sorted(lacking))}."
+    if reason := unusable(sources.predictions[variant], {"sample_id", "user", "ad", "day", "click", "score"}):
+        why["errors"] = reason
         return None
     found = errors_of_models.find(variant, sources.predictions[variant], recipe.report.surprises)
     if found is None:

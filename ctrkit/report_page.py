@@ -35,6 +35,7 @@ def render(recipe: Recipe, content: Content, made: Sequence[Figure]) -> str:
         unseen=UNSEEN if any(UNSEEN in v["slices"] for v in metrics["variants"].values()) else None,
         gauc_chart=gauc_chart(metrics, None),
         unseen_chart=gauc_chart(metrics, UNSEEN),
+        not_drawn=not_drawn(metrics, tables.get("slices")),
         slices=[s for s in metrics["order"]["slices"] if not s.startswith("day=")],
         key=key,
         trained=trained,
@@ -147,6 +148,13 @@ def calibration_charts(table: pl.DataFrame | None) -> list[tuple[str, Markup]]:
         name = part["variant"][0]
         out.append((name, charts.calibration_panel(points, top, f"observed over predicted click rate of {name}")))
     return out
+
+
+def not_drawn(metrics: Mapping[str, Any], table: pl.DataFrame | None) -> list[str]:
+    """Return the sorts of slices, but for days, that have no chart."""
+    sorts = dict.fromkeys(name.partition("=")[0] for name in metrics["order"]["slices"] if not name.startswith("day="))
+    drawn = set(table["sort"]) if table is not None else set()
+    return [title for title in (SORTS.get(sort, sort) for sort in sorts) if title not in drawn]
 
 
 def slice_charts(table: pl.DataFrame | None, names: Sequence[str]) -> list[tuple[str, Markup]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrkit import provenance
+from ctrkit import files, provenance
 from ctrkit.errors import UsageError, UserError, nearest
 from ctrkit.recipe import ExtractImages
 
@@ -71,9 +71,16 @@ def _model(run: Path, variant: str | None) -> Path:
 
 def _made(run: Path, name: str, digest: str, reader: Path) -> Path:
     """Return the run's folder or file of this name that has this content."""
-    for path in (run / name, *sorted(run.glob(f"*/{name}"))):
+    found = [path for path in (run / name, *sorted(run.glob(f"*/{name}"))) if path.exists()]
+    for path in found:
         if provenance.read_sidecar(path).get("content") == digest:
             return path
+    for path in found:
+        if not provenance.read_sidecar(path):
+            raise UserError(
+                f"{path} has no sidecar ({files.sidecar_path(path).name}) that says whether {reader} was made from it: "
+                f"run make again, or give --{name.removesuffix('.h5')}"
+            )
     raise UserError(
         f"{run} no longer has the {name} that {reader} was made from: it was made again since. Run make again, or give "
         f"--{name.removesuffix('.h5')}."

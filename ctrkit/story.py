@@ -170,8 +170,10 @@ def tiles(
 
 
 def duration(seconds: float) -> str:
-    """Format a time: 42 s, 3 min 20 s, 5 h 10 min."""
+    """Format a time: 0.4 s, 42 s, 3 min 20 s, 5 h 10 min."""
     whole = round(seconds)
+    if whole < 1:
+        return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
     if whole < 60:
         return f"{whole} s"
     minutes, s = divmod(whole, 60)

@@ -65,7 +65,7 @@ def command(
     ctrkit explain --model runs/demo/lr/model --groups runs/demo/groups --convert runs/demo/convert \\
         --user u17 --day 2024-03-08 --ad a42
     """
-    from ctrkit import files, run_folder
+    from ctrkit import files, provenance, run_folder
     from ctrkit.recipe import load
 
     if run is not None:
@@ -77,6 +77,8 @@ def command(
     missing = [name for name, path in {"--model": model, "--groups": groups, "--convert": convert}.items() if not path]
     if model is None or groups is None or convert is None:
         raise UsageError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; or give --run")
+    inputs = {"model": model, "groups": groups, "convert": convert, "features": features, "pictures": pictures}
+    provenance.guard_plain(inputs, {"--html": html, "--json": json})
     if recipe is not None:
         settings = load(recipe, variant).extract_images
     else:

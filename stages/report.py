@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ctrkit import provenance
+from ctrkit import provenance, report_inputs
 from ctrkit.errors import UsageError
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
@@ -71,6 +71,7 @@ def command(
             raise UsageError(f"{path} ({name}) is not there")
     beside = figures_folder(out)
     with provenance.output("report", recipe, inputs, out, beside=beside) as work:
+        report_inputs.check(metrics, sources.models, sources.predictions, convert, groups)
         work.counts.update(write_report(recipe, sources, work.path, work.beside))
     say(f"report: {out}, with its figures as PNG and CSV in {beside}")
 

@@ -124,9 +124,13 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda p: edit(p, lambda s: s["train"].update(towers=[3])),
         r"not the settings of a model of this version of ctrkit .* Train the model again",
     ),
-    "no tensors": ("model/model.pt", Path.unlink, "model.pt is not a state dict that torch can load"),
-    "cut tensors": ("model/model.pt", cut, "model.pt is not a state dict that torch can load"),
-    "text for tensors": ("model/model.pt", lambda p: p.write_text("hello"), "is not a state dict that torch can load"),
+    "no tensors": ("model/model.pt", Path.unlink, r"model.pt is not there\. Train the model again"),
+    "cut tensors": ("model/model.pt", cut, r"model.pt is damaged: .* Train the model again"),
+    "text for tensors": (
+        "model/model.pt",
+        lambda p: p.write_text("hello"),
+        "is damaged: it is not what ctrkit train wrote",
+    ),
     "other tensors": (
         "model/model.pt",
         lambda p: torch.save({"a": torch.ones(1)}, p),

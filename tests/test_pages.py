@@ -17,6 +17,7 @@ from tests.tiny_run import TinyRun
 
 FILE = """"'><img src=x onerror=hacked=1>"""
 HOSTILE = FILE + "</script><script>hacked=1</script>"
+UNBROKEN = "W" * 80 + "靴👟"
 VARIANT = "<script>hacked()</script>"
 """A variant's name, and a run's."""
 PAGES = ("report", "explain", "compare")
@@ -34,6 +35,8 @@ def spoil(raw: Path) -> None:
         table = pl.read_csv(raw / f"{name}.csv")
         text = [c for c in ("user", "ad", "goods", "category", "shop") if c in table.columns]
         table = table.with_columns(pl.col(text).cast(pl.String) + HOSTILE)
+        if "category" in text:
+            table = table.with_columns(pl.col("category") + UNBROKEN)
         if "image" in table.columns:
             table = table.with_columns(pl.col("image").str.replace(".jpg", f"{FILE}.jpg", literal=True))
         table.write_csv(raw / f"{name}.csv")

@@ -414,3 +414,18 @@ def test_another_json_is_no_metrics_json(tmp_path):
     (tmp_path / "m.json").write_text("[1]")
     with pytest.raises(UserError, match=r"is not a metrics\.json; write one with: ctrkit eval"):
         read_metrics(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.0, "under 0.1 s"),
+        (0.42, "0.4 s"),
+        (0.5001, "1 s"),
+        (42.4, "42 s"),
+        (200, "3 min 20 s"),
+        (18_600, "5 h 10 min"),
+    ],
+)
+def test_work_takes_time(seconds: float, told: str) -> None:
+    assert story.duration(seconds) == told

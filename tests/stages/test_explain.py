@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,10 @@ def test_who_and_what_is_not_known(run: Path, tmp_path: Path) -> None:
     assert f"has no impression of ad '{row['ad']}x', so its features are not known; did you mean" in told
     assert "does not match the format" in wrong(day="8 March")
     assert "once on" in error(*base, *whom(row), "--number", 2)
+    table = predictions(run, "din")
+    unseen = next(a for a in table["ad"].unique().sort() if a not in set(table.filter(user=row["user"])["ad"]))
+    told = error(*base, *whom(row | {"ad": unseen}), "--number", 2)
+    assert f"did not see ad '{unseen}' on {row['day']}, so there is no number 2 of it" in told
     assert not list(tmp_path.iterdir())
 
 
@@ -194,6 +199,39 @@ def test_runs_that_are_none(run: Path, tiny_run: TinyRun, tmp_path: Path) -> Non
     assert "has no sidecar that says what it was trained on" in error("--run", other, *whom(row))
     (other / "din" / "model.json").symlink_to(run / "din" / "model.json")
     assert "no longer has the groups that" in error("--run", other, *whom(row))
+    (other / "groups").symlink_to(tiny_run.groups)
+    assert "groups has no sidecar (groups.json) that says whether" in error("--run", other, *whom(row))
+    shutil.copytree(run / "lr" / "model", tmp_path / "broken")
+    state = tmp_path / "broken" / "model.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    told = error("--model", tmp_path / "broken", *tiny_run.reads(), *whom(row))
+    assert told == f"{state} is damaged: it is not what ctrkit train wrote. Train the model again."
+
+
+def test_another_runs_vocabulary_is_refused(run: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
+    row = predictions(run, "lr").row(0, named=True)
+    shutil.copytree(tiny_run.convert / "vocab", tmp_path / "convert" / "vocab")
+    (tmp_path / "convert" / "vocab" / "category.parquet").unlink()
+    told = error("--run", run, "--variant", "lr", "--convert", tmp_path / "convert", *whom(row))
+    assert "(--convert) has another vocabulary than" in told
+
+
+def test_nothing_of_the_run_is_written_over(run: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
+    row = predictions(run, "lr").row(0, named=True)
+    common = ["--run", run, "--variant", "lr", *whom(row)]
+    scores = run / "lr" / "predictions.parquet"
+    kept = (scores, run / "lr" / "model" / "model.pt", run / "lr" / "model.json", tiny_run.features)
+    before = [path.read_bytes() for path in kept]
+    for path in (*kept, tiny_run.folder / "raw" / "pictures" / "new.json"):
+        for option in ("--html", "--json"):
+            assert f"{path} ({option}) " in error(*common, option, path)
+    assert [path.read_bytes() for path in kept] == before
+    assert not (tiny_run.folder / "raw" / "pictures" / "new.json").exists()
+    same = error(*common, "--html", tmp_path / "x", "--json", tmp_path / "." / "x")
+    assert "--html and --json both name" in same
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):  # an explanation may be written anew
+        must(*common, "--json", tmp_path / "x.json")
 
 
 def test_a_variant_with_groups_of_its_own(run: Path, tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import math
 import re
 import shutil
 import tarfile
+import warnings
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from click import Context
 from click.testing import CliRunner
@@ -416,10 +418,65 @@ def test_a_recipe_without_pictures_and_one_variant(tmp_path):
 
 def test_predictions_that_are_text(made):
     pl.read_parquet(made / "lr.parquet").write_csv(made / "lr.csv")
+    assert run("eval", "--gauc", made / "lr.csv", "--json", made / "metrics.json").exit_code == 0
     arguments = ["--metrics", made / "metrics.json", "--predictions", f"lr={made / 'lr.csv'}", "--out", made / "x.html"]
     result = run("report", "--recipe", made / "r.toml", *arguments)
     assert result.exit_code == 0, result.output
     assert "the predictions are no Parquet file" in (made / "x.html").read_text()
+
+
+def test_predictions_of_another_run_are_refused(made):
+    """By content where eval has left a sidecar, else by impressions and clicks; models and predictions by name."""
+    same = ["report", "--recipe", made / "r.toml", "--metrics", made / "metrics.json", "--out", made / "x.html"]
+
+    def error(*words):
+        result = run(*same, *words)
+        assert result.exit_code == 1, result.output
+        assert isinstance(result.exception, SystemExit)
+        return result.stderr
+
+    frame = pl.read_parquet(made / "lr.parquet")
+    frame.with_columns(score=1 - pl.col("score")).write_parquet(made / "other.parquet")
+    told = error("--predictions", f"lr={made / 'other.parquet'}")
+    assert f"other.parquet (--predictions lr) is not what {made / 'metrics.json'} was computed from" in told
+    assert "has no variant 'lt'; did you mean 'lr'?" in error("--predictions", f"lt={made / 'lr.parquet'}")
+    assert "--model lt=…: " in error("--model", f"lt={made / 'model'}")
+    (made / "metrics.json.json").unlink()
+    frame.head(3).write_parquet(made / "other.parquet")
+    told = error("--predictions", f"lr={made / 'other.parquet'}")
+    assert "has 3 impressions and 2 clicks, but" in told
+    assert "computed from 4 and 2" in told
+    score, click = pl.col("score"), pl.col("click")
+    for change, says in (
+        (pl.when(click == 0).then(score).otherwise(float("nan")).alias("score"), "row 1, column 'score': nan is not"),
+        ((click * 2).alias("click"), "row 1, column 'click': 2 is not a label: 1 is a click, 0 is none"),
+        (score.cast(pl.String), "column 'score' is String, not numbers"),
+    ):
+        frame.with_columns(change).write_parquet(made / "other.parquet")
+        told = error("--predictions", f"lr={made / 'other.parquet'}")
+        assert says in told
+        assert "--score" not in told
+        assert "--label" not in told
+    (made / "other.parquet").write_bytes((made / "lr.parquet").read_bytes()[:-20])
+    assert "cannot be read as Parquet (" in error("--predictions", f"lr={made / 'other.parquet'}")
+    frame.write_parquet(made / "other.parquet")
+    users = pq.read_metadata(made / "other.parquet").row_group(0).column(0)
+    spoilt = bytearray((made / "other.parquet").read_bytes())
+    start, length = users.dictionary_page_offset or users.data_page_offset, users.total_compressed_size
+    spoilt[start : start + length] = b"\xff" * length
+    (made / "other.parquet").write_bytes(spoilt)
+    assert "cannot be read as Parquet (" in error("--predictions", f"lr={made / 'other.parquet'}")
+    assert not (made / "x.html").exists()
+
+
+def test_another_runs_vocabulary_is_refused(whole, tmp_path):
+    shutil.copytree(whole.tiny.convert / "vocab", tmp_path / "convert" / "vocab")
+    (tmp_path / "convert" / "vocab" / "category.parquet").unlink()
+    given = ["--metrics", whole.metrics, "--convert", tmp_path / "convert", "--groups", whole.tiny.groups]
+    result = run("report", "--recipe", whole.tiny.recipe, *given, "--out", tmp_path / "x.html")
+    assert result.exit_code == 1
+    assert "(--convert) has another vocabulary than" in result.stderr
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
@@ -438,9 +495,47 @@ def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
     ]
     result = run("report", "--recipe", whole.tiny.recipe, *given, "--out", tmp_path / "x.html")
     assert result.exit_code == 0, result.output
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("trained on other groups or features than those given: din.") == 2  # activation, map
+    assert "is a DIN" not in page
     figures = {p.stem for p in (tmp_path / "x-figures").iterdir()}
     assert {"activation", "embedding-map"}.isdisjoint(figures)
     assert {"surprises", "learning-curves"} <= figures
+
+
+def test_a_line_that_is_no_json(made):
+    (made / "model" / "metrics.jsonl").write_text('{"step": 5, "loss": 0.6}\n\n{"step": 6, "lo\n')
+    given = ["--metrics", made / "metrics.json", "--model", f"lr={made / 'model'}", "--out", made / "x.html"]
+    result = run("report", "--recipe", made / "r.toml", *given)
+    assert result.exit_code == 1
+    assert "metrics.jsonl: line 3 is not JSON" in result.stderr
+    assert "train the model again" in result.stderr
+    (made / "model" / "metrics.jsonl").unlink()
+    result = run("report", "--recipe", made / "r.toml", "--set", "report.gallery_variant=gone", *given)
+    assert result.exit_code == 2
+    assert "report.gallery_variant 'gone' is none of the models; known: lr" in result.stderr
+
+
+def test_names_of_any_script_and_length(tmp_path):
+    """No warning of a missing glyph, the axis' names cut, and a sort of slices without a chart is named."""
+    words = ["靴" * 60, "👟 sneaker"]
+    rows = [(f"u{n}", k % 2, (k * 7 + n) % 5 / 5, words[k // 2 % 2], "all") for n in range(40) for k in range(8)]
+    table = pl.DataFrame(rows, schema=["user", "click", "score", "kind", "one"], orient="row")
+    table.write_parquet(tmp_path / "p.parquet")
+    (tmp_path / "r.toml").write_text('name = "r"\n')
+    metrics, out = tmp_path / "metrics.json", tmp_path / "x.html"
+    scored = f"靴👟={tmp_path / 'p.parquet'}"
+    assert run("eval", scored, "--by", "kind", "--by", "one", "--json", metrics).exit_code == 0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert run("report", "--recipe", tmp_path / "r.toml", "--metrics", metrics, "--out", out).exit_code == 0
+    assert not [w for w in told if "Glyph" in str(w.message)]
+    page = out.read_text(encoding="utf-8")
+    shown = re.findall(r'text-anchor="middle"><title>([^<]*)</title>([^<]*)</text>', page)
+    assert [name for name, _ in shown] == words
+    assert shown[1][1] == words[1]
+    assert re.fullmatch("靴{12,16}…", shown[0][1])
+    assert "Not drawn: one, of a single slice" in page
 
 
 def test_a_setting_that_names_nothing(whole):
