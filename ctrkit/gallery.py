@@ -2,7 +2,7 @@
 behaviours that an ad activates (DIN Fig. 5)."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BytesIO
@@ -86,22 +86,21 @@ def activates(model: Path) -> bool:
 
 def choose_activation(recipe: Recipe, models: Mapping[str, Path]) -> str | None:
     """Return whose activation of behaviours is shown: the recipe's choice, else the first DIN."""
-    wanted = recipe.report.activation_variant
-    if wanted in models:
-        return wanted if activates(models[wanted]) else None
-    if wanted and wanted not in recipe.variants:
-        raise UsageError(f"report.activation_variant {wanted!r} is none of the models{nearest(wanted, models)}")
-    return next((name for name, model in models.items() if activates(model)), None)
+    return _choose("activation_variant", activates, recipe, models)
 
 
 def choose_variant(recipe: Recipe, models: Mapping[str, Path]) -> str | None:
     """Return whose attention is shown: the recipe's choice, else the first that attends to pictures."""
-    wanted = recipe.report.gallery_variant
+    return _choose("gallery_variant", attends, recipe, models)
+
+
+def _choose(key: str, fits: Callable[[Path], bool], recipe: Recipe, models: Mapping[str, Path]) -> str | None:
+    wanted = getattr(recipe.report, key)
     if wanted in models:
-        return wanted if attends(models[wanted]) else None
+        return str(wanted) if fits(models[wanted]) else None
     if wanted and wanted not in recipe.variants:
-        raise UsageError(f"report.gallery_variant {wanted!r} is none of the models{nearest(wanted, models)}")
-    return next((name for name, model in models.items() if attends(model)), None)
+        raise UsageError(f"report.{key} {wanted!r} is none of the models{nearest(wanted, models)}")
+    return next((name for name, model in models.items() if fits(model)), None)
 
 
 def candidates(predictions: Path, most: int, long: int) -> pl.DataFrame:

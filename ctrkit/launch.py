@@ -11,15 +11,10 @@ from typing import Any
 
 from ctrkit import provenance
 from ctrkit.errors import Resumable
-from ctrkit.ranks import AGAIN, LAUNCHED, LOST_ANOTHER
+from ctrkit.ranks import AGAIN, LAUNCHED, LOST_ANOTHER, is_rank
 
 POLL_SECONDS = 0.1
 """Between looks at whether all ranks live."""
-
-
-def is_rank() -> bool:
-    """Say whether this process is a rank already."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def wanted(nproc: int) -> bool:

@@ -178,12 +178,6 @@ def open_pictures(
     )
 
 
-def check_conversion(convert: Path | None, schema: Schema, groups: Path) -> None:
-    """Refuse a `--convert`, if one is given, from which groups of this schema were not made."""
-    if convert is not None:
-        vocabulary.require(convert, "--convert", schema.vocab_digest, f"{groups} (--groups) was made with")
-
-
 def save(model: TrainedModel, folder: Path, extra: dict[str, object]) -> None:
     """Write `settings.json` and `model.pt` into a folder. Raises OSError where there is no room."""
     train = model.plan.train
@@ -232,7 +226,7 @@ def load(folder: Path, groups: Path, features: Path | None, convert: Path | None
             f"{schema.vocab_digest[:8]} and {here.vocab_digest[:8]}): its ids would mean other things. Train it again "
             "on these groups, or make the groups with the vocabulary it was trained with."
         )
-    check_conversion(convert, here, groups)
+    vocabulary.require_of_groups(convert, here.vocab_digest, groups)
     pictures = open_pictures(train, features, convert, ranks)
     if pictures is not None:
         _check_pictures(pictures, settings, folder)

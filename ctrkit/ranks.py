@@ -44,6 +44,11 @@ class SilentlyLostRank(LostRank):
         pass
 
 
+def is_rank() -> bool:
+    """Say whether this process was started as a rank, as torchrun does."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 class ToldByFirst(UserError):
     """What a rank raises for an error that rank 0 raises too, and tells."""
 
@@ -66,7 +71,7 @@ class Ranks:
     @classmethod
     def of_environment(cls) -> "Ranks":
         """Return what torchrun says in the environment; one process where it says nothing."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if not is_rank():
             return cls()
         try:
             rank, count, local = (int(os.environ.get(n, "0")) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

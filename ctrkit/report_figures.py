@@ -70,30 +70,29 @@ def make_figures(content: Content) -> list[Figure]:
         )
         size = figures.rows_size(len(content.sheet.queries), 1 + max(len(q.neighbours) for q in content.sheet.queries))
         made.append(Figure(name="neighbours", title="Pictures alike", table=table, draw=draw, size=size))
-    if content.errors and content.errors.impressions:
-        table = pl.DataFrame(content.errors.impressions, infer_schema_length=None)
-        draw = partial(
-            figures.picture_rows,
-            thumbnails=thumbnails,
-            by=("kind",),
-            head=lambda r: str(r["kind"]).replace(", ", ",\n"),
-            value=lambda r: f"{r['score']:.3f}",
-        )
-        size = figures.rows_size(2, max(3, (table.height + 1) // 2))
-        title = f"Most surprising impressions of {content.errors.variant}"
-        made.append(Figure(name="surprises", title=title, table=table, draw=draw, size=size))
-    if content.errors and content.errors.ads:
-        table = pl.DataFrame(content.errors.ads, infer_schema_length=None)
-        draw = partial(
-            figures.picture_rows,
-            thumbnails=thumbnails,
-            by=("kind",),
-            head=lambda r: str(r["kind"]),
-            value=lambda r: f"{r['predicted']:.1f} / {r['clicks']}",
-        )
-        size = figures.rows_size(2, max(3, (table.height + 1) // 2))
-        title = f"Ads on which {content.errors.variant} is worst calibrated: predicted / observed clicks"
-        made.append(Figure(name="calibration-by-ad", title=title, table=table, draw=draw, size=size))
+    if content.errors:
+        of = content.errors.variant
+        for name, title, kept, head, value in (
+            (
+                "surprises",
+                f"Most surprising impressions of {of}",
+                content.errors.impressions,
+                lambda r: str(r["kind"]).replace(", ", ",\n"),
+                lambda r: f"{r['score']:.3f}",
+            ),
+            (
+                "calibration-by-ad",
+                f"Ads on which {of} is worst calibrated: predicted / observed clicks",
+                content.errors.ads,
+                lambda r: str(r["kind"]),
+                lambda r: f"{r['predicted']:.1f} / {r['clicks']}",
+            ),
+        ):
+            if kept:
+                table = pl.DataFrame(kept, infer_schema_length=None)
+                draw = partial(figures.picture_rows, thumbnails=thumbnails, by=("kind",), head=head, value=value)
+                size = figures.rows_size(2, max(3, (table.height + 1) // 2))
+                made.append(Figure(name=name, title=title, table=table, draw=draw, size=size))
     if content.days is not None and content.days.height:
         table = day_table(content.days)
         made.append(

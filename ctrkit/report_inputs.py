@@ -32,8 +32,7 @@ def check(
     _check_names("--model", models, metrics["variants"], metrics_path)
     _check_names("--predictions", scored, metrics["variants"], metrics_path)
     if convert is not None and groups is not None:
-        digest = Schema.read(groups).vocab_digest
-        vocabulary.require(convert, "--convert", digest, f"{groups} (--groups) was made with")
+        vocabulary.require_of_groups(convert, Schema.read(groups).vocab_digest, groups)
     evaluated = _evaluated(metrics_path)
     for name, path in scored.items():
         if name in evaluated and evaluated[name] != provenance.cache().of(path):

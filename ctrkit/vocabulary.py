@@ -188,3 +188,9 @@ def require(convert: Path, option: str, digest: str, whose: str) -> None:
             f"{convert} ({option}) has another vocabulary than {whose}, so ids and pictures would mean other things: "
             "give the folder of ctrkit convert that belongs to it"
         )
+
+
+def require_of_groups(convert: Path | None, digest: str, groups: Path) -> None:
+    """Refuse a `--convert`, if one is given, from which `--groups`, whose schema has this digest, were not made."""
+    if convert is not None:
+        require(convert, "--convert", digest, f"{groups} (--groups) was made with")

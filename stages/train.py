@@ -135,7 +135,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
 
     import torch
 
-    from ctrkit import checkpoints, devices, feature_service, modelfile, placement, training, training_days
+    from ctrkit import checkpoints, devices, feature_service, modelfile, placement, training, training_days, vocabulary
     from ctrkit import warm_start as warming
     from ctrkit.batches import GroupedData, Schema
     from ctrkit.data_parallel import DataParallel
@@ -146,7 +146,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     if config.compile and ranks.count > 1:
         raise UsageError("train.compile = true is for one process; leave it out, or train without --nproc and torchrun")
     schema = Schema.read(groups).of_recipe(job.recipe.features, groups)
-    modelfile.check_conversion(job.convert, schema, groups)
+    vocabulary.require_of_groups(job.convert, schema.vocab_digest, groups)
     pictures = modelfile.open_pictures(config, job.features, job.convert, ranks)
     days = training_days.days_of(groups, "train")
     span = training_days.choose(config, days)

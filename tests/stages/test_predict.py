@@ -127,7 +127,7 @@ def test_what_does_not_fit(tiny_run: TinyRun, model: Path, tmp_path: Path) -> No
     shutil.copytree(model, damaged)
     whole = (damaged / "model.pt").read_bytes()
     (damaged / "model.pt").write_bytes(whole[: len(whole) // 2])
-    assert "model.pt is not a state dict" in refused(tiny_run, out, "--model", damaged, *reads)
+    assert "model.pt is damaged: it is not what ctrkit" in refused(tiny_run, out, "--model", damaged, *reads)
     other = tmp_path / "groups"
     shutil.copytree(tiny_run.groups, other)
     schema = json.loads((other / "schema.json").read_text())
