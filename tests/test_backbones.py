@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms._presets import ImageClassification
 
-from ctrkit import backbones
+from ctrkit import backbones, recipe
 from ctrkit.backbones import Backbone
 from ctrkit.errors import UsageError, UserError
 from ctrkit.pictures import decode
@@ -274,6 +274,18 @@ def test_the_published_squeezenet_features() -> None:
     assert len(network.weights) == 32
     with pytest.raises(UserError, match=r"no weights for 2 of the 52 .*classifier\.1\.bias"):
         load("squeezenet1_1:classifier.1", SQUEEZENET)
+
+
+def test_the_movielens_recipe_needs_no_classifier() -> None:
+    if not SQUEEZENET.is_file():
+        pytest.skip(f"no real weights: {SQUEEZENET} is not there (set CTRKIT_SHARED)")
+    plain = recipe.load("movielens")
+    asked = {recipe.load("movielens", name).extract_images.backbone for name in plain.variants}
+    assert {b: load(b, SQUEEZENET).width for b in asked} == {
+        "squeezenet1_1:features": 512,
+        "squeezenet1_1:features.9": 384,
+        "squeezenet1_1:features.7": 256,
+    }
 
 
 @pytest.mark.parametrize(
