@@ -28,7 +28,7 @@ setup: $(READY) ## make .venv and install everything into it
 
 .PHONY: test
 test: $(READY) ## run the tests; PYTEST='-k name' gives pytest options
-	.venv/bin/python -m pytest -n auto --dist loadfile $(PYTEST)
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 .PHONY: check
 check: $(READY) ## ruff and strict types

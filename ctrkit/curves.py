@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctrkit import plot_text
 from ctrkit.charts import COLOURS
 from ctrkit.errors import UserError
 from ctrkit.recipe import PaperCurves
@@ -14,7 +15,8 @@ from ctrkit.recipe import PaperCurves
 Points = list[dict[str, Any]]
 """The evaluations of a training, in order: `step`, `epoch`, `valid_gauc`, `valid_loss`, …"""
 LINES = ("-", "--", ":", "-.")
-COLUMNS = ("step", "epoch", "samples", "loss", "valid_loss", "valid_gauc")
+COUNTS = ("step", "epoch", "samples")
+COLUMNS = (*COUNTS, "loss", "valid_loss", "valid_gauc")
 
 
 def make_curves(name: str, figure: PaperCurves, models: Mapping[str, Path], folder: Path) -> dict[str, Any]:
@@ -74,9 +76,26 @@ def read_metrics_lines(model: Path) -> list[dict[str, Any]]:
             raise UserError(
                 f"{path}: line {number} is not JSON ({e}): take the line out, or train the model again"
             ) from None
+        if record is not None and (fault := _fault(record)):
+            raise UserError(f"{path}: line {number} {fault}: take the line out, or train the model again")
         if record is not None:
             found.append(record)
     return found
+
+
+def _fault(record: Any) -> str:
+    """Return what is wrong with a line of metrics.jsonl; "" for one that can be drawn."""
+    if not isinstance(record, dict):
+        return "is not a JSON object"
+    needed = ("step",) if "valid_gauc" in record else ("step", "loss")
+    for name in COLUMNS:
+        value = record.get(name)
+        kinds = int if name in COUNTS else (int, float)
+        if value is None and name in needed:
+            return f"has no {name!r}"
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            return f"has {json.dumps(value)} as {name!r}"
+    return ""
 
 
 def first_step(points: Points, value: float) -> int | None:
@@ -115,21 +134,22 @@ def draw(lines: Sequence[tuple[str, Points]], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for n, (_, points) in enumerate(lines):
-        style = LINES[n // len(COLOURS) % len(LINES)]
-        steps, values = [p["step"] for p in points], [p["valid_gauc"] for p in points]
-        axes.plot(steps, values, style, color=COLOURS[n % len(COLOURS)], marker=".", markersize=4, lw=1.4)
-    # Text of the data is no mathematics.
-    axes.set_title(title, fontsize=10, parse_math=False)
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation GAUC")
-    axes.grid(color="#dfe4ea", lw=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    legend = axes.legend(axes.get_lines(), [name for name, _ in lines], fontsize=8, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+    with plot_text.any_script():
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for n, (_, points) in enumerate(lines):
+            style = LINES[n // len(COLOURS) % len(LINES)]
+            steps, values = [p["step"] for p in points], [p["valid_gauc"] for p in points]
+            axes.plot(steps, values, style, color=COLOURS[n % len(COLOURS)], marker=".", markersize=4, lw=1.4)
+        # Text of the data is no mathematics.
+        axes.set_title(title, fontsize=10, parse_math=False)
+        axes.set_xlabel("step")
+        axes.set_ylabel("validation GAUC")
+        axes.grid(color="#dfe4ea", lw=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        legend = axes.legend(axes.get_lines(), [name for name, _ in lines], fontsize=8, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        figure.savefig(path, format="png", dpi=120, metadata={"Software": None})

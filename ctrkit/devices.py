@@ -83,7 +83,8 @@ def set_up(device: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(device == "cpu")
+    # As torch.use_deterministic_algorithms, which imports torch's compiler too: see `ctrkit.compiling`.
+    torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
     # Nobody reads memory before it is written, so filling it is for nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _keep_memory()

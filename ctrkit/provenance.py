@@ -483,26 +483,33 @@ class _Source:
 @functools.cache
 def _read_source(path: Path) -> _Source:
     text = path.read_text(encoding="utf-8")
+    imports, words = _names(text)
+    data = {file for word in words for file in _data_files(word)}
+    return _Source(text, imports, sorted(data))
+
+
+@functools.cache
+def _names(text: str) -> tuple[list[str], list[str]]:
+    """Return the modules of ctrkit that a module's text may import, and its texts that may be the name of a file."""
     imports: list[str] = []
-    data: list[Path] = []
+    words: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             imports += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             imports += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            data += _data_files(node.value)
+            if re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", node.value):
+                words.add(node.value)
             if re.fullmatch(r"ctrkit(\.\w+)+", node.value):  # imported where it is needed
                 imports.append(node.value)
     ours = [name for name in imports if name.split(".")[0] == "ctrkit"]
     packages = [name.rpartition(".")[0] for name in ours]
-    return _Source(text, sorted({*ours, *packages}), sorted(set(data)))
+    return sorted({*ours, *packages}), sorted(words)
 
 
 def _data_files(name: str) -> list[Path]:
     """Return the package's file or files called `name` that are not Python: "templates" gives all templates."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
-        return []
     path = Path(__file__).parent / name
     found = path.iterdir() if path.is_dir() else [path]
     return [p for p in found if p.is_file() and p.suffix not in (".py", ".pyc")]

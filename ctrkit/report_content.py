@@ -175,6 +175,15 @@ def unusable(predictions: Path, columns: set[str]) -> str:
     return f"Not shown: the predictions have no column {', '.join(sorted(lacking))}." if lacking else ""
 
 
+def elsewhere(recipe: Recipe, sources: Sources, key: str) -> str:
+    """Return why the variant that `report.key` names cannot be looked into although its model is given: it was trained
+    on other groups or features; "" otherwise."""
+    wanted = getattr(recipe.report, key)
+    if wanted not in sources.models or wanted in fitting(sources):
+        return ""
+    return f"Not shown: report.{key} is {wanted!r}, which was trained on other groups or features than those given."
+
+
 def absence(sources: Sources, key: str, asked: int, serves: Callable[[Path], bool], otherwise: str) -> str:
     """Return why no model is looked into: it is not asked for (`report.key` is 0), the models that would serve were
     trained on other groups or features, or otherwise."""
@@ -250,10 +259,13 @@ def make_gallery(
 ) -> Gallery | None:
     """Choose the cases of the attention gallery and read their weights."""
     settings = recipe.report
+    if settings.gallery_cases and (reason := elsewhere(recipe, sources, "gallery_variant")):
+        why["attention"] = reason
+        return None
     variant = gallery.choose_variant(recipe, fitting(sources)) if settings.gallery_cases else None
     if variant is None:
-        reason = "Not shown: none of the models given has attention over pictures."
-        otherwise = reason if has_pictures(sources.groups) else no_pictures()
+        otherwise = "Not shown: none of the models given has attention over pictures."
+        otherwise = otherwise if has_pictures(sources.groups) else no_pictures()
         why["attention"] = absence(sources, "gallery_cases", settings.gallery_cases, gallery.attends, otherwise)
         return None
     if missing := needs(sources, variant, "groups", "features", "convert"):
@@ -278,6 +290,9 @@ def no_pictures() -> str:
 def make_activations(recipe: Recipe, sources: Sources, why: dict[str, str]) -> Activations | None:
     """Choose impressions, and read how much each of the user's behaviours is activated by the ad."""
     settings = recipe.report
+    if settings.activation_cases and (reason := elsewhere(recipe, sources, "activation_variant")):
+        why["activation"] = reason
+        return None
     variant = gallery.choose_activation(recipe, fitting(sources)) if settings.activation_cases else None
     if variant is None:
         otherwise = "Not shown: none of the models given is a DIN."
@@ -305,6 +320,9 @@ def make_activations(recipe: Recipe, sources: Sources, why: dict[str, str]) -> A
 def make_map(recipe: Recipe, sources: Sources, why: dict[str, str]) -> embedding_map.EmbeddingMap | None:
     """Map the ads by what a model has learned of them."""
     settings = recipe.report
+    if settings.map_ads and (reason := elsewhere(recipe, sources, "map_variant")):
+        why["map"] = reason
+        return None
     variant = embedding_map.choose_variant(recipe, fitting(sources)) if settings.map_ads else None
     if variant is None:
         otherwise = "Not shown: none of the models given has embeddings of more than one number."
@@ -368,7 +386,8 @@ def make_sheet(
 
 def main_variant(recipe: Recipe, sources: Sources, metrics: dict[str, Any]) -> str | None:
     """Return the variant whose errors are shown: the gallery's, else, of those with predictions, the best by GAUC."""
-    named = gallery.choose_variant(recipe, fitting(sources))
+    other = elsewhere(recipe, sources, "gallery_variant")
+    named = None if other else gallery.choose_variant(recipe, fitting(sources))
     if named in sources.predictions:
         return named
     gauc = {name: metrics["variants"].get(name, {}).get("all", {}).get("gauc") for name in sources.predictions}

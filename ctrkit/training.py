@@ -112,7 +112,7 @@ class Trainer:
             {"params": weights, "weight_decay": self.config.weight_decay},
             {"params": others},
         ]
-        self.adam = torch.optim.Adam([g for g in groups if g["params"]], lr=self.config.learning_rate, fused=True)
+        self.adam = compiling.Adam([g for g in groups if g["params"]], lr=self.config.learning_rate, fused=True)
         self.network: nn.Module = self.model.network
         if self.config.compile:
             self.network = compiling.compiled(self.model.network, self.model.device)

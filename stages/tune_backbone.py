@@ -58,7 +58,7 @@ def command(
         device = devices.resolve(options.device, "tune-backbone.device")
         if options.threads:
             torch.set_num_threads(options.threads)
-        torch.use_deterministic_algorithms(device == "cpu")
+        torch.set_deterministic_debug_mode("error" if device == "cpu" else "default")
         # Filling takes a seventh of the time, and nobody reads it.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         table = labelled_pictures.labels_table(recipe, raw, labels)

@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,32 @@ import pytest
 from tests import tiny_world
 from tests.tiny_run import TinyRun
 from tests.tiny_world import Run
+
+LONGEST = [
+    "test_pipeline.py",
+    "test_known_answers.py",
+    "test_train_ranks.py",
+    "test_feature_service.py",
+    "test_paper_tables.py",
+    "test_ray.py",
+    "test_benchmarks.py",
+    "test_extract_ranks.py",
+    "test_combinations.py",
+    "test_fuzz.py",
+    "test_compiling.py",
+    "test_extract_images.py",
+    "test_properties.py",
+    "test_report.py",
+    "test_kill_data.py",
+    "test_daily.py",
+]
+"""Files to begin with, so that no process is still at a long one when the others have finished."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first; `--dist loadfile --no-loadscope-reorder` hands them out in this order."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +46,25 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The whole run of tiny.toml by `ctrkit run` of the wheel, with two jobs. Not to be changed: see `run`."""
-    folder = tmp_path_factory.mktemp("built")
-    (folder / "tiny.toml").write_text(tiny_world.RECIPE + tiny_world.MORE_VARIANTS)
-    run = Run(folder, tiny_world.install(tmp_path_factory.mktemp("wheel")))
-    printed = run.ctrkit("run", "tiny.toml", "-j", "2")
-    assert printed.endswith("tiny: done, the report is runs/tiny/report.html\n")
+    """The whole run of tiny.toml by `ctrkit run` of the wheel, with two jobs. Not to be changed: see `run`.
+
+    Of pytest-xdist's processes the first that needs it makes it, for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-by-make"
+    shared.mkdir(exist_ok=True)
+    run = Run(shared / "built", shared / "wheel" / "site")
+    with open(shared / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "done").exists():
+            for folder in (shared / "built", shared / "wheel"):  # of one that failed
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            (run.folder / "tiny.toml").write_text(tiny_world.RECIPE + tiny_world.MORE_VARIANTS)
+            tiny_world.install(shared / "wheel")
+            printed = run.ctrkit("run", "tiny.toml", "-j", "2")
+            assert printed.endswith("tiny: done, the report is runs/tiny/report.html\n")
+            (shared / "done").touch()
     return run
 
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from ctrkit import compiling
 from tests.tiny_run import TinyRun
 
 FALLS_BACK = "nothing is compiled, and training is as without train.compile"
@@ -19,7 +21,7 @@ def train(tiny_run: TinyRun, out: Path, *words: str, **environment: str) -> str:
     command = [sys.executable, "-m", "ctrkit", "train", "--recipe", tiny_run.recipe, "--variant", "lr"]
     command += ["--groups", tiny_run.groups, "--out", out, "--set", "train.log_every=5", *words]
     env = {k: v for k, v in os.environ.items() if k != "CXX"}
-    env |= {"TORCHINDUCTOR_CACHE_DIR": str(out.with_name("cache")), **environment}
+    env |= {"TORCHINDUCTOR_CACHE_DIR": str(out.with_name("cache")), "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -52,3 +54,34 @@ def test_with_a_compiler(tiny_run: TinyRun, plain: Path, tmp_path: Path) -> None
     assert FALLS_BACK not in said
     assert list((tmp_path / "cache").rglob("*.so")), "nothing was compiled"
     assert losses(tmp_path / "model") == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_the_compiler_is_not_imported_where_nothing_is_compiled(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """It would take 1.5 s of every start."""
+    model = tmp_path / "model"
+    train = ["--recipe", tiny_run.recipe, *tiny_run.reads(), "--out", model]
+    predict = ["--recipe", tiny_run.recipe, *tiny_run.reads(), "--model", model, "--out", tmp_path / "scores.parquet"]
+    calls = [["train", *map(str, train)], ["predict", *map(str, predict)]]
+    code = "import sys\nfrom ctrkit.cli import main\n"
+    code += f"for words in {calls!r}: main(words, standalone_mode=False)\n"
+    code += "assert 'torch' in sys.modules\n"
+    code += "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+def test_adam_is_torchs_own_to_the_bit() -> None:
+    found = []
+    for kind in (torch.optim.Adam, compiling.Adam):
+        rng = torch.Generator().manual_seed(1)
+        weights = torch.nn.Parameter(torch.randn(20, 3, generator=rng))
+        adam = kind([{"params": [weights], "weight_decay": 0.1}], lr=0.01, fused=True)
+        for step in range(5):
+            adam.zero_grad()
+            (weights * torch.randn(20, 3, generator=rng)).square().sum().backward()
+            adam.found_inf = torch.tensor(float(step == 2))
+            adam.step()
+        found.append([weights.detach(), *adam.state[weights].values()])
+    assert len(found[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -3,14 +3,14 @@
 All through the command line: two worlds are simulated, trained and evaluated; the second has no picture signal.
 """
 
-import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ctrkit.pipeline import Graph, Setting
+from tests.shop import ctrkit
 
 WORLD = Path(__file__).parent / "worlds" / "small-shop.toml"
 UNSEEN = "unseen_ad=true"
@@ -19,33 +19,37 @@ SEEN = "unseen_ad=false"
 Metrics = dict[str, Any]
 
 
-def ctrkit(*words: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "ctrkit", *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+def make(out: Path, *sets: str, variants: tuple[str, ...] = ()) -> Path:
+    """Do all steps of the world's run but the report in this process, as Make would call them; of these variants
+    alone, all but its evaluation. Return the folder of its outputs."""
+    graph = Graph(Setting(str(WORLD), None, None, sets, out))
+    for step in graph.steps:
+        if step.stage == "report" or (variants and (step.stage == "eval" or step.variant not in (None, *variants))):
+            continue
+        must(*graph.arguments(step))
+    return graph.home
+
+
+def must(*words: object) -> None:
+    result = ctrkit(*words)
+    assert result.exit_code == 0, (words, result.output, result.exception)
 
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
     """The metrics of the small shop, all variants."""
-    out = tmp_path_factory.mktemp("shop")
-    ctrkit("run", WORLD, "--out", out)
-    metrics: Metrics = json.loads((out / "small-shop" / "metrics.json").read_text(encoding="utf-8"))
+    metrics: Metrics = json.loads((make(tmp_path_factory.mktemp("shop")) / "metrics.json").read_text())
     return metrics
 
 
 @pytest.fixture(scope="session")
 def null_shop(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
     """The metrics of a shop whose pictures decide nothing."""
-    out = tmp_path_factory.mktemp("null")
-    predictions = []
-    for variant in ("basic+ad_id", "basic+ad_id+user_ids", "whole"):
-        path = out / "small-shop" / variant / "predictions.parquet"
-        ctrkit("run", WORLD, "--out", out, "--set", "simulate.picture_signal=0", "--target", f"{path}.json")
-        predictions.append(f"{variant}={path}")
-    pairs = itertools.product(["whole"], ["basic+ad_id", "basic+ad_id+user_ids"])
-    compare = [word for pair in pairs for word in ("--compare", ",".join(pair))]
-    ctrkit("eval", "--gauc", *predictions, *compare, "--json", out / "null.json")
-    metrics: Metrics = json.loads((out / "null.json").read_text(encoding="utf-8"))
+    variants = ("whole", "basic+ad_id+user_ids")
+    home = make(tmp_path_factory.mktemp("null"), "simulate.picture_signal=0", variants=variants)
+    predictions = [f"{variant}={home / variant / 'predictions.parquet'}" for variant in variants]
+    must("eval", "--gauc", *predictions, "--compare", ",".join(variants), "--json", home / "null.json")
+    metrics: Metrics = json.loads((home / "null.json").read_text())
     return metrics
 
 

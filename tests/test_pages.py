@@ -101,6 +101,14 @@ def test_paper_is_wide_enough(name: str, made: Path, browser: Browser) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_tables_are_printed_on_one_page(name: str, made: Path, browser: Browser) -> None:
+    with Watched(browser, made / f"{name}.html", PAPER) as watched:
+        watched.page.emulate_media(media="print")
+        breaks = "tables => tables.map(t => getComputedStyle(t).breakInside)"
+        assert set(watched.page.locator("table").evaluate_all(breaks)) == {"avoid"}
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_hostile_names_are_text(name: str, made: Path, browser: Browser) -> None:
     with Watched(browser, made / f"{name}.html") as watched:
         page = watched.page

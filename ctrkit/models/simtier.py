@@ -8,7 +8,6 @@ from torch import Tensor
 from ctrkit.models.batch import Batch
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # sparse layouts cannot be traced
 @torch.no_grad()
 def similarities_P(batch: Batch, ad_image: str, user_image: str, width: int) -> tuple[Tensor, Tensor]:
     """Return ([P] cosines, [P] bool) of the ad's picture vector and the behaviour's, as the extractors get them.
@@ -22,6 +21,10 @@ def similarities_P(batch: Batch, ad_image: str, user_image: str, width: int) -> 
     norm_P = norm_P * torch.linalg.vector_norm(user_NW, dim=1)[user_B[batch.behaviour_P]]
     if not len(norm_P):
         return norm_P, norm_P > 0
+    there_P = norm_P > 0
+    if torch.compiler.is_compiling():  # sparse layouts cannot be traced
+        dot_P = (ad_NW[ad_S[batch.sample_P]] * user_NW[user_B[batch.behaviour_P]]).sum(1)
+        return dot_P / torch.where(there_P, norm_P, 1.0), there_P
     # The product [samples, behaviours] only where the sample has the behaviour; its rows are the samples.
     pairs_S = torch.bincount(batch.sample_P, minlength=batch.n_samples)
     end_S = torch.cat([pairs_S.new_zeros(1), pairs_S.cumsum(0)])
@@ -36,7 +39,6 @@ def similarities_P(batch: Batch, ad_image: str, user_image: str, width: int) -> 
         )
         ad_SW, user_BW = ad_NW.index_select(0, ad_S), user_NW.index_select(0, user_B)
         dot_P = torch.sparse.sampled_addmm(wanted, ad_SW, user_BW.t(), beta=0.0).values()
-    there_P = norm_P > 0
     return dot_P / torch.where(there_P, norm_P, 1.0), there_P
 
 

@@ -83,8 +83,10 @@ def test_the_flag_of_a_picture_is_no_part_of_the_angle() -> None:
     assert counts(batch, 4, width=2) == [[1, 0, 0, 0]]
 
 
-def test_cosines_against_loops(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiling", [False, True])
+def test_cosines_against_loops(compiling: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of histories that samples share and that hold a picture twice."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     vectors, by_index = pictures(tmp_path)
     groups = some_groups(4)
     groups[2].behaviours[0]["image"] = groups[2].behaviours[1]["image"] = 4

@@ -503,6 +503,45 @@ def test_a_model_of_other_groups_is_not_looked_into(whole, tmp_path):
     assert {"surprises", "learning-curves"} <= figures
 
 
+def test_a_variant_of_other_groups_is_not_replaced(whole, tmp_path):
+    """Of one that the recipe names, the section says why it is not shown, and shows no other in its place."""
+    copy = shutil.copytree(whole.folder / "pictures", tmp_path / "pictures")
+    sidecar = copy / "model.json"
+    told = json.loads(sidecar.read_text())
+    told["inputs"]["groups"] = "others"
+    sidecar.write_text(json.dumps(told))
+    given = [f"{word}".replace(str(whole.folder / "pictures"), str(copy)) for word in whole.given]
+    common = ["report", "--recipe", whole.tiny.recipe, "--metrics", whole.metrics, *given, *whole.tiny.reads()]
+    for key, title in (("gallery", "attention"), ("map", "embedding-map")):
+        out = tmp_path / f"{key}.html"
+        result = run(*common, "--set", f"report.{key}_variant=pictures", "--out", out)
+        assert result.exit_code == 0, result.output
+        section = re.search(rf'<section id="{title}">(.*?)</section>', out.read_text(), re.S)[1]
+        assert f"Not shown: report.{key}_variant is &#39;pictures&#39;, which was trained on other groups" in section
+        assert "<svg" not in section
+        assert 'class="case"' not in section
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"loss": 0.6}', "has no 'step'"),
+        ('{"step": 6}', "has no 'loss'"),
+        ('{"step": 6, "loss": "0.6"}', """has "0.6" as 'loss'"""),
+        ('{"step": 6.5, "valid_gauc": 0.6}', "has 6.5 as 'step'"),
+        ("[6]", "is not a JSON object"),
+        ("6", "is not a JSON object"),
+    ],
+)
+def test_a_line_that_cannot_be_drawn(made, line, says):
+    (made / "model" / "metrics.jsonl").write_text('{"step": 5, "loss": 0.6}\n' + line + "\n")
+    given = ["--metrics", made / "metrics.json", "--model", f"lr={made / 'model'}", "--out", made / "x.html"]
+    result = run("report", "--recipe", made / "r.toml", *given)
+    assert result.exit_code == 1, result.output
+    assert f"metrics.jsonl: line 2 {says}: take the line out, or train the model again" in result.stderr
+    assert not (made / "x.html").exists()
+
+
 def test_a_line_that_is_no_json(made):
     (made / "model" / "metrics.jsonl").write_text('{"step": 5, "loss": 0.6}\n\n{"step": 6, "lo\n')
     given = ["--metrics", made / "metrics.json", "--model", f"lr={made / 'model'}", "--out", made / "x.html"]
