@@ -160,6 +160,11 @@ def show(found: Rounds) -> None:
     print(f"all stages / parsing = {found.ours / found.reference:.2f} of wall time, {found.cpu_ratio:.2f} of CPU time")
 
 
+def growth(found: Rounds, first: Rounds) -> float:
+    """Return how many times as much memory one size of logs takes as another."""
+    return found.peak_bytes / first.peak_bytes
+
+
 def show_phases(found: Rounds) -> None:
     """Print where the last round's stages spent their time: the sidecars' counts named "… seconds", and what is
     outside the stage's own work (start, imports, digests of inputs and outputs)."""
@@ -178,13 +183,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     raw_logs.add_options(parser, 10_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--twice", action="store_true", help="again with twice the rows: does the peak grow?")
+    parser.add_argument(
+        "--twice",
+        action="store_true",
+        help="again with twice the rows of the same users, and of twice as many: does the peak grow?",
+    )
     parser.add_argument("--profile", action="store_true", help="seconds by phase, as the stages' sidecars tell")
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="given to every stage")
     args = parser.parse_args()
     results = []
-    for times in (1, 2) if args.twice else (1,):
-        settings = raw_logs.Settings(times * args.impressions, args.seed)
+    n, seed = args.impressions, args.seed
+    sizes = [raw_logs.Settings(n, seed)]
+    if args.twice:
+        sizes += [raw_logs.Settings(2 * n, seed, like=n), raw_logs.Settings(2 * n, seed)]
+    for settings in sizes:
         found = benchmark(raw_logs.ready(settings, args.data), args.rounds, args.set)
         show(found)
         if args.profile:
@@ -194,12 +206,18 @@ def main() -> None:
     first = results[0]
     twice = {}
     if args.twice:
-        growth = results[1].peak_bytes / first.peak_bytes
-        print(f"peak with twice the rows / peak = {growth:.2f}")
+        _, rows, everything = results
+        lines = [
+            [name, f"{one.logs.settings.users:,}", f"{one.peak_bytes / MIB:,.0f}", f"{growth(one, first):.3f}"]
+            for name, one in (("these rows", first), ("twice, of as many users", rows), ("twice, of twice", everything))
+        ]
+        measure.table(["peak memory", "users", "peak MiB", "of the first"], lines)
         twice = {
-            "peak_bytes_twice": results[1].peak_bytes,
-            "peak_growth": round(growth, 3),
-            "ratio_twice": round(results[1].ours / results[1].reference, 3),
+            "peak_bytes_twice": rows.peak_bytes,
+            "peak_growth": round(growth(rows, first), 3),
+            "ratio_twice": round(rows.ours / rows.reference, 3),
+            "peak_growth_twice_the_users": round(growth(everything, first), 3),
+            "ratio_twice_the_users": round(everything.ours / everything.reference, 3),
         }
     measure.last_line(
         name="convert",

@@ -102,6 +102,8 @@ class Settings:
 
     impressions: int
     seed: int = 1
+    like: int = 0
+    """As many users as logs of so many impressions have; 0: as many as go with `impressions`."""
 
     @property
     def behaviours(self) -> int:
@@ -109,7 +111,7 @@ class Settings:
 
     @property
     def users(self) -> int:
-        return max(2 * GROUP, round(USERS * self.impressions))
+        return max(2 * GROUP, round(USERS * (self.like or self.impressions)))
 
 
 @dataclass(frozen=True)

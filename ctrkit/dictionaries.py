@@ -1,21 +1,21 @@
 """One dictionary for all chunks: every distinct text of a log's column, and what each chunk's codes mean in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from ctrkit import spool
+from ctrkit.disk_tables import Table
 from ctrkit.spool import Ints
 
 Chunk = Mapping[str, Any]
 SHORT = ".words"
 """What the name of a chunk's file of all short dictionaries ends in."""
-AT_ONCE = 1 << 21
-"""Words of chunks that are looked up together, at least: what is in memory besides the distinct ones and all codes."""
+AT_ONCE = 1 << 20
+"""Words of chunks that are looked up together, at least: what is in memory besides the distinct ones."""
 
 
 def tasks(names: Sequence[str], chunks: Sequence[Chunk]) -> list[list[str]]:
@@ -43,80 +43,86 @@ def unify(names: Sequence[str], chunks: Sequence[Chunk], folder: Path, in_order:
     folder.mkdir(parents=True, exist_ok=True)
     kinds = {n: pl.Int64 if all(c["words"][n][3] for c in chunks if n in c["words"]) else pl.String for n in names}
     short: dict[str, pl.Series] = {}
-    words_of = {name: _Words(name, chunks, kinds[name], short) for name in names}
-    return {name: _merge(name, words_of[name], folder, name in in_order) for name in names}
+    return {n: _merge(n, _Words(n, chunks, kinds[n], short), folder, n in in_order) for n in names}
 
 
-class _Words(Sequence[pl.Series]):
-    """A column's words, chunk by chunk, of the chunks that have it. Those in files of their own are read when they are
-    asked for, the others, short ones, once for all columns: `short` keeps them.
+class _Words(Iterable[pl.Series]):
+    """A column's words, chunk by chunk, of the chunks that have it, mapped when it is their turn; files of short ones
+    once for all columns: `short` keeps them.
     """
 
     def __init__(
         self, name: str, chunks: Sequence[Chunk], dtype: type[pl.DataType], short: dict[str, pl.Series]
     ) -> None:
         self._places = [(c["stem"], *c["words"][name][:3]) for c in chunks if name in c["words"]]
-        self._dtype, self._short = dtype, short
+        self.dtype, self._short = dtype, short
+        self.lengths = [until - begin for *_, begin, until in self._places]
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, at: int) -> pl.Series: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[pl.Series]: ...
-    def __getitem__(self, at: int | slice) -> pl.Series | list[pl.Series]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        stem, end, begin, until = self._places[at]
-        words = self._short.get(stem) if end == SHORT else None
-        if words is None:
-            words = pl.read_ipc(stem + end)["value"]
-        if end == SHORT:
-            self._short[stem] = words
-        return words.slice(begin, until - begin).cast(self._dtype)
+    def __iter__(self) -> Iterator[pl.Series]:
+        for stem, end, begin, until in self._places:
+            words = self._short.get(stem) if end == SHORT else None
+            if words is None:
+                words = spool.mapped_frame(stem + end)["value"]
+            if end == SHORT:
+                self._short[stem] = words
+            yield words.slice(begin, until - begin).cast(self.dtype)
 
 
-def _merge(name: str, words_of: Sequence[pl.Series], folder: Path, in_order: bool) -> dict[str, Any]:
-    pieces, words = _code_each(words_of)
+def _merge(name: str, words_of: _Words, folder: Path, in_order: bool) -> dict[str, Any]:
+    codes = Table(np.uint32, folder)
+    words = _code_each(words_of, codes)
+    rank = np.arange(words.len() + 1, dtype=np.uint32)
     if in_order:
         order = spool.text_order(words)
-        rank = np.empty(len(order) + 1, np.uint32)
-        rank[0], rank[order + 1] = 0, np.arange(1, len(order) + 1)
+        rank[order + 1] = np.arange(1, len(order) + 1)
         words = words.gather(order)
-    begins = [0]
+    rank = rank.astype(spool.smallest(words.len() + 1), copy=False)
+    begins, at = [0], 0
     with spool.whole(folder / f"{name}.map") as tmp, open(tmp, "wb") as f:
-        for piece in pieces:
-            codes = np.append(np.uint32(0), rank[piece] if in_order else piece)
-            f.write(codes.astype(spool.smallest(words.len() + 1), copy=False).data)
-            begins.append(begins[-1] + len(piece) + 1)
+        for n in words_of.lengths:
+            f.write(rank[:1].data)
+            f.write(spool.take(rank, codes.read(at, at + n)).data)
+            begins.append(begins[-1] + n + 1)
+            at += n
     spool.write_frame(folder / f"{name}.words", words.rename("value").to_frame())
     return {"size": words.len() + 1, "begins": begins}
 
 
-def _code_each(words_of: Sequence[pl.Series]) -> tuple[Sequence[Ints], pl.Series]:
-    """Return the codes (UInt32) of each of several dictionaries' words in one of them all, and its words, String."""
-    if words_of and words_of[0].dtype == pl.Int64 and (coded := spool.code_ranges(words_of)) is not None:
-        return coded[0], coded[1].cast(pl.String)
-    pieces: list[npt.NDArray[np.uint32]] = []
-    words = pl.Series("value", [], dtype=words_of[0].dtype if words_of else pl.String)
+def _code_each(words_of: _Words, codes: Table) -> pl.Series:
+    """Append to `codes` the code (UInt32) of each word of each chunk; return the words by code from 1, String.
+
+    No code changes once it is given, so that memory holds the distinct words and some chunks', not all codes.
+    """
+    if words_of.dtype == pl.Int64 and (coded := spool.code_ranges(words_of)) is not None:
+        for piece in coded[0]:
+            codes.append(piece)
+        return coded[1].cast(pl.String)
+    words = pl.Series("value", [], dtype=words_of.dtype)
     waiting: list[pl.Series] = []
-    for i, some in enumerate(words_of):
+    for some in words_of:
         waiting.append(some)
-        if i + 1 < len(words_of) and sum(w.len() for w in waiting) < max(AT_ONCE, words.len()):
-            continue
-        codes, together = spool.code(pl.concat([words, *waiting]))
-        changed, *new = np.split(codes.astype(np.uint32), np.cumsum([words.len(), *(w.len() for w in waiting)])[:-1])
-        for at, piece in enumerate(pieces):
-            pieces[at] = changed[piece - 1]
-        pieces += new
-        words, waiting = together, []
-    return pieces, words.cast(pl.String)
+        if sum(w.len() for w in waiting) >= max(AT_ONCE, words.len()):
+            words = _add(words, waiting, codes)
+            waiting = []
+    return (_add(words, waiting, codes) if waiting else words).cast(pl.String)
+
+
+def _add(words: pl.Series, more: Sequence[pl.Series], codes: Table) -> pl.Series:
+    """Append the codes of `more` words to `codes`; return the words, new ones behind them as they come."""
+    every = pl.concat([words, *more])
+    code = spool.code(every)[0]
+    first = np.empty(int(code.max(initial=0)) + 1, np.uint32)  # the row in which each code comes first
+    first[code[::-1]] = np.arange(len(code) - 1, -1, -1, dtype=np.uint32)  # of several values NumPy keeps the last
+    new = np.zeros(len(code), bool)
+    new[first[1:]] = True
+    number = np.cumsum(new, dtype=np.uint32)
+    codes.append(number[first[code[words.len() :]]])
+    return every.filter(pl.Series(new))
 
 
 def words(folder: Path, name: str) -> pl.Series:
     """Return the texts of codes 1, 2, …."""
-    return pl.read_ipc(folder / f"{name}.words")["value"]
+    return spool.mapped_frame(folder / f"{name}.words")["value"]
 
 
 class Maps:

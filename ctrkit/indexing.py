@@ -214,7 +214,7 @@ def write_words(job: Job, name: str) -> None:
 def _indexes(work: Path, name: str) -> pl.Series:
     """Return the indexes of a feature by the code of its dictionary: of the smallest type, or lists; and what
     `write_words` left."""
-    return pl.read_ipc(work / "indexes" / name).to_series()
+    return spool.mapped_frame(work / "indexes" / name).to_series()
 
 
 def encode_impressions(job: Job, part: int) -> int:

@@ -91,4 +91,4 @@ class Labelled:
 
     def users(self) -> pl.Series:
         """Return the users by their rank."""
-        return pl.read_ipc(f"{self.stem}.users")["user"]
+        return spool.mapped_frame(f"{self.stem}.users")["user"]

@@ -30,7 +30,8 @@ def label_impressions(job: Job, part: int) -> dict[str, Any]:
     counts: Counts = {}
     if scanned["ids"]:
         for q, begins in enumerate(state(job.work, "match")):
-            marks = pl.read_ipc(job.work / "marks" / f"{q:04}").slice(begins[part], begins[part + 1] - begins[part])
+            there = spool.mapped_frame(job.work / "marks" / f"{q:04}")
+            marks = there.slice(begins[part], begins[part + 1] - begins[part])
             chunk = marks["chunk"].to_numpy()
             at = rows.bases[chunk] + marks["at"].to_numpy() - np.array(rows.starts, np.int64)[chunk]
             duplicate[at[marks["mark"].to_numpy() == labels.DUPLICATE]] = True

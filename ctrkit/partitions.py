@@ -11,7 +11,7 @@ import pyarrow.parquet
 from ctrkit import files
 from ctrkit.errors import UserError
 from ctrkit.facts import read_facts
-from ctrkit.spool import whole, write_frame
+from ctrkit.spool import whole
 
 PARQUET, ARROW = ".parquet", ".arrow"
 """What files end in. Arrow's are written and read in a quarter of the time, and are larger."""
@@ -26,7 +26,8 @@ def write_parquet(frame: pl.DataFrame, path: Path, **options: Any) -> None:
 
 def write_arrow(frame: pl.DataFrame, path: Path) -> None:
     """Write an Arrow IPC file, uncompressed, whole or not at all: for what only the next stage reads."""
-    write_frame(path, frame)
+    with whole(path) as tmp:
+        frame.write_ipc(tmp, compression="uncompressed")
     files.write_back(path)
 
 
@@ -83,7 +84,7 @@ def read_by_day(
 ) -> pl.DataFrame | None:
     """Read the days wanted, of all partitions or of one, `day` Date added; None where no such day is there.
 
-    Arrow files are mapped into memory; a column of whole numbers gets the widest type that one of its files has.
+    A column of whole numbers gets the widest type that one of its files has.
     """
     name = "part-*" if part is None else f"part-{part:04}.*"
     frames = []

@@ -7,7 +7,7 @@ one slice of every chunk. A *code* stands for a text: 0 for a missing one, k for
 import contextlib
 import functools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import polars_hash
+import pyarrow
+import pyarrow.ipc
 
 from ctrkit import numba_loops
 
@@ -35,15 +37,24 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_frame(path: Path | str, frame: pl.DataFrame) -> None:
-    """Write a frame, uncompressed; `pl.read_ipc` reads it."""
+    """Write a frame as Arrow IPC, uncompressed, in one batch, so that `mapped_frame` needs no copy of it."""
     with whole(Path(path)) as tmp:
-        frame.write_ipc(tmp, compression="uncompressed")
+        frame.write_ipc(tmp, compression="uncompressed", record_batch_size=max(1, frame.height))
+
+
+def mapped_frame(path: Path | str) -> pl.DataFrame:
+    """Return what `write_frame` wrote, mapped into memory: what is not looked at is not read, and what was read is the
+    page cache's to drop. (`pl.read_ipc` copies all of it.) The file may be removed, but not written, meanwhile."""
+    with pyarrow.memory_map(str(path)) as file:
+        frame = pl.from_arrow(pyarrow.ipc.open_file(file).read_all())
+    assert isinstance(frame, pl.DataFrame)
+    return frame
 
 
 @functools.lru_cache(maxsize=4096)
 def mapped(path: str) -> pl.Series:
     """Return the only column of a frame, mapped into memory; remembered, since every partition takes its part of it."""
-    return pl.read_ipc(path).to_series()
+    return mapped_frame(path).to_series()
 
 
 def write_array(path: Path | str, array: Ints) -> None:
@@ -70,6 +81,8 @@ def partition_of(texts: pl.Series, partitions: int) -> Ints:
 
 
 NULL = (1 << 32) - 1
+AT_ONCE = 1 << 17
+"""Texts that are turned into numbers together, so that memory does not hold all of what is made on the way."""
 RANGE = 1 << 20
 """Numbers that lie this close together are coded by a table."""
 TAKEN = (np.uint8, np.uint16, np.uint32, np.int64)
@@ -111,9 +124,9 @@ def _code_range(values: pl.Series, low: int, high: int) -> tuple[Ints, pl.Series
     return codes[place], pl.Series("value", words, dtype=pl.Int64)
 
 
-def code_ranges(parts: Sequence[pl.Series]) -> tuple[list[Ints], pl.Series] | None:
+def code_ranges(parts: Iterable[pl.Series]) -> tuple[Iterator[Ints], pl.Series] | None:
     """Return what `code` would give of the whole numbers of all parts (Int64, without nulls), the codes (UInt32) part
-    by part; None where they are not from a small range. Goes through the parts three times; only the codes are held."""
+    by part; None where they are not from a small range. Goes through the parts three times and holds none of them."""
     full = [(int(p.min()), int(p.max()), len(p)) for p in (part.to_numpy() for part in parts) if len(p)]
     if not full:
         return None
@@ -125,7 +138,7 @@ def code_ranges(parts: Sequence[pl.Series]) -> tuple[list[Ints], pl.Series] | No
         there[part.to_numpy() - low] = True
     codes = np.cumsum(there, dtype=np.uint32)
     words = pl.Series("value", np.flatnonzero(there) + low, dtype=pl.Int64)
-    return [codes[part.to_numpy() - low] for part in parts], words
+    return (codes[part.to_numpy() - low] for part in parts), words
 
 
 def _code_few(texts: pl.Series) -> tuple[Ints, Ints]:
@@ -139,16 +152,19 @@ def _code_few(texts: pl.Series) -> tuple[Ints, Ints]:
 def _code_many(texts: pl.Series) -> tuple[Ints, Ints]:
     """Return codes, and the first row of each: by a radix sort of 48 bits of a hash, checked against the texts."""
     hashed = texts.hash().to_numpy()
-    digits = np.ascontiguousarray(hashed.view(np.uint16).reshape(-1, 4).T)
-    order = np.argsort(digits[1], kind="stable")
-    for digit in digits[2:]:
+    digits = np.ascontiguousarray(hashed.view(np.uint16).reshape(-1, 4)[:, 1:].T)
+    order = np.argsort(digits[0], kind="stable")
+    for digit in digits[1:]:
         order = order[np.argsort(digit[order], kind="stable")]
+    del digits  # each is as long as the texts are many, and what follows needs as much again
     ordered = hashed[order] >> np.uint64(16)
     new = np.ones(len(order), bool)
     new[1:] = ordered[1:] != ordered[:-1]
+    del hashed, ordered
     first = order[new]
     codes = np.empty(len(order), np.uint32)
     codes[order] = np.cumsum(new, dtype=np.uint32)
+    del order, new
     if not texts.gather(first).gather(codes - 1).equals(texts):  # two of one hash
         return _code_few(texts.cast(pl.String))
     if texts.null_count():
@@ -176,16 +192,18 @@ def order_by(keys: Sequence[tuple[Ints, int]], rows: int) -> Ints:
 
 def text_order(texts: pl.Series) -> Ints:
     """Return the order of texts by their bytes: by the first eight as a number, then those that share them."""
-    padded = (texts + "\0" * 8).cast(pl.Binary).bin.slice(0, 8)
-    key = padded.bin.reinterpret(dtype=pl.UInt64, endianness="big")
-    order = key.arg_sort().to_numpy()
-    ordered = key.to_numpy()[order]
+    key = np.empty(texts.len(), np.uint64)
+    for begin in range(0, len(key), AT_ONCE):
+        padded = (texts.slice(begin, AT_ONCE) + "\0" * 8).cast(pl.Binary).bin.slice(0, 8)
+        key[begin : begin + AT_ONCE] = padded.bin.reinterpret(dtype=pl.UInt64, endianness="big").to_numpy()
+    order = pl.Series(key).arg_sort().to_numpy()
+    ordered = key[order]
     again = np.zeros(len(order) + 1, bool)
     again[1:-1] = ordered[1:] == ordered[:-1]
     tied = np.flatnonzero(again[:-1] | again[1:])
     if len(tied):
         rows = order[tied]
-        some = pl.DataFrame({"key": key.gather(rows), "text": texts.gather(rows), "row": rows}).sort("key", "text")
+        some = pl.DataFrame({"key": key[rows], "text": texts.gather(rows), "row": rows}).sort("key", "text")
         order = np.array(order)
         order[tied] = some["row"].to_numpy()
     return order

@@ -151,8 +151,12 @@ def test_the_benchmark_of_the_data_stages(tmp_path: Path) -> None:
     assert found["peak_growth"] == pytest.approx(found["peak_bytes_twice"] / found["peak_bytes"], abs=0.01)
     assert found["peak_bytes"] > 30_000_000  # Python and polars alone
     assert "200 groups of 12.00 impressions and" in done.stdout
-    assert "4,800 impressions, 14,400 behaviours" in done.stdout
-    assert done.stdout.count("outside the work") == 2 * 3
+    assert done.stdout.count("4,800 impressions, 14,400 behaviours") == 2
+    table = [line.split() for line in done.stdout.splitlines() if line.startswith(("these rows", "twice, of"))]
+    assert [line[-3] for line in table] == ["88", "88", "176"]
+    growths = [1.0, found["peak_growth"], found["peak_growth_twice_the_users"]]
+    assert [float(line[-1]) for line in table] == growths
+    assert done.stdout.count("outside the work") == 3 * 3
     assert not list(tmp_path.glob("outputs-*"))
 
 

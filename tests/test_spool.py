@@ -186,7 +186,7 @@ def test_numbers_in_parts_are_coded_as_those_of_all(parts: list[list[int]]) -> N
         assert found is None
         return
     assert found is not None
-    codes, words = found
+    codes, words = list(found[0]), found[1]
     expected = spool.code(pl.concat(series))
     assert np.concatenate(codes).tolist() == expected[0].tolist()
     assert [len(some) for some in codes] == [len(part) for part in parts]
