@@ -7,6 +7,8 @@ goes on where it was, and a task of a worker that died is done again. The order 
 
 import concurrent.futures
 import contextlib
+import ctypes
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -71,8 +73,18 @@ class Engine:
 
 
 def do_task(record: Path, function: Function, task: tuple[Any, ...]) -> None:
-    """Do one task and record its result."""
+    """Do one task and record its result. What the tasks of another phase left in this process goes first."""
+    _give_back(function.__module__ + function.__qualname__)
     write_record(record, function(*task))
+
+
+@functools.lru_cache(maxsize=1)
+def _give_back(phase: str) -> None:
+    """Give the memory that was freed, and kept for the next array of a phase like the last, back to the system when
+    another phase (a name that differs from the last one given) begins."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def write_record(record: Path, result: Any) -> None:
