@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import h5py
@@ -389,6 +390,47 @@ def test_memory_does_not_grow_with_the_vectors(shop: Path) -> None:
     peaks = in_process(shop, GROWTH, *wide, convert=False).stdout.split()
     assert read(shop / "features.h5")[0].nbytes > 55 << 20
     assert int(peaks[1]) - int(peaks[0]) < 12 << 10, peaks
+
+
+IDS_GROWTH = """
+import tracemalloc
+from ctrkit import bad_pictures, disk_tables, disk_texts, packed_pictures, picture_names, picture_sources
+
+# So that what is sorted, read or written at a time is full with both.
+disk_tables.RUN = disk_texts.RUN = extraction.SLICE = bad_pictures.ROWS = 1 << 11
+disk_texts.AT_ONCE = packed_pictures.AT_ONCE = picture_names.AT_ONCE = picture_sources.AT_ONCE = 1 << 11
+for some in ("few", "many"):
+    pid = os.fork()
+    if pid == 0:
+        tracemalloc.start()
+        try:
+            main([word.replace("SOME", some) for word in arguments])
+        finally:
+            print(tracemalloc.get_traced_memory()[1], flush=True)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+IDS = {"few": 10_000, "many": 30_000}
+
+
+@pytest.mark.parametrize("kind", ["missing", "zip"])
+def test_memory_does_not_grow_with_the_ids(shop: Path, kind: str) -> None:
+    for some, number in IDS.items():
+        ids = [f"p{n:013}.png" for n in range(number)]
+        if kind == "missing":
+            write_vocabulary(shop, [(image, 1) for image in ids])
+            (shop / "convert").rename(shop / some)
+        else:
+            with zipfile.ZipFile(shop / f"{some}.zip", "w") as archive:
+                for image in ids:
+                    archive.writestr(image, b"")
+    where = ("--convert", shop / "SOME") if kind == "missing" else ("--pictures", shop / "SOME.zip")
+    loose = ("--set", "extract-images.max_bad_rate=1")
+    done = in_process(shop, IDS_GROWTH, *where, *loose, convert=kind == "missing")
+    few, many = map(int, done.stdout.split())
+    assert many - few < 600_000  # 30 bytes for each of 20,000
+    rejects = pl.read_parquet(shop / "features.h5.rejects.parquet")
+    assert rejects["image"].to_list() == [f"p{n:013}.png" for n in range(IDS["many"])]
+    assert rejects["reason"].unique().to_list() == ["missing" if kind == "missing" else "empty file"]
 
 
 def test_in_runs_on_disk_as_in_memory(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
