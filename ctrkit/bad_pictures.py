@@ -125,7 +125,8 @@ def write_rejects(path: Path, pictures: Iterator[tuple[int, str]], images: Seque
 
     def rows() -> Iterator[tuple[str | None, str, str]]:
         for number, reason in pictures:
-            yield images[number], source.where(images[number]), reason
+            image = images[number]
+            yield image, source.where(image), reason
         for where, reason in source.unnamed:
             yield None, where, reason
 

@@ -12,25 +12,36 @@ the digests tell the records that reached the disk from those that did not.
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from ctrkit.disk_tables import RUN, Records, Table
 from ctrkit.errors import Resumable
 
 Half = npt.NDArray[np.float16]
-Int = npt.NDArray[np.int64]
 Notes = dict[str, Any]
+RECORD = np.dtype([("file", "i4"), ("offset", "i8"), ("rows", "i4"), ("notes", "i4")])
+"""Of a batch: in which file it is, from 1 on (0: in none), where its body begins, its rows, the bytes of its notes."""
 
 MAGIC = b"ctrkit\x01\n"
 _HEADER = struct.Struct("<8sQIIQ")
 _CHECK = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECK.size
+
+
+class _Place(NamedTuple):
+    """A `RECORD`."""
+
+    file: int
+    offset: int
+    rows: int
+    notes: int
 
 
 class BatchLog:
@@ -47,10 +58,9 @@ class BatchLog:
     def __init__(self, folder: Path, width: int, begin: int, end: int) -> None:
         self.folder, self.width, self.begin, self.end = folder, width, begin, end
         self._files: list[Path] = []
-        self._file = np.full(end - begin, -1, np.int32)
-        self._offset = np.zeros(end - begin, np.int64)
-        self._rows = np.zeros(end - begin, np.int32)
-        self._notes = np.zeros(end - begin, np.int32)
+        self._records = Table.zeros(end - begin, RECORD, folder.parent)
+        self.rows = 0
+        """Of all batches that are there."""
         self._writer = self._reader = -1
         self._written = 0
         self._read_from: Path | None = None
@@ -67,15 +77,9 @@ class BatchLog:
                 os.close(fd)
         self._writer = self._reader = -1
 
-    @property
-    def missing(self) -> Int:
-        """The batches that are still to do, in order."""
-        return np.flatnonzero(self._file < 0) + self.begin
-
-    @property
-    def rows(self) -> int:
-        """Of all batches that are there."""
-        return int(self._rows.sum())
+    def missing(self) -> Iterator[int]:
+        """Yield the batches that are still to do, in order."""
+        return self._that(lambda records: records["file"] == 0)
 
     def append(self, number: int, vectors: Half, notes: Notes) -> None:
         """Add a batch: vectors [rows, width] and what else is to be known. An OSError leaves the log as it was."""
@@ -87,16 +91,16 @@ class BatchLog:
         record = header + _CHECK.pack(xxhash.xxh3_64_intdigest(header)) + body
         try:
             self._write(record)
+            self._note(number, len(self._files), self._written + HEADER_BYTES, len(vectors), noted)
         except OSError:
             os.ftruncate(self._writer, self._written)
             raise
-        self._note(number, len(self._files) - 1, self._written + HEADER_BYTES, len(vectors), noted)
         self._written += len(record)
 
     def read(self, number: int) -> tuple[Half, Notes]:
         """Return a batch's vectors, [rows, width], and notes. Raises Resumable if the file has changed since."""
-        place = number - self.begin
-        path = self._files[self._file[place]]
+        place = self._place(number)
+        path = self._files[place.file - 1]
         if path != self._read_from:
             if self._reader >= 0:
                 os.close(self._reader)
@@ -104,14 +108,20 @@ class BatchLog:
         body = self._body(self._reader, place)
         if body is None:
             raise Resumable(f"{path} has changed or is damaged; run the same command again, which does the rest anew")
-        size = int(self._rows[place]) * self.width * 2
+        size = place.rows * self.width * 2
         vectors = np.frombuffer(body[:size], np.float16).reshape(-1, self.width)
-        return vectors, json.loads(body[size:]) if self._notes[place] else {}
+        return vectors, json.loads(body[size:]) if place.notes else {}
 
     def notes(self) -> Iterator[tuple[int, Notes]]:
         """Yield number and notes of the batches that have some, in order."""
-        for place in np.flatnonzero((self._file >= 0) & (self._notes > 0)).tolist():
-            yield self.begin + place, self.read(self.begin + place)[1]
+        for number in self._that(lambda records: records["notes"] > 0):
+            yield number, self.read(number)[1]
+
+    def _that(self, holds: Callable[[Records], npt.NDArray[np.bool_]]) -> Iterator[int]:
+        """Yield the batches of whose records it holds, in order."""
+        for begin in range(0, len(self._records), RUN):
+            some = np.flatnonzero(holds(self._records.read(begin, begin + RUN)))
+            yield from (some + begin + self.begin).tolist()
 
     def _create(self) -> None:
         """Open a file that no other process writes to."""
@@ -131,15 +141,17 @@ class BatchLog:
             left = left[os.write(self._writer, left) :]
 
     def _note(self, number: int, file: int, offset: int, rows: int, notes: int) -> None:
-        place = number - self.begin
-        self._file[place], self._offset[place], self._rows[place], self._notes[place] = file, offset, rows, notes
+        self._records.put(number - self.begin, np.array([(file, offset, rows, notes)], RECORD))
+        self.rows += rows
 
-    def _body(self, fd: int, place: int) -> bytes | None:
+    def _place(self, number: int) -> "_Place":
+        return _Place(*self._records.read(number - self.begin, number - self.begin + 1)[0].item())
+
+    def _body(self, fd: int, place: "_Place") -> bytes | None:
         """Return the body of a batch, or None if it is not what its header says."""
-        offset = int(self._offset[place])
-        size = int(self._rows[place]) * self.width * 2 + int(self._notes[place])
-        header = os.pread(fd, HEADER_BYTES, offset - HEADER_BYTES)
-        body = os.pread(fd, size, offset)
+        size = place.rows * self.width * 2 + place.notes
+        header = os.pread(fd, HEADER_BYTES, place.offset - HEADER_BYTES)
+        body = os.pread(fd, size, place.offset)
         whole = len(header) == HEADER_BYTES and len(body) == size
         return body if whole and _HEADER.unpack_from(header)[4] == xxhash.xxh3_64_intdigest(body) else None
 
@@ -154,10 +166,10 @@ class BatchLog:
                 if magic != MAGIC or check != xxhash.xxh3_64_intdigest(header[: _HEADER.size]):
                     break
                 offset += HEADER_BYTES
-                if self.begin <= number < self.end and self._file[number - self.begin] < 0:
-                    self._note(number, len(self._files) - 1, offset, rows, notes)
-                    if self._body(fd, number - self.begin) is None:
-                        self._note(number, -1, 0, 0, 0)
+                if self.begin <= number < self.end and not self._place(number).file:
+                    place = _Place(len(self._files), offset, rows, notes)
+                    if self._body(fd, place) is not None:
+                        self._note(number, *place)
                 offset += rows * self.width * 2 + notes
         finally:
             os.close(fd)

@@ -75,9 +75,23 @@ class Table:
         table._length = os.fstat(table._file.fd).st_size // table.dtype.itemsize
         return table
 
+    @classmethod
+    def zeros(cls, length: int, dtype: Any, folder: Path | None = None) -> "Table":
+        """Return a table of zeros, which take no room on the disk."""
+        table = cls(dtype, folder)
+        os.ftruncate(table._file.fd, length * table.dtype.itemsize)
+        table._length = length
+        return table
+
     def __len__(self) -> int:
         """Return the number of records."""
         return self._length
+
+    def put(self, at: int, records: Records) -> None:
+        """Write over records `at` and following, which are there."""
+        assert 0 <= at <= at + len(records) <= self._length
+        records = np.ascontiguousarray(records, self.dtype)
+        self._file.write(records.view(np.uint8).data, at * self.dtype.itemsize)
 
     def append(self, records: Records) -> None:
         """Add records at the end."""

@@ -65,9 +65,9 @@ class Texts(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
-        return self.between(0, len(self))
+        return self.between(0, len(self), AT_ONCE)
 
-    def between(self, begin: int, end: int, at_once: int = AT_ONCE) -> Iterator[str]:
+    def between(self, begin: int, end: int, at_once: int) -> Iterator[str]:
         """Yield texts `begin` to `end` − 1."""
         for at in range(begin, end, at_once):
             yield from self._read(at, min(at + at_once, end))

@@ -1,19 +1,19 @@
-"""Which of very many pictures are the same: by sorts on disk of their contents' digests, in bounded memory.
-
-As `pictures.distinct`, which holds all of it in memory; and the order in which distinct contents are used.
-"""
+"""Which of very many pictures are the same, and the order in which distinct contents are used: by sorts on disk of
+their contents' digests, in bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ctrkit import disk_tables, pictures
 from ctrkit.bad_pictures import BadPictures
 from ctrkit.disk_tables import Records, Sorter, Table, edges, merge
 from ctrkit.pictures import DIGEST, Int, Place, Source
-from ctrkit.ranks import Ranks
+from ctrkit.ranks import ALONE, Ranks
 
 FOUND = np.dtype([("digest", f"S{DIGEST}"), ("picture", ">i8"), ("position", ">i8"), ("count", ">i8")])
 """A picture that was read."""
@@ -201,3 +201,30 @@ def tell_distinct(
             table.append(some)
         distinct.fill(merge([(one, 0, len(one)) for one in share(table, "digests")]))
     return distinct
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Which pictures are there, and which are the same: of as many as memory holds."""
+
+    places: list[Place]
+    """Of each distinct content, where to read it; in the order of first appearance."""
+    digests: npt.NDArray[np.uint8]
+    """[contents, 16]: of each distinct content."""
+    content: Int
+    """[pictures]: the picture's place in `places`, or −1 if it cannot be read."""
+    reasons: dict[int, str]
+    """Picture → why it cannot be read."""
+
+
+def tell_distinct_in_memory(source: Source, images: Sequence[str]) -> Contents:
+    """Read every picture once and tell which have the same bytes."""
+    bad = BadPictures(None)
+    distinct = tell_distinct(source, images, None, bad, ALONE, lambda table, _: [table], None)
+    content = np.full(len(images), -1, np.int64)
+    for some, row in distinct.pictures_by_row(iter(())):
+        content[some] = row
+    digests = np.frombuffer(b"".join(distinct.digests()), np.uint8).reshape(-1, DIGEST)
+    unreadable = (record for some in bad.unreadable.chunks() for record in some.tolist())
+    reasons = {picture: bad.reasons.texts[reason] for picture, reason in sorted(unreadable)}
+    return Contents(distinct.places(0, len(distinct)), digests, content, reasons)

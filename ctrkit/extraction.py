@@ -220,9 +220,9 @@ def _extract_missing(
     ranks: Ranks,
 ) -> int:
     """Do this rank's batches that the log does not hold yet; return how many values were clipped in all of them."""
-    batch, missing = settings.batch, log.missing
+    batch = settings.batch
     places = range(log.begin * batch, min(log.end * batch, len(distinct)))
-    left = sum(min(batch, len(distinct) - number * batch) for number in missing.tolist())
+    left = sum(min(batch, len(distinct) - number * batch) for number in log.missing())
     clipped = 0
 
     def note(number: int, notes: Notes) -> None:
@@ -240,7 +240,7 @@ def _extract_missing(
         say(f"extract-images{ranks.name}: {len(places) - left:,} of {len(places):,} pictures were done before")
     if not left:
         return clipped
-    work = ((number, distinct.places(number * batch, (number + 1) * batch)) for number in missing.tolist())
+    work = ((number, distinct.places(number * batch, (number + 1) * batch)) for number in log.missing())
     runner = _GpuRunner(network) if network.mean.device.type == "cuda" else _Runner(network)
     running: deque[tuple[Decoded, Callable[[], Results]]] = deque()
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from ctrkit.distinct_pictures import Contents
 from ctrkit.errors import UsageError, UserError, nearest
-from ctrkit.pictures import Contents
 from ctrkit.pieces import BAD, EXTRA, UNIT
 from ctrkit.recipe import Recipe, Source, TuneBackbone
 from ctrkit.tables import RawTable, as_text, open_table
@@ -153,7 +153,7 @@ def split(
     ----------
     pairs: `image`, `category`, `fault`, as `read_labels` gives them.
     images: the pictures that were read, those of `candidates`, each once.
-    contents: what `pictures.distinct` found of them.
+    contents: what `tell_distinct_in_memory` found of them.
     broken: content → reason, of those that cannot be decoded.
     where: what the labels were read from, for messages.
 

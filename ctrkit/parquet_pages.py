@@ -21,7 +21,9 @@ from ctrkit.errors import UsageError, UserError, nearest
 from ctrkit.parquet_footer import thrift_struct
 
 CACHE_BYTES = 256 << 20
-"""Unpacked pages that a process keeps."""
+"""Unpacked pages that a process keeps, with what Python takes for their values."""
+VALUE_BYTES = 192
+"""A memoryview and where it is listed."""
 TEXTS = 1 << 16
 """Rows whose texts are in memory at a time."""
 HEADER_BYTES = 1 << 10
@@ -53,6 +55,11 @@ class Page:
     max_level: int
     """Definition level of a value that is there."""
     dictionary: "Page | None"
+
+    @property
+    def held(self) -> int:
+        """Bytes that the values take in memory."""
+        return self.unpacked + VALUE_BYTES * self.values
 
     def read(self) -> Values:
         """Return the values; None where one is missing. Raises BadPicture if the file has changed, ValueError if it is
@@ -142,9 +149,9 @@ class Cache:
         with self._lock:
             if page not in self._pages:
                 self._pages[page] = values
-                self._bytes += page.unpacked
+                self._bytes += page.held
             while self._bytes > CACHE_BYTES and len(self._pages) > 1:
-                self._bytes -= self._pages.popitem(last=False)[0].unpacked
+                self._bytes -= self._pages.popitem(last=False)[0].held
         return values
 
 

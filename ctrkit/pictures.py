@@ -265,35 +265,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-class Places:
-    """Of each distinct content, the place to read: looked up when it is asked for."""
-
-    def __init__(self, source: Source, images: Sequence[str], first: Int) -> None:
-        self._source, self._images, self._first = source, images, first
-
-    def __len__(self) -> int:
-        """Return the number of distinct contents."""
-        return len(self._first)
-
-    def __getitem__(self, content: int) -> Place:
-        """Return a content's place."""
-        return self._source.place(self._images[self._first[content]])
-
-
-@dataclass(frozen=True)
-class Contents:
-    """Which pictures are there, and which are the same."""
-
-    places: Places
-    """Of each distinct content, where to read it; in the order of first appearance."""
-    digests: npt.NDArray[np.uint8]
-    """[contents, 16]: of each distinct content."""
-    content: Int
-    """[pictures]: the picture's place in `places`, or −1 if it cannot be read."""
-    reasons: dict[int, str]
-    """Picture → why it cannot be read."""
-
-
 @dataclass(frozen=True)
 class Digests:
     """Digests of some pictures' contents."""
@@ -342,21 +313,3 @@ def digests(source: Source, images: Sequence[str], begin: int, end: int, label: 
                     yield finish()
         while waiting:
             yield finish()
-
-
-def distinct(source: Source, images: Sequence[str]) -> Contents:
-    """Read every picture once and tell which have the same bytes. For as many as memory holds."""
-    found = np.zeros((len(images), DIGEST), dtype=np.uint8)
-    reasons: dict[int, str] = {}
-    for some in digests(source, images, 0, len(images), "compare pictures"):
-        numbers = some.pictures["picture"].astype(np.int64)
-        found[numbers] = some.digests
-        reasons.update((int(numbers[at]), reason) for at, reason in some.reasons.items())
-
-    good = np.setdiff1d(np.arange(len(images)), np.fromiter(reasons, dtype=np.int64, count=len(reasons)))
-    _, first, same = np.unique(found[good].view(f"S{DIGEST}"), return_index=True, return_inverse=True)
-    appearance = np.argsort(first)
-    content = np.full(len(images), -1, dtype=np.int64)
-    content[good] = np.argsort(appearance)[same.ravel()]
-    first = good[first[appearance]]
-    return Contents(Places(source, images, first), found[first], content, dict(sorted(reasons.items())))

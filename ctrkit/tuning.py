@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +26,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ctrkit import backbones, digests, files, pictures, provenance, state_dict
+from ctrkit.distinct_pictures import Contents
 from ctrkit.errors import UsageError, UserError, nearest
 from ctrkit.labelled_pictures import Int, Split
-from ctrkit.pictures import BadPicture, Contents, Pixels, Places
+from ctrkit.pictures import BadPicture, Pixels, Place
 from ctrkit.progress import Meter, say
 from ctrkit.recipe import TuneBackbone
 
@@ -169,7 +170,7 @@ def crop_and_flip(square: Pixels, options: TuneBackbone, rng: np.random.Generato
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def find_broken(places: Places, size: int, remembered: Path) -> dict[int, str]:
+def find_broken(places: Sequence[Place], size: int, remembered: Path) -> dict[int, str]:
     """Decode every picture once; return which cannot be decoded and why, as in the JSON file `remembered` if it is
     there, which is written otherwise."""
     if remembered.is_file():
@@ -260,7 +261,7 @@ class Tuner:
     head: list[str]
     """Names of the last layer's tensors."""
     options: TuneBackbone
-    places: Places
+    places: Sequence[Place]
     """Of each distinct content."""
     split: Split
     folder: Path

@@ -53,7 +53,8 @@ def command(
         import torch
 
         from ctrkit import devices, labelled_pictures, picture_sources, tuning
-        from ctrkit.pictures import distinct, quiet
+        from ctrkit.distinct_pictures import tell_distinct_in_memory
+        from ctrkit.pictures import quiet
 
         device = devices.resolve(options.device, "tune-backbone.device")
         if options.threads:
@@ -70,7 +71,7 @@ def command(
         if options.weights == "random":
             say(f"tune-backbone: it starts from RANDOM weights ({begin.weights}), so it has to learn everything here")
         with quiet():
-            contents = distinct(picture_sources.open_source(pictures, recipe.extract_images), images)
+            contents = tell_distinct_in_memory(picture_sources.open_source(pictures, recipe.extract_images), images)
             folder = tuning.checkpoint_folder(out, options, begin, device, pairs, contents)
             broken = tuning.find_broken(contents.places, options.size, folder / "broken.json")
             split = labelled_pictures.split(pairs, images, contents, broken, options, where)

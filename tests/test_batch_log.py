@@ -25,7 +25,7 @@ def write(folder: Path, *numbers: int) -> Path:
 
 def missing(folder: Path, end: int = 6) -> list[int]:
     with BatchLog(folder, 5, 0, end) as log:
-        return log.missing.tolist()
+        return list(log.missing())
 
 
 def test_batches_are_found_again_in_any_order_and_by_any_share(tmp_path: Path) -> None:
@@ -33,13 +33,13 @@ def test_batches_are_found_again_in_any_order_and_by_any_share(tmp_path: Path) -
     write(tmp_path, 2)
     assert missing(tmp_path) == [1, 3, 5]
     with BatchLog(tmp_path, 5, 2, 5) as log:
-        assert log.missing.tolist() == [3]
+        assert list(log.missing()) == [3]
         log.append(3, np.empty((0, 5), np.float16), {})
         for number in (4, 2):
             np.testing.assert_array_equal(log.read(number)[0], vectors(number))
         assert log.read(3)[0].shape == (0, 5)
         assert list(log.notes()) == [(2, {"bad": {"1": "is broken"}})]
-        assert (log.rows, log.missing.tolist()) == (6, [])
+        assert (log.rows, list(log.missing())) == (6, [])
     assert missing(tmp_path) == [1, 5]
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -94,7 +94,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
             patch.setattr(os, "write", write_some)
             with pytest.raises(OSError, match="No space left"):
                 log.append(1, vectors(1), {})
-        assert log.missing.tolist() == [1, 2]
+        assert list(log.missing()) == [1, 2]
         log.append(2, vectors(2), {})
         np.testing.assert_array_equal(log.read(2)[0], vectors(2))
     assert missing(tmp_path) == [1, 3, 4, 5]

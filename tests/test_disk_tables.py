@@ -67,3 +67,11 @@ def test_groups_go_on_from_chunk_to_chunk(monkeypatch: pytest.MonkeyPatch, run: 
             assert is_first == (key != before)
             before, seen = key, seen + 1
     assert seen == 300
+
+
+def test_a_table_of_zeros_is_written_in_any_order(tmp_path: Path) -> None:
+    table = Table.zeros(9, "<i8", tmp_path)
+    table.put(7, np.array([1, 2]))
+    table.put(0, np.array([3]))
+    assert table.read(0, 99).tolist() == [3, 0, 0, 0, 0, 0, 0, 1, 2]
+    assert len(table) == 9

@@ -87,7 +87,7 @@ def test_cache_forgets_what_was_read_long_ago(tmp_path: Path, monkeypatch: pytes
     cache = parquet_pages.Cache()
     for page in parquet_pages.pages(tmp_path / "a.parquet", "bytes", "key"):
         cache.values(page)
-        assert sum(kept.unpacked for kept in cache._pages) == cache._bytes <= 200_000
+        assert sum(kept.held for kept in cache._pages) == cache._bytes <= 200_000
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

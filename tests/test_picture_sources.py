@@ -25,6 +25,7 @@ from PIL import Image
 
 from ctrkit import archive_file, pictures, sources
 from ctrkit.cli import main
+from ctrkit.distinct_pictures import tell_distinct_in_memory
 from ctrkit.errors import UsageError, UserError
 from ctrkit.picture_sources import open_source
 from ctrkit.pictures import BadPicture, Source
@@ -154,7 +155,7 @@ def test_every_source_gives_the_same(tmp_path: Path, make: Make) -> None:
     for position, number in order:
         with contextlib.suppress(BadPicture):
             assert source.at(position, asked[number]) == source.place(asked[number])
-    found = pictures.distinct(source, asked)
+    found = tell_distinct_in_memory(source, asked)
     assert found.content.tolist() == [0, -1, 1, 1, 2]
     assert found.reasons == {1: "missing"}
 

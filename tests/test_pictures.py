@@ -21,6 +21,7 @@ from PIL import Image, features
 from torchvision.transforms._presets import ImageClassification
 
 from ctrkit import pictures
+from ctrkit.distinct_pictures import tell_distinct_in_memory
 from ctrkit.picture_sources import open_source
 from ctrkit.pictures import BadPicture
 from ctrkit.recipe import ExtractImages
@@ -399,7 +400,7 @@ def test_distinct_by_content(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder.png").mkdir()
     images = ["b", "a", "gone", "c", "empty", "../secret", "folder", ""]
-    found = pictures.distinct(open_source(tmp_path, ExtractImages(template="{image}.png")), images)
+    found = tell_distinct_in_memory(open_source(tmp_path, ExtractImages(template="{image}.png")), images)
     assert found.content.tolist() == [0, 1, -1, 1, -1, -1, -1, -1]
     assert [pictures.read(place) for place in found.places] == [(tmp_path / f"{n}.png").read_bytes() for n in "ba"]
     assert found.digests.shape == (2, 16)
@@ -412,16 +413,16 @@ def test_distinct_by_content(tmp_path: Path) -> None:
 
 def test_distinct_of_many_and_of_none(tmp_path: Path) -> None:
     source = open_source(tmp_path, ExtractImages())
-    assert len(pictures.distinct(source, []).places) == 0
-    assert pictures.distinct(source, ["a"]).content.tolist() == [-1]
+    assert len(tell_distinct_in_memory(source, []).places) == 0
+    assert tell_distinct_in_memory(source, ["a"]).content.tolist() == [-1]
     for number in range(300):
         (tmp_path / f"{number}.jpg").write_bytes(b"%d" % (number % 7))
-    found = pictures.distinct(source, [f"{number}.jpg" for number in range(300)])
+    found = tell_distinct_in_memory(source, [f"{number}.jpg" for number in range(300)])
     assert found.content.tolist() == [number % 7 for number in range(300)]
 
 
 def test_a_picture_beyond_any_size_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "a.jpg", "wb") as f:
         f.truncate(1 << 40)
-    found = pictures.distinct(open_source(tmp_path, ExtractImages()), ["a.jpg"])
+    found = tell_distinct_in_memory(open_source(tmp_path, ExtractImages()), ["a.jpg"])
     assert found.reasons == {0: "too large: more than 256 MiB"}
