@@ -13,15 +13,16 @@ after the other, each in a process of its own. The rate is samples over seconds,
 
 DICM: 27 ID features, the ad's picture and the users' pictures, 4096 numbers of float16 each; its multiplications and
 additions by the shapes of the batches, over those of a large matrix product measured here in the same process. With
---held, once for each share of the picture rows asked for that the host's memory is to hold (1, 0.5, 0), the features
-dropped from the page cache before: a row is then on the disk until it is asked for first. What the disk gave is counted
-by the system (read_bytes of /proc/self/io).
+--held, once for each share of the picture rows asked for that the host's memory is to hold (1, 0.5, 0), as if the
+system had no memory to spare: it is told to forget rows once neither of the next two batches needs them. What the disk
+gave is counted by the system (read_bytes of /proc/self/io).
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -94,9 +95,9 @@ def peer_seconds(peer: str, data: World, act: str, args: argparse.Namespace) -> 
     return list(json.loads(done.stdout.splitlines()[-1]))[args.peer_warm :]
 
 
-def ours(groups: Path, config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def ours(groups: Path, config: dict[str, Any], args: argparse.Namespace, *, forget: bool = False) -> dict[str, Any]:
     """Return what `train.py --one` finds in a process of its own: samples a second, and about the batches."""
-    words = {"groups": str(groups), "config": config, "warm": args.warm, "steps": args.steps}
+    words = {"groups": str(groups), "config": config, "warm": args.warm, "steps": args.steps, "forget": forget}
     command = [sys.executable, __file__, "--one", json.dumps(words)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -124,6 +125,8 @@ def one(words: dict[str, Any]) -> None:
         pictures.fit((np.arange(len(pictures.row_V)) >= len(pictures.row_V) - 4096).astype(np.int64))
     counts = modelfile.read_counts(groups, schema)
     model = modelfile.build(config, schema, counts, pictures).to(device)
+    if words["forget"]:
+        forget(pictures)
     trainer = training.Trainer(model, counts, GroupedData(groups, "train", model.plan.features), None, None)
     times: list[float] = []
     seen: list[dict[str, float]] = []
@@ -163,6 +166,29 @@ def one(words: dict[str, Any]) -> None:
     found |= {"rate": sum(s["samples"] for s in measured) / seconds, "steps": len(measured)}
     found |= {"cores": cpu / (times[-1] - times[0]), "matrix": matrix_rate(device, config.precision)}
     print(json.dumps(found))
+
+
+def forget(pictures: Any) -> None:
+    """Have the system keep of the features no row that no batch at hand needs, as where memory is full."""
+    store, cache = pictures.store, pictures.cache
+    vars(store)["_been_read"] = None
+    (piece,) = store._pieces
+    row_bytes = store.width * store.dtype.itemsize
+    asked: list[np.ndarray] = []
+    prefetch = cache.prefetch
+
+    def forgetting(row_N: np.ndarray) -> None:
+        asked.append(row_N)
+        if len(asked) > 4:  # two picture features a batch: that of the batch before the last one has been read
+            for row in np.setdiff1d(asked.pop(0), np.concatenate(asked)).tolist():
+                offset = piece.offset + row * row_bytes
+                begin, end = offset // mmap.PAGESIZE * mmap.PAGESIZE, offset + row_bytes
+                if row >= 0:
+                    piece.data.base.base.obj.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+                    os.posix_fadvise(piece.file, offset, row_bytes, os.POSIX_FADV_DONTNEED)
+        prefetch(row_N)
+
+    cache.prefetch = forgetting
 
 
 def disk_bytes() -> int:
@@ -279,7 +305,7 @@ def dicm_held(args: argparse.Namespace, base: dict[str, Any], result: dict[str, 
             rows = rows_for(share, args.pictures, args.batch, behaviours)
             measure.drop(groups / "features.h5")
             config = base | {"model": "dicm", "host_cache_gib": rows * PICTURE_WIDTH * 2 / 2**30}
-            found = ours(groups, config, args)
+            found = ours(groups, config, args, forget=True)
             result["dicm"][str(share)] = found
             cells = [f"{rows:,}", f"{found['hit_rate']:.0%}", f"{found['disk_bytes'] / 1e6:.1f}"]
             rate, waited = found["rate"], found["waited"] * 1e3

@@ -146,10 +146,10 @@ class FeatureCache:
         on_device, on_host = len(device_HW), len(host_HW)
         place_N = self._place(row_N)
         none, first, beyond = np.searchsorted(place_N, [0, on_device, on_device + on_host]).tolist()
-        out_NW = torch.empty((len(row_N), self.store.width), device=self.device)
+        on_cpu = self.device.type == "cpu"
+        out_NW = self._empty(len(row_N), "float32", self.device)
         out_NW[:none] = 0
         out_NW[none:first] = device_HW.index_select(0, torch.from_numpy(place_N[none:first]).to(self.device))
-        on_cpu = self.device.type == "cpu"
         read = out_NW[first:] if on_cpu else self._empty(len(row_N) - first, pinned=True)
         rest = read.numpy()
         from_host = place_N[first:beyond] - on_device
@@ -212,10 +212,12 @@ class FeatureCache:
                 out_HW[begin : begin + some] = read.to(out_HW.device)
         return out_HW
 
-    def _empty(self, rows: int, device: torch.device | str = "cpu", *, pinned: bool = False) -> Tensor:
-        """Return room for rows as they lie in the file."""
-        dtype = getattr(torch, self.store.dtype.name)
-        return torch.empty((rows, self.store.width), dtype=dtype, device=device, pin_memory=pinned)
+    def _empty(self, rows: int, dtype: str = "", device: torch.device | str = "cpu", *, pinned: bool = False) -> Tensor:
+        """Return room for rows, as they lie in the file or in another dtype."""
+        shape, dtype = (rows, self.store.width), dtype or self.store.dtype.name
+        if torch.device(device).type == "cpu" and not pinned:
+            return torch.from_numpy(np.empty(shape, dtype))  # numpy asks for huge pages, which are sooner there
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=device, pin_memory=pinned)
 
     def _count(self, found: Sequence[int], begun: float) -> None:
         """Count a read: the rows of each level, and its time."""

@@ -28,6 +28,9 @@ from ctrkit.models.batch import Batch
 
 READY = 2
 """Batches that are prepared while one is trained on."""
+READY_ON_CPUS = 0
+"""Where several ranks train on CPUs. What their threads take the training lacks, and then the other ranks wait too. The
+disk is asked a batch ahead all the same."""
 
 
 def prepared(model: TrainedModel, made: Iterable[Batch], *, training: bool) -> Generator[Batch]:
@@ -39,13 +42,15 @@ def prepared(model: TrainedModel, made: Iterable[Batch], *, training: bool) -> G
     with contextlib.ExitStack() as stack:
         if model.service is not None:
             worker = model.service.worker
+            ready = READY if torch.device(model.device).type == "cuda" else READY_ON_CPUS
         else:
             worker = stack.enter_context(ThreadPoolExecutor(1, "prepare", torch.set_num_threads, (1,)))
+            ready = READY
         batches = stack.enter_context(contextlib.closing(_prepared(model, made, training)))
-        ready = stack.enter_context(contextlib.closing(in_step(batches, READY, worker)))
+        coming = stack.enter_context(contextlib.closing(in_step(batches, ready, worker)))
         while True:
             begun = time.monotonic()
-            batch = next(ready, None)
+            batch = next(coming, None)
             if model.pictures is not None:
                 model.pictures.cache.waited(begun, time.monotonic())
             if batch is None:

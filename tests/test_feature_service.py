@@ -93,10 +93,12 @@ def trainer(config: Train, ranks: Ranks, folder: Path) -> training.Trainer:
     return training.Trainer(model, counts, GroupedData(groups, "train", model.plan.features), valid, users)
 
 
-def trained(config: Train, steps: int, ranks: Ranks, folder: Path, ready: int = preparing.READY) -> dict[str, Any]:
+def trained(
+    config: Train, steps: int, ranks: Ranks, folder: Path, ready: int = preparing.READY_ON_CPUS
+) -> dict[str, Any]:
     """Train for so many steps, with so many batches prepared ahead; return what came of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "READY", ready)
+        patch.setattr(preparing, "READY_ON_CPUS", ready)
         return _trained(config, steps, ranks, folder)
 
 

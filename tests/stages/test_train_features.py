@@ -14,6 +14,7 @@ from ctrkit.ranks import Ranks
 from tests.ranks import on_ranks
 from tests.shop import ctrkit
 from tests.small_groups import FEATURES, Group, random_groups, write_features, write_groups, write_pictures_of_sizes
+from tests.test_tensorboard import points
 
 WIDTH, EPOCHS = 4, 2
 ROW_BYTES = 2 * WIDTH
@@ -82,13 +83,16 @@ def test_the_same_model_whatever_is_held(folder: Path, tmp_path: Path) -> None:
     }
 
 
-def test_the_table(folder: Path, tmp_path: Path) -> None:
-    told = ctrkit(*words(folder, tmp_path / "model", 3)).output
+def test_the_table_and_the_curves(folder: Path, tmp_path: Path) -> None:
+    board = ["--tensorboard", str(tmp_path / "board"), "--set", "train.log_every=1"]
+    told = ctrkit(*words(folder, tmp_path / "model", 3, *board)).output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines() if line.startswith("│")]
     assert rows == [
         ["host", "3", "12", "66.7%", "0.000"],
         ["disk", "5", "4", "100.0%", "0.000"],
     ]
+    assert points(tmp_path / "board", "features/hit_rate") == [(step, pytest.approx(4 / 6)) for step in (1, 2)]
+    assert all(seconds >= 0 for _, seconds in points(tmp_path / "board", "features/seconds_waited"))
 
 
 def test_a_size_below_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
