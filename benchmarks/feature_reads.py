@@ -7,15 +7,15 @@ by one thread, in one process:
 
 - from memory: all of the file in the page cache, into a buffer that is used again and again. The reference is the
   conversion of as many rows that lie side by side, from one buffer in memory to another, by torch: the same bytes read
-  and written, with nothing to look up. This is the ratio that is printed. Beside it: a fresh result for each read; with
-  the most used quarter, half and all of the rows held by the store; the rows as float16; and numpy's conversion.
+  and written, with nothing to look up. This is the ratio that is printed. Beside it: a fresh result for each read;
+  likewise with the most used quarter, half and all of the rows held as training holds them; the rows as float16; and
+  numpy's conversion.
 - from the disk: the file dropped from the page cache before each batch, wall time. The reference is reading as many
   bytes of the file in order, dropped likewise. Beside it: the same rows one after the other through a mapped file,
   which is what reading without asking ahead costs.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from measure import MIB
 
+from ctrkit.feature_cache import FeatureCache
 from ctrkit.features import FeatureStore
 
 GIB = 2**30
@@ -45,14 +46,6 @@ def write(path: Path, rows: int, width: int) -> None:
         h5.create_dataset("image", data=np.array([], object), dtype=h5py.string_dtype())
         h5.create_dataset("row", data=np.array([], np.int64))
     tmp.rename(path)
-
-
-def drop(path: Path) -> None:
-    """Have the system forget what it holds of a file. Pages that a process maps stay."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
 
 
 def best(work: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
@@ -84,8 +77,9 @@ def in_memory(path: Path, batches: list[np.ndarray], repeats: int) -> dict[str, 
     found["read into fresh memory"] = time_all(lambda batch: store.read(batch))
     found["read as float16"] = time_all(lambda batch: store.read(batch, half))
     for share in (0.25, 0.5, 1.0):
-        held = FeatureStore(path, cache_bytes=int(rows * share) * width * 2)
-        found[f"{share:.0%} held in memory"] = time_all(lambda batch, held=held: held.read(batch, out))  # type: ignore[misc]
+        held = FeatureCache(store, host_bytes=int(rows * share) * width * 2)
+        held.prefetch(batches[0][:0])
+        found[f"{share:.0%} held in memory"] = time_all(lambda batch, held=held: held.read(np.sort(batch)))  # type: ignore[misc]
         del held
     copied = half.copy()
     narrow, wide = torch.from_numpy(half), torch.from_numpy(out)
@@ -102,20 +96,20 @@ def from_disk(path: Path, batches: list[np.ndarray], row_bytes: int) -> dict[str
     found: dict[str, list[float]] = {"read": [], "limit: in order": [], "one after the other, mapped": []}
     buffer = bytearray(8 * MIB)
     for batch in batches:
-        drop(path)
+        measure.drop(path)
         store = FeatureStore(path)
         begun = time.perf_counter()
         store.read(batch)
         found["read"].append(time.perf_counter() - begun)
         del store
-        drop(path)
+        measure.drop(path)
         begun = time.perf_counter()
         with path.open("rb", buffering=0) as file:
             left = len(batch) * row_bytes
             while left > 0:
                 left -= file.readinto(memoryview(buffer)[: min(left, len(buffer))]) or left
         found["limit: in order"].append(time.perf_counter() - begun)
-        drop(path)
+        measure.drop(path)
         begun = time.perf_counter()
         mapped = np.memmap(path, np.float16, "r", offset, shape)
         mapped[batch].astype(np.float32)

@@ -127,6 +127,14 @@ def warm(files: Iterable[Path]) -> None:
                 pass
 
 
+def drop(path: Path) -> None:
+    """Have the system forget what it holds of a file. Pages that a process maps stay."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
 def bytes_below(folder: Path, pattern: str = "**/*") -> int:
     return sum(f.stat().st_size for f in folder.glob(pattern) if f.is_file())
 

@@ -12,13 +12,17 @@ of their own with the same torch, get their batches ready made (`train_peers.py`
 after the other, each in a process of its own. The rate is samples over seconds, after --warm steps.
 
 DICM: 27 ID features, the ad's picture and the users' pictures, 4096 numbers of float16 each; its multiplications and
-additions by the shapes of the batches, over those of a large matrix product measured here in the same process.
+additions by the shapes of the batches, over those of a large matrix product measured here in the same process. With
+--held, once for each share of the picture rows asked for that the host's memory is to hold (1, 0.5, 0), as if the
+system had no memory to spare: it is told to forget rows once neither of the next two batches needs them. What the disk
+gave is counted by the system (read_bytes of /proc/self/io).
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -91,9 +95,9 @@ def peer_seconds(peer: str, data: World, act: str, args: argparse.Namespace) -> 
     return list(json.loads(done.stdout.splitlines()[-1]))[args.peer_warm :]
 
 
-def ours(groups: Path, config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def ours(groups: Path, config: dict[str, Any], args: argparse.Namespace, *, forget: bool = False) -> dict[str, Any]:
     """Return what `train.py --one` finds in a process of its own: samples a second, and about the batches."""
-    words = {"groups": str(groups), "config": config, "warm": args.warm, "steps": args.steps}
+    words = {"groups": str(groups), "config": config, "warm": args.warm, "steps": args.steps, "forget": forget}
     command = [sys.executable, __file__, "--one", json.dumps(words)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -117,10 +121,12 @@ def one(words: dict[str, Any]) -> None:
     schema = Schema.read(groups)
     has_pictures = config.looks_at_pictures
     pictures = modelfile.open_pictures(config, groups / "features.h5", groups / "convert") if has_pictures else None
-    if pictures is not None:
-        pictures.fit()
+    if pictures is not None:  # from pictures that are hardly asked for, so that the others stay on the disk
+        pictures.fit((np.arange(len(pictures.row_V)) >= len(pictures.row_V) - 4096).astype(np.int64))
     counts = modelfile.read_counts(groups, schema)
     model = modelfile.build(config, schema, counts, pictures).to(device)
+    if words["forget"]:
+        forget(pictures)
     trainer = training.Trainer(model, counts, GroupedData(groups, "train", model.plan.features), None, None)
     times: list[float] = []
     seen: list[dict[str, float]] = []
@@ -138,6 +144,9 @@ def one(words: dict[str, Any]) -> None:
                 "behaviours": len(batch.group_B),
                 "pictures": sum(len(x) for x in batch.picture_NW.values()),
                 "rows": sum(len(r) for r in batch.rows.values()),
+                "disk_bytes": disk_bytes(),
+                "waited": pictures.cache.uses().seconds_waited if pictures else 0.0,
+                "hit_rate": hit_rate(pictures),
             }
         )
         if len(times) > words["warm"] + words["steps"]:
@@ -152,9 +161,46 @@ def one(words: dict[str, Any]) -> None:
     measured = seen[words["warm"] + 1 :]
     seconds = times[-1] - times[words["warm"]]
     found = {k: statistics.fmean(s[k] for s in measured) for k in measured[0]}
+    for total in ("disk_bytes", "waited"):
+        found[total] = (measured[-1][total] - seen[words["warm"]][total]) / len(measured)
     found |= {"rate": sum(s["samples"] for s in measured) / seconds, "steps": len(measured)}
     found |= {"cores": cpu / (times[-1] - times[0]), "matrix": matrix_rate(device, config.precision)}
     print(json.dumps(found))
+
+
+def forget(pictures: Any) -> None:
+    """Have the system keep of the features no row that no batch at hand needs, as where memory is full."""
+    store, cache = pictures.store, pictures.cache
+    vars(store)["_been_read"] = None
+    (piece,) = store._pieces
+    row_bytes = store.width * store.dtype.itemsize
+    asked: list[np.ndarray] = []
+    prefetch = cache.prefetch
+
+    def forgetting(row_N: np.ndarray) -> None:
+        asked.append(row_N)
+        if len(asked) > 4:  # two picture features a batch: that of the batch before the last one has been read
+            for row in np.setdiff1d(asked.pop(0), np.concatenate(asked)).tolist():
+                offset = piece.offset + row * row_bytes
+                begin, end = offset // mmap.PAGESIZE * mmap.PAGESIZE, offset + row_bytes
+                if row >= 0:
+                    piece.data.base.base.obj.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+                    os.posix_fadvise(piece.file, offset, row_bytes, os.POSIX_FADV_DONTNEED)
+        prefetch(row_N)
+
+    cache.prefetch = forgetting
+
+
+def disk_bytes() -> int:
+    """Return the bytes that the system has fetched from disks for this process."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def hit_rate(pictures: Any) -> float:
+    """Return the share of the rows asked for so far that did not lie on the disk."""
+    uses = pictures.cache.uses() if pictures else None
+    return 1 - uses.from_disk / uses.rows if uses and uses.rows else 1.0
 
 
 def matrix_rate(device: str, precision: str) -> float:
@@ -236,6 +282,38 @@ def dicm(args: argparse.Namespace, base: dict[str, Any], result: dict[str, Any])
     )
 
 
+def rows_for(share: float, pictures: int, ads: int, behaviours: int) -> int:
+    """Return how many of the first rows are this share of what a batch of so many ads and behaviours asks for."""
+    if share >= 1:
+        return pictures
+    p_V = np.arange(1, pictures + 1, dtype=np.float64) ** -1.2
+    p_V /= p_V.sum()
+    asked_V = sum(-np.expm1(n * np.log1p(-p_V)) for n in (ads, behaviours))
+    return int(np.searchsorted(np.cumsum(asked_V) / asked_V.sum(), share))
+
+
+def dicm_held(args: argparse.Namespace, base: dict[str, Any], result: dict[str, Any]) -> None:
+    """Measure DICM whole with some of the features held in memory."""
+    data = train_data.world(args.impressions, args.pictures)
+    lines = []
+    with tempfile.TemporaryDirectory(dir=args.data) as folder:
+        groups = Path(folder, "groups")
+        train_data.write_groups(data, groups, pictures=args.pictures)
+        train_data.write_pictures(groups, args.pictures, PICTURE_WIDTH)
+        for share in args.held:
+            behaviours = int(args.batch / train_data.GROUP * train_data.MEAN)
+            rows = rows_for(share, args.pictures, args.batch, behaviours)
+            measure.drop(groups / "features.h5")
+            config = base | {"model": "dicm", "host_cache_gib": rows * PICTURE_WIDTH * 2 / 2**30}
+            found = ours(groups, config, args, forget=True)
+            result["dicm"][str(share)] = found
+            cells = [f"{rows:,}", f"{found['hit_rate']:.0%}", f"{found['disk_bytes'] / 1e6:.1f}"]
+            rate, waited = found["rate"], found["waited"] * 1e3
+            lines.append([f"{share:.0%}", *cells, f"{rate:,.0f}", f"{waited:.1f}", f"{found['cores']:.2f}"])
+    head = ["share asked for", "rows held", "found", "MB of disk a batch", "samples/s", "ms waited a batch", "cores"]
+    measure.table(head, lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         one(json.loads(sys.argv[2]))
@@ -253,6 +331,7 @@ def main() -> None:
     parser.add_argument("--peer-steps", type=int, default=6, help="of the peers (%(default)s); their median counts")
     parser.add_argument("--peer-warm", type=int, default=2)
     parser.add_argument("--pictures", type=int, default=50_000, help="DICM's (%(default)s)")
+    parser.add_argument("--held", default="", help="DICM only: shares of the rows asked for to hold, say 1,0.5,0")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
@@ -260,13 +339,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("BENCH_DATA") or "runs/bench"))
     args = parser.parse_args()
     args.data = args.data.absolute()
+    args.held = [float(share) for share in args.held.split(",") if share]
     args.peers = [p for p in args.peers.split(",") if p]
     base = {"batch": args.batch, "threads": args.threads, "device": args.device, "precision": args.precision}
     base |= {"compile": args.compile, "log_every": 0} | dict(text.split("=", 1) for text in args.set)
     result: dict[str, Any] = {"din": {}}
-    if args.only != "dicm":
+    if args.only != "dicm" and not args.held:
         din(args, base, result)
-    if args.only != "din":
+    if args.held:
+        args.data.mkdir(parents=True, exist_ok=True)
+        result["dicm"] = {}
+        dicm_held(args, base, result)
+    elif args.only != "din":
         dicm(args, base, result)
     target = result["din"].get(TARGET) or next(iter(result["din"].values()), {})
     ours_rate = target.get("ours", result.get("dicm", {}).get("rate"))

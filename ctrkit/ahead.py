@@ -2,7 +2,9 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,3 +51,32 @@ def ahead(items: Iterable[T], n: int) -> Iterator[T]:
     finally:
         stopped.set()
         thread.join()
+
+
+def in_step(items: Iterator[T], n: int, worker: Executor) -> Generator[T]:
+    """Yield the items, in order, while a worker of one thread makes the next ones, `n` of them.
+
+    Item i + n is asked of the worker when item i is wanted, whatever the timing. So processes that want the same items
+    ask the same of their workers, who may wait for each other; nobody leaves before his worker has done what he asked.
+    """
+    end = object()
+    coming: deque[Future[T | object]] = deque(worker.submit(next, items, end) for _ in range(n))
+    try:
+        while True:
+            coming.append(worker.submit(next, items, end))
+            item = coming.popleft().result()
+            if item is end:
+                return
+            yield item  # type: ignore[misc]
+    finally:
+        wait(coming)
+
+
+def one_behind(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, each when the next one has been made."""
+    held: list[T] = []
+    for item in items:
+        held.append(item)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held

@@ -2,8 +2,9 @@
 
 Three process groups, of NCCL on GPUs and of gloo on CPUs: one for the gradients of dense parameters, which
 DistributedDataParallel sends while the backward pass goes on; one for everything that waits in its place in the
-forward or backward pass (rows, statistics); one for what is said between steps. Within each all ranks make the same
-calls in the same order, so that none waits for another's.
+forward or backward pass (rows, statistics); one for what is said between steps. A fourth, always of gloo, is for what a
+thread finds out about the next batches (`ctrkit.preparing`). Within each all ranks make the same calls in the same
+order, so that none waits for another's.
 """
 
 import inspect
@@ -38,6 +39,7 @@ class DataParallel:
         self.ranks, self.device = ranks, torch.device(device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         self.dense, self.rows, self.between = (_group(backend) for _ in range(3))
+        self.ahead = _group("gloo")
         self.dense_bytes = 0
         """Bytes of gradients of dense parameters that were given to all-reduces."""
 

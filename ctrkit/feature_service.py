@@ -10,6 +10,7 @@ Letters: W ranks, U distinct rows that this rank names, M distinct rows that are
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,13 @@ def gather(tables: Mapping[int, Table], batch: Batch) -> tuple[dict[int, Rows], 
     return own, seen
 
 
+def rows_read(batch: Batch, name: str) -> npt.NDArray[np.int64]:
+    """Return [M]: the rows of features.h5 that are read here for a picture feature of a batch, rising: of the pictures
+    that it names, or, where it has a route, of those that the ranks ask of this one."""
+    row_M = batch.route[name].rows_M - 1 if name in batch.route else batch.picture_row[name]
+    return row_M.numpy()
+
+
 class FeatureService:
     """What the ranks of a training or prediction look up for each other.
 
@@ -72,18 +80,19 @@ class FeatureService:
     ) -> None:
         self.parallel, self.tables, self.pictures = parallel, tables, pictures
         self.spread_pictures = spread_pictures and pictures is not None
-        self.exchange, self.wire = RowExchange(parallel.rows), WIRES[exchange_dtype]
+        self.exchange, self.wire = RowExchange(parallel.rows, parallel.ahead), WIRES[exchange_dtype]
+        self.worker = ThreadPoolExecutor(1, "prepare", torch.set_num_threads, (1,))
+        """The one thread in which `route` is called."""
+        ranks = parallel.ranks
+        self._lies_here = (ranks.rank - 1) % ranks.count, ranks.count
+        if self.spread_pictures and pictures is not None:
+            pictures.wanted(share=self._lies_here)
         self.named = self.extracted = 0
         """Distinct pictures of batches: as ranks name them, and as extracted here."""
 
-    @property
-    def reads(self) -> bool:
-        """Whether it reads the features of pictures, so that who makes batches does not."""
-        return self.spread_pictures
-
-    def prepare(self, batch: Batch, *, training: bool) -> Batch:
-        """Find out what the ranks ask of each other for a batch, and read the features of the pictures that are asked
-        of this one. A collective."""
+    def route(self, batch: Batch, *, training: bool) -> Batch:
+        """Find out what the ranks ask of each other for a batch, which is on the CPU. A collective of the group
+        `parallel.ahead`."""
         asks: dict[int | str, Ask] = {
             width: Ask(rows_U, self.tables[width].n_rows, "table")
             for width, rows_U in batch.rows.items()
@@ -95,12 +104,9 @@ class FeatureService:
             rows = self.pictures.store.rows + 1
             asks |= {name: Ask(row_N + 1, rows, "picture", self.wire) for name, row_N in batch.picture_row.items()}
         batch.route.update(zip(asks, self.exchange.routes(list(asks.values())), strict=True))
-        if self.spread_pictures and self.pictures is not None:
-            for name, row_N in batch.picture_row.items():
-                vectors_MW = self.pictures.vectors((batch.route[name].rows_M - 1).cpu().numpy())
-                batch.picture_NW[name] = vectors_MW.to(row_N.device)
-                self.named += len(row_N)
-                self.extracted += len(vectors_MW)
+        for name, row_N in batch.picture_row.items() if self.spread_pictures else ():
+            self.named += len(row_N)
+            self.extracted += len(batch.route[name].rows_M)
         return batch
 
     def merge(self, batch: Batch, own: Mapping[int, Rows]) -> dict[int, Rows]:
@@ -132,8 +138,7 @@ class FeatureService:
     def fit_pictures(self, count_V: npt.NDArray[np.int64] | None) -> None:
         """Set mean and scale of the picture vectors, each rank from its share of the rows. A collective."""
         assert self.pictures is not None
-        ranks = self.parallel.ranks
-        self.pictures.fit(count_V, (ranks.rank, ranks.count), self._sum)
+        self.pictures.fit(count_V, self._lies_here, self._sum)
 
     def _sum(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         found: npt.NDArray[np.float64] = self.parallel.sum(torch.from_numpy(x).to(self.parallel.device)).cpu().numpy()

@@ -1,14 +1,15 @@
 """Picture features as extract-images or import-features wrote them: rows by picture, read where they lie.
 
-Rows are in order of use, most first, so that the pictures that are asked for most are a prefix of the file.
+Rows are in order of use, most first, so that the pictures that are asked for most are a prefix of the file; what
+training holds of them in memory is in `ctrkit.feature_cache`.
 """
 
 import mmap
 import os
 import sys
-import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ BLOCK = 512 << 10
 """Bytes of rows that are gathered and then converted while they are in the processor's cache."""
 IDS = 1 << 16
 """Ids of pictures that are read at a time."""
-_OPENING = threading.RLock()
-"""Held while a cache is filled, so that threads do not fill it twice."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,22 @@ class _Piece:
     first: int
     data: Any
     """[rows, width]: an array that lies in memory or is mapped, or else a data set of HDF5."""
-    map: mmap.mmap | None = None
-    """Of the whole file, where `data` is mapped."""
+    file: int | None = None
+    """Descriptor of the file, where `data` is mapped."""
     offset: int = 0
     """Bytes of the file before `data`."""
 
     def advise(self, rows: Int) -> None:
-        """Have the system read sorted rows of this piece ahead, all at once; it goes on in the background."""
-        if self.map is None:
+        """Have the system read sorted rows of this piece ahead, all at once; it goes on in the background.
+
+        By `posix_fadvise`, for Python's `madvise` keeps the interpreter's lock, and a training waiting, for as long.
+        """
+        if self.file is None:
             return
         row_bytes = self.data[:1].nbytes
         for begin, end in runs(rows - self.begin + self.first, row_bytes):
-            start = (self.offset + begin * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            self.map.madvise(mmap.MADV_WILLNEED, start, self.offset + end * row_bytes - start)
+            offset, size = self.offset + begin * row_bytes, (end - begin) * row_bytes
+            os.posix_fadvise(self.file, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 class FeatureStore:
@@ -65,16 +67,11 @@ class FeatureStore:
     path: the file.
     shuffle_seed: give each picture that has a vector another picture's, always the same one: the control in
         which nothing visual can be learned. None: each its own.
-    cache_bytes: as many of the first rows as fit into so many bytes are held in memory.
-    pinned: hold them in memory that a GPU reads by itself (see `prefix`).
     """
 
-    def __init__(
-        self, path: Path, shuffle_seed: int | None = None, *, cache_bytes: int = 0, pinned: bool = False
-    ) -> None:
+    def __init__(self, path: Path, shuffle_seed: int | None = None) -> None:
         self.path = path
         self.shuffle_seed = shuffle_seed
-        self.cache_bytes, self.pinned = cache_bytes, pinned
 
     @cached_property
     def _h5(self) -> Any:
@@ -87,36 +84,9 @@ class FeatureStore:
         return h5
 
     @cached_property
-    def _file(self) -> list[_Piece]:
+    def _pieces(self) -> list[_Piece]:
         """The features where they lie: one piece, or one a shard."""
         return _pieces_of(self.path, self._h5["features"])
-
-    @cached_property
-    def prefix(self) -> Floats:
-        """The rows that are held in memory, [cached rows, width] float16. Where they are pinned,
-        `torch.from_numpy(store.prefix)` is a pinned tensor."""
-        data = self._h5["features"]
-        shape = (min(self.rows, self.cache_bytes // max(1, self.width * data.dtype.itemsize)), self.width)
-        held = _pinned(shape, data.dtype) if self.pinned else np.empty(shape, data.dtype)
-        _copy_rows(self._file, held)
-        return held
-
-    def hold(self) -> None:
-        """Read now what is to be held in memory, so that processes that are forked from this one share it."""
-        with _OPENING:
-            self.prefix  # noqa: B018
-
-    @cached_property
-    def _pieces(self) -> list[_Piece]:
-        """What rows are read from: the cache first, then the file."""
-        with _OPENING:
-            held = len(self.prefix)
-        rest = [
-            replace(p, begin=max(p.begin, held), first=p.first + max(0, held - p.begin))
-            for p in self._file
-            if p.end > held
-        ]
-        return [_Piece(0, held, 0, self.prefix), *rest] if held else rest
 
     @cached_property
     def _been_read(self) -> npt.NDArray[np.bool_] | None:
@@ -134,6 +104,12 @@ class FeatureStore:
     def width(self) -> int:
         """Length of a vector."""
         return int(self._h5["features"].shape[1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the vectors in the file."""
+        found: np.dtype[Any] = self._h5["features"].dtype
+        return found
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -213,14 +189,14 @@ class FeatureStore:
             if not isinstance(array, np.ndarray):
                 here = (piece_of == i) & (rows >= 0)
                 arrays[i], local[here] = _read_runs(array, local[here])
-        _gather(arrays, piece_of, local, out)
+        gather(arrays, piece_of, local, out)
         out[rows < 0] = 0
         return out
 
     def load(self, dtype: str = "float16") -> Floats:
         """Return all vectors, [rows, width], in memory."""
         held = np.empty((self.rows, self.width), dtype)
-        _copy_rows(self._file, held)
+        _copy_rows(self._pieces, held)
         return held
 
     def _check(self, rows: Int) -> None:
@@ -247,7 +223,7 @@ def _read_runs(data: Any, rows: Int) -> tuple[Floats, Int]:
     return held, place.reshape(-1)
 
 
-def _gather(arrays: Sequence[Floats], array_of: Int, rows: Int, out: Floats) -> None:
+def gather(arrays: Sequence[Floats], array_of: Int, rows: Int, out: Floats) -> None:
     """Write row `rows[i]` of `arrays[array_of[i]]` to `out[i]`, block by block. Negative rows are written anyhow."""
     block = max(1, BLOCK // max(1, out.shape[1] * arrays[0].itemsize))
     widens = out.dtype != arrays[0].dtype
@@ -290,15 +266,6 @@ def _copy_rows(pieces: Sequence[_Piece], out: Floats) -> None:
         for begin in range(piece.begin, min(piece.end, len(out)), step):
             end = min(begin + step, piece.end, len(out))
             out[begin:end] = piece.data[begin - piece.begin + piece.first : end - piece.begin + piece.first]
-
-
-def _pinned(shape: tuple[int, int], dtype: np.dtype[Any]) -> Floats:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError("pinned memory needs a GPU that torch sees")
-    held = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True)
-    return held.numpy()
 
 
 def _open(path: Path) -> Any:
@@ -357,7 +324,9 @@ def _mapped(path: Path, data: Any, rows: range, first: int) -> _Piece:
     offset = data.id.get_offset()
     if offset is None or data.size == 0:
         return _Piece(rows.start, rows.stop, first, data)
-    with open(path, "rb") as f:
-        whole = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    file = os.open(path, os.O_RDONLY)
+    whole = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
     array = np.frombuffer(whole, data.dtype, data.size, offset).reshape(data.shape)
-    return _Piece(rows.start, rows.stop, first, array, whole, offset)
+    piece = _Piece(rows.start, rows.stop, first, array, file, offset)
+    weakref.finalize(piece, os.close, file)
+    return piece

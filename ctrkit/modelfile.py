@@ -15,13 +15,14 @@ from ctrkit import files, state_dict, vocabulary
 from ctrkit.batches import Schema
 from ctrkit.embedding import Table
 from ctrkit.errors import UserError
+from ctrkit.feature_cache import GIB
 from ctrkit.id_masks import most_frequent, with_unknown
 from ctrkit.models import make_model
 from ctrkit.models.plan import Plan, make_plan
 from ctrkit.picture_vectors import PictureVectors
 from ctrkit.placement import is_spread
 from ctrkit.ranks import ALONE, Ranks
-from ctrkit.recipe import NOT_THE_MODEL, RANKS, Train
+from ctrkit.recipe import CACHES, NOT_THE_MODEL, RANKS, Train
 
 if TYPE_CHECKING:
     from ctrkit.feature_service import FeatureService
@@ -44,10 +45,12 @@ class TrainedModel:
     """Where several ranks work on one model."""
 
     def to(self, device: str) -> "TrainedModel":
-        """Move network and tables to a device; picture vectors travel with each batch."""
+        """Move network and tables to a device, where picture vectors are wanted from now on."""
         self.network.to(device)
         for table in self.tables.values():
             table.to(device)
+        if self.pictures is not None:
+            self.pictures.wanted(device=device)
         self.device = device
         return self
 
@@ -164,7 +167,7 @@ def build(
 def open_pictures(
     train: Train, features: Path | None, convert: Path | None, ranks: Ranks = ALONE
 ) -> PictureVectors | None:
-    """Return the picture vectors that the model needs, or None. Several ranks share the memory that one may take."""
+    """Return the picture vectors that the model needs, or None. The ranks of a machine share the host's memory."""
     if not train.looks_at_pictures:
         return None
     if features is None or convert is None:
@@ -174,7 +177,8 @@ def open_pictures(
         convert,
         shuffle=train.shuffle_pictures,
         has_picture=train.has_picture,
-        sharing=ranks.count,
+        host_bytes=int(train.host_cache_gib * GIB) // ranks.local_count,
+        device_bytes=int(train.device_cache_gib * GIB),
     )
 
 
@@ -216,9 +220,20 @@ def check_recipe(folder: Path, recipe: Train) -> None:
         )
 
 
-def load(folder: Path, groups: Path, features: Path | None, convert: Path | None, ranks: Ranks = ALONE) -> TrainedModel:
-    """Read a model for use with these groups; a model trained with another vocabulary is an error."""
+def load(
+    folder: Path,
+    groups: Path,
+    features: Path | None,
+    convert: Path | None,
+    ranks: Ranks = ALONE,
+    recipe: Train | None = None,
+) -> TrainedModel:
+    """Read a model for use with these groups; a model trained with another vocabulary is an error.
+
+    recipe: whose sizes of caches count; default: those of `[train]`.
+    """
     settings, train, schema = read_settings(folder)
+    train = train.model_copy(update=recipe.model_dump(include=set(CACHES)) if recipe else {})
     here = Schema.read(groups)
     if schema.vocab_digest != here.vocab_digest:
         raise UserError(

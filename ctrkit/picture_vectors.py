@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ctrkit.errors import UserError
+from ctrkit.feature_cache import HOST_BYTES, FeatureCache
 from ctrkit.features import FeatureStore
 from ctrkit.progress import say
 
-MEMORY_LIMIT = 4 << 30
-"""Bytes of float16 features that are held in memory: the most used; rows beyond them are read from the disk."""
 NORM = 4.0
 """Root mean square of the vectors' norms after scaling. An Adam step moves an output of the first layer by up to
 the learning rate times the vector's 1-norm, so wide vectors of unit coordinates make the first steps too long: with
@@ -39,7 +38,8 @@ class PictureVectors:
     convert: the folder that `ctrkit convert` wrote, for its vocabulary `image`.
     shuffle: give each picture another picture's vector, a control.
     has_picture: add a last coordinate, 1 for a picture that has a vector and 0 otherwise.
-    sharing: processes that share the memory in which features are held.
+    host_bytes, device_bytes: of features that are held in the host's memory and, where batches are wanted on a GPU, on
+        it; see `ctrkit.feature_cache`.
     """
 
     def __init__(
@@ -49,11 +49,14 @@ class PictureVectors:
         *,
         shuffle: bool = False,
         has_picture: bool = False,
-        sharing: int = 1,
+        host_bytes: int = HOST_BYTES,
+        device_bytes: int = 0,
     ) -> None:
         self.has_picture = has_picture
         seed = CONTROL_SEED if shuffle else None
-        self.store = FeatureStore(features, shuffle_seed=seed, cache_bytes=MEMORY_LIMIT // sharing)
+        self.store = FeatureStore(features, shuffle_seed=seed)
+        self._host_bytes, self._device_bytes = host_bytes, device_bytes
+        self.cache = FeatureCache(self.store, host_bytes=host_bytes)
         self._vocabulary = convert / "vocab" / "image.parquet"
         if not self._vocabulary.is_file():
             raise UserError(
@@ -70,13 +73,24 @@ class PictureVectors:
                 f"{features} has no vector for any picture of {convert}: was it extracted for other data? "
                 "Run `ctrkit extract-images` with this --convert folder."
             )
-        self.store.hold()
         self.mean_W = torch.zeros(self.store.width)
         self.scale = torch.ones(())
 
     def to(self, dtype: torch.dtype) -> None:
         """Give vectors, mean and scale in this dtype from now on; float32 at first."""
         self.mean_W, self.scale = self.mean_W.to(dtype), self.scale.to(dtype)
+
+    def wanted(self, *, device: str | None = None, share: tuple[int, int] | None = None) -> None:
+        """Say on which device vectors are wanted, and which rows will be asked for: (first, step), as `FeatureCache`
+        has it. What is held already is read anew."""
+        where = torch.device(device) if device is not None else self.cache.device
+        self.cache = FeatureCache(
+            self.store,
+            host_bytes=self._host_bytes,
+            device_bytes=0 if where.type == "cpu" else self._device_bytes,
+            device=str(where),
+            share=share or self.cache.share,
+        )
 
     @property
     def width(self) -> int:
@@ -96,7 +110,7 @@ class PictureVectors:
     ) -> None:
         """Set mean and scale from the pictures that training refers to: those with a count, where counts are given.
 
-        share: (rank, ranks): read every so many-th row only, from the first on; `summed` then adds what all have found.
+        share: (first, step): read the rows first, first + step, … only; `summed` then adds what all have found.
         """
         rows = self._training
         if count_V is not None:
@@ -106,9 +120,9 @@ class PictureVectors:
             raise UserError("no training sample refers to a picture that has a vector")
         total = np.zeros(self.store.width)
         square = np.zeros(self.store.width)
-        own = rows[share[0] :: share[1]]
+        own = rows[rows % share[1] == share[0]]
         for part in np.array_split(own, max(1, len(own) // 8192)):
-            x = self._read(part).numpy().astype(np.float64)
+            x = self.store.read(part).astype(np.float64)
             total += x.sum(0)
             square += (x * x).sum(0)
         total, square = summed(np.stack([total, square]))
@@ -136,9 +150,6 @@ class PictureVectors:
         asked = pl.DataFrame({"index": index}).cast({"index": pl.Int64})
         return asked.join(self._names, on="index", how="left", maintain_order="left")["value"].fill_null("")
 
-    def _read(self, rows: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(self.store.read(rows))
-
     def distinct(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return ([N] distinct rows of the file, rising, [len(index)] positions in N) for indexes of the vocabulary
         `image`; row −1 stands for all pictures without a vector."""
@@ -147,12 +158,13 @@ class PictureVectors:
         return torch.from_numpy(distinct), torch.from_numpy(position.reshape(-1).astype(np.int64))
 
     def vectors(self, row_N: npt.NDArray[np.int64]) -> Tensor:
-        """Return [N, W] the vectors of rows, of which −1 can be the first only."""
-        x_NW = self._read(np.maximum(row_N, 0)).to(self.scale.dtype).sub_(self.mean_W).mul_(self.scale)
+        """Return [N, W], where they are wanted: the vectors of rows, rising, of which −1 can be the first only."""
+        x_NW = self.cache.read(row_N)
+        x_NW = x_NW.to(self.scale.dtype).sub_(self.mean_W.to(x_NW.device)).mul_(self.scale)
         if len(row_N) and row_N[0] < 0:
             x_NW[0] = 0.0
         if self.has_picture:
-            x_NW = torch.cat([x_NW, torch.from_numpy(row_N >= 0).to(x_NW.dtype).unsqueeze(1)], 1)
+            x_NW = torch.cat([x_NW, torch.from_numpy(row_N >= 0).to(x_NW).unsqueeze(1)], 1)
         return x_NW
 
     def gather(self, index: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,8 @@ class Ranks:
     count: int = 1
     local_rank: int = 0
     """Among the ranks of this machine."""
+    local_count: int = 1
+    """The ranks of this machine."""
 
     @classmethod
     def of_environment(cls) -> "Ranks":
@@ -75,9 +77,12 @@ class Ranks:
             return cls()
         try:
             rank, count, local = (int(os.environ.get(n, "0")) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         except ValueError:
-            raise UsageError("RANK, WORLD_SIZE or LOCAL_RANK in the environment is no number; use torchrun") from None
-        return cls(rank, count, local) if count > 1 else cls()
+            raise UsageError(
+                "RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE in the environment is no number; use torchrun"
+            ) from None
+        return cls(rank, count, local, max(1, here)) if count > 1 else cls()
 
     @property
     def name(self) -> str:

@@ -59,6 +59,7 @@ Widths = tuple[Width, ...]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Factor = Annotated[float, Field(ge=0, le=1e30)]
+Gib = Annotated[float, Field(ge=0, le=1e6)]
 """What numbers of float32 may be multiplied by."""
 SomeWidths = Annotated[Widths, Field(min_length=1)]
 UserIds = Annotated[bool | Literal["din"], _needs('true, false or "din"')]
@@ -595,6 +596,11 @@ class Train(Table):
     not with SimTier."""
     exchange_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which extracted picture vectors and their gradients go from process to process."""
+    device_cache_gib: Gib = 2.0
+    """GiB of each GPU for the features of the pictures that are used most."""
+    host_cache_gib: Gib = 4.0
+    """GiB of a machine's memory, shared by its processes, for those of the next ones. The others are read from the disk
+    for each batch, ahead of time. The model is the same to the bit, whatever is held."""
     # What it writes.
     log_every: Annotated[int, Field(ge=0)] = 100
     """Steps between lines of metrics.jsonl and points of TensorBoard, besides those of the validations; 0: none."""
@@ -629,9 +635,11 @@ class Train(Table):
         return self.model == "dicm" and self.user_images in ("simtier", "simtier+pooled")
 
 
-RANKS = frozenset(["processes", "placement", "picture_placement"])
-"""Keys of [train] that say how processes share the work. They change the last bits of what comes out, and so do not
-make an output stale."""
+CACHES = frozenset(["device_cache_gib", "host_cache_gib"])
+"""Keys of [train] that say what is held in memory."""
+RANKS = frozenset(["processes", "placement", "picture_placement"]) | CACHES
+"""Keys of [train] that say how processes share the work, and what they hold in memory. They change the last bits of
+what comes out at most, and so do not make an output stale."""
 NOT_THE_MODEL = RANKS | {"device", "threads", "log_every", "checkpoint_minutes", "save_optimiser", "exchange_dtype"}
 """Keys of [train] that say where a model is trained and what is written besides, not what model it is."""
 

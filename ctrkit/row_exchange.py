@@ -8,9 +8,10 @@ ranks), M the distinct ones of these, D width.
 """
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,25 +40,37 @@ class RowExchange:
     """Sends rows between the ranks of a process group, and counts the bytes.
 
     All ranks make the same calls in the same order, also those that have nothing to send.
+
+    Parameters
+    ----------
+    group: for vectors and gradients.
+    ahead: for the numbers of rows, which lie in the host's memory; so that they may be asked for in a thread, while
+        vectors and gradients of an earlier batch travel. Default: `group`.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, ahead: dist.ProcessGroup | None = None) -> None:
+        self.group, self.ahead = group, ahead or group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         self.sent: Counter[str] = Counter()
         """Bytes that left this rank for others: `table ids`, `table vectors`, `table gradients`, `table counts`, and so
         for `picture`."""
+        self._counting = threading.Lock()
+
+    def sends(self, what: str, size: int) -> None:
+        """Count bytes that leave this rank. Threads may call it."""
+        with self._counting:
+            self.sent[what] += size
 
     def routes(self, asks: Sequence[Ask]) -> list["Route"]:
         """Tell the owners which rows this rank names of some matrices, and learn which the others ask of it: two
-        messages, however many matrices. A collective."""
+        messages, however many matrices. A collective of the group `ahead`, on the CPU where that is of gloo."""
         if not asks:
             return []
         owners = [ask.rows_U % self.count for ask in asks]
         orders = [torch.argsort(owner_U, stable=True) for owner_U in owners]
         asked_WK = torch.stack([torch.bincount(owner_U, minlength=self.count) for owner_U in owners], 1)
         wanted_WK = torch.empty_like(asked_WK)
-        dist.all_to_all_single(wanted_WK, asked_WK, group=self.group)
+        dist.all_to_all_single(wanted_WK, asked_WK, group=self.ahead)
         asked, wanted = asked_WK.tolist(), wanted_WK.tolist()
         small = torch.int32 if max(ask.n_rows for ask in asks) < INT32_ROWS else torch.int64
         lists = [
@@ -66,14 +79,15 @@ class RowExchange:
         ]
         sizes = [n for per_rank in wanted for n in per_rank]
         out = torch.cat([lists[k][r] for r in range(self.count) for k in range(len(asks))])
-        found = torch.split(self._send(out, [sum(a) for a in asked], [sum(w) for w in wanted]), sizes)
+        came = _send(out, [sum(a) for a in asked], [sum(w) for w in wanted], self.ahead)
+        found = torch.split(came, sizes)
         routes = []
         for k, ask in enumerate(asks):
             rows_M, place_A = torch.unique(torch.cat(found[k :: len(asks)]).long(), return_inverse=True)
             own_asked, own_wanted = [a[k] for a in asked], [w[k] for w in wanted]
             routes.append(Route(self, ask, orders[k], own_asked, own_wanted, rows_M, place_A))
             others = len(ask.rows_U) - own_asked[self.rank]
-            self.sent[f"{ask.of} ids"] += others * out.element_size() + (self.count - 1) * asked_WK.element_size()
+            self.sends(f"{ask.of} ids", others * out.element_size() + (self.count - 1) * asked_WK.element_size())
         return routes
 
     def all_gather(self, rows_M: Tensor, x_MD: Tensor, of: str) -> tuple[Tensor, Tensor]:
@@ -87,15 +101,16 @@ class RowExchange:
             padded = torch.cat([x, x.new_zeros((most - len(x), *x.shape[1:]))])
             all_x = x.new_empty((self.count * most, *x.shape[1:]))
             dist.all_gather_into_tensor(all_x, padded, group=self.group)
-            self.sent[f"{of} {what}"] += (self.count - 1) * padded.numel() * padded.element_size()
+            self.sends(f"{of} {what}", (self.count - 1) * padded.numel() * padded.element_size())
             found.append(torch.cat([all_x[r * most : r * most + n] for r, n in enumerate(lengths)]))
         return found[0], found[1]
 
-    def _send(self, x: Tensor, to: list[int], of: list[int]) -> Tensor:
-        """Send runs of rows to the ranks, `to` of these lengths; return those that come, `of` these lengths."""
-        out = x.new_empty((sum(of), *x.shape[1:]))
-        dist.all_to_all_single(out, x.contiguous(), of, to, group=self.group)
-        return out
+
+def _send(x: Tensor, to: list[int], of: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send runs of rows to the ranks, `to` of these lengths; return those that come, `of` these lengths."""
+    out = x.new_empty((sum(of), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), of, to, group=group)
+    return out
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,11 @@ class Route:
     place_A: Tensor
     """Positions in M of the rows asked."""
 
+    def to(self, device: str) -> "Route":
+        """Return the route with its tensors on a device."""
+        order_U, rows_M, place_A = (x.to(device, non_blocking=True) for x in (self.order_U, self.rows_M, self.place_A))
+        return replace(self, order_U=order_U, rows_M=rows_M, place_A=place_A)
+
     def spread(self, x_MD: Tensor) -> Tensor:
         """Return [U, D], the rows that this rank names, from [M, D], those that it owns. A collective, and so is its
         gradient: the sum over the ranks that named a row, in their order."""
@@ -132,19 +152,19 @@ class Route:
     def _give(self, x_MD: Tensor) -> Tensor:
         x_AD = x_MD.index_select(0, self.place_A).to(self.ask.wire or x_MD.dtype)
         self._count(x_AD, "vectors", self.wanted)
-        x_UD = self.exchange._send(x_AD, self.wanted, self.asked).to(x_MD.dtype)
+        x_UD = _send(x_AD, self.wanted, self.asked, self.exchange.group).to(x_MD.dtype)
         return torch.empty_like(x_UD).index_copy_(0, self.order_U, x_UD)
 
     def _collect(self, x_UD: Tensor, what: str, wire: torch.dtype) -> Tensor:
         sent_UD = x_UD.index_select(0, self.order_U).to(wire)
         self._count(sent_UD, what, self.asked)
-        x_AD = self.exchange._send(sent_UD, self.asked, self.wanted).to(x_UD.dtype)
+        x_AD = _send(sent_UD, self.asked, self.wanted, self.exchange.group).to(x_UD.dtype)
         return x_AD.new_zeros((len(self.rows_M), *x_AD.shape[1:])).index_add_(0, self.place_A, x_AD)
 
     def _count(self, x: Tensor, what: str, to: list[int]) -> None:
         """Count what leaves this rank."""
         row_bytes = x.element_size() * math.prod(x.shape[1:])
-        self.exchange.sent[f"{self.ask.of} {what}"] += (len(x) - to[self.exchange.rank]) * row_bytes
+        self.exchange.sends(f"{self.ask.of} {what}", (len(x) - to[self.exchange.rank]) * row_bytes)
 
 
 class _Spread(torch.autograd.Function):

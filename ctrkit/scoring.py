@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.dicm import DICM
 from ctrkit.models.din import DIN
 from ctrkit.models.plan import Plan
+from ctrkit.preparing import prepared
 from ctrkit.progress import Meter
 
 Floats = npt.NDArray[np.float32]
@@ -48,16 +50,22 @@ def scores(model: TrainedModel, data: GroupedData, batch: int, label: str = "") 
     Where several ranks work on the model, each scores a share of every batch, and `all_scores` is what to call.
     """
     service = model.service
-    collate = Collator(model.plan, model.tables, model.pictures, rows_only=service is not None and service.reads)
+    collate = Collator(model.plan, model.tables, model.pictures, rows_only=True)
     model.network.eval()
-    quiet = service is not None and service.parallel.ranks.rank > 0
-    with Meter(label, len(data), "samples", quiet=quiet) if label else contextlib.nullcontext() as meter:
+    blocks: deque[tuple[Block, Block]] = deque()
+    """Of the batches that are being prepared: all samples, and this rank's."""
+
+    def made() -> Iterator[Batch]:
         for block in data.epoch(batch):
             own = block if service is None else share(block, service.parallel.ranks)
-            made = collate(own).to(model.device)
-            if service is not None:
-                service.prepare(made, training=False)
-            yield own, probability(model, model.network(made, look_up(model, made))).cpu().numpy()
+            blocks.append((block, own))
+            yield collate(own)
+
+    quiet = service is not None and service.parallel.ranks.rank > 0
+    with Meter(label, len(data), "samples", quiet=quiet) if label else contextlib.nullcontext() as meter:
+        for ready in prepared(model, made(), training=False):
+            block, own = blocks.popleft()
+            yield own, probability(model, model.network(ready, look_up(model, ready))).cpu().numpy()
             if meter is not None:
                 meter.add(block.n_samples)
 

@@ -26,12 +26,14 @@ from ctrkit.checkpoints import Checkpoint, Checkpoints
 from ctrkit.collate import Collator
 from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
+from ctrkit.feature_cache import Uses
 from ctrkit.feature_service import Rows, gather
 from ctrkit.gauc import gauc
 from ctrkit.modelfile import Counts, TrainedModel
 from ctrkit.models import threads
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.compiled_layers import loops
+from ctrkit.preparing import prepared
 from ctrkit.progress import Meter, say
 from ctrkit.ranks import ALONE, ToldByFirst
 from ctrkit.scoring import all_scores
@@ -41,7 +43,7 @@ CHECK_STEPS = 50
 """Steps on a GPU between looks at whether loss and gradient were finite, each of which waits for the device."""
 VALIDATION_BATCH = 4096
 AHEAD = 3
-"""Batches that are made while one is trained on."""
+"""Batches whose ids and pictures are looked up while one is trained on, besides those of `ctrkit.preparing`."""
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Trainer:
             self.model.pictures,
             self.counts,
             self.config.unknown_rate,
-            rows_only=self.service is not None and self.service.reads,
+            rows_only=True,
         )
         self.widths = {n: self.model.plan.width(n) for n in self.model.plan.ids}
         weights = [p for p in self.model.network.parameters() if p.ndim > 1]
@@ -164,6 +166,7 @@ class Trainer:
         ):
             self._saved = time.monotonic()
             self._told = self._saved, self.samples
+            self._uses = self.model.pictures.cache.uses() if self.model.pictures else Uses()
             while not self.finished:
                 for batch in self._batches():
                     self._count(self.step(batch), batch.n_total)
@@ -280,13 +283,8 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """Yield what is left of the epoch, on the model's device."""
         self.model.network.train()
-        for batch in ahead(self._made((self.config.seed, self.epoch), self.batch), AHEAD):
-            yield self._prepared(batch)
-
-    def _prepared(self, batch: Batch) -> Batch:
-        """Return a batch on the model's device, with what the ranks need of each other."""
-        batch = batch.to(self.model.device)
-        return batch if self.service is None else self.service.prepare(batch, training=True)
+        made = ahead(self._made((self.config.seed, self.epoch), self.batch), AHEAD)
+        yield from prepared(self.model, made, training=True)
 
     def _made(self, seed: tuple[int, int], skip: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, on the CPU, in a thread of their own."""
@@ -322,7 +320,7 @@ class Trainer:
         block = self._share(whole)
         made = self.collate(block, seed)
         made.total = whole.n_samples
-        batch = self._prepared(made)
+        [batch] = prepared(self.model, [made], training=True)
         self.model.network.train()
         self.adam.zero_grad()
         own, rows = gather(self.model.tables, batch)
@@ -359,8 +357,17 @@ class Trainer:
         point = {"train/loss": record["loss"], "train/learning_rate": record["learning_rate"]}
         point |= {"train/gradient_norm": float(self.gradient_norm), "train/epoch": record["epoch"]}
         rate = (self.samples - samples_then) / max(now - then, 1e-9)
-        board.add(self.steps, {**point, "train/samples_per_second": rate})
+        board.add(self.steps, {**point, "train/samples_per_second": rate, **self._feature_points()})
         self._told = now, self.samples
+
+    def _feature_points(self) -> dict[str, float | None]:
+        """Return points of TensorBoard on how picture features were read since the last ones, here."""
+        if self.model.pictures is None:
+            return {}
+        before, self._uses = self._uses, self.model.pictures.cache.uses()
+        rows, from_disk = self._uses.rows - before.rows, self._uses.from_disk - before.from_disk
+        waited = self._uses.seconds_waited - before.seconds_waited
+        return {"features/hit_rate": 1 - from_disk / rows if rows else None, "features/seconds_waited": waited}
 
     def _evaluate(self, board: Board) -> bool:
         """Validate; say whether this is the best model so far."""

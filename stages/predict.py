@@ -87,7 +87,7 @@ def _predict(
     device = devices.of_rank(recipe.train.device, "train.device", ranks)
     torch.set_num_threads(recipe.train.threads)
     modelfile.check_recipe(model, recipe.train)
-    trained = modelfile.load(model, groups, features, convert, ranks).to(device)
+    trained = modelfile.load(model, groups, features, convert, ranks, recipe.train).to(device)
     spread = placement.spreads_pictures(trained.plan, ranks.count)
     start()
     if ranks.count > 1:

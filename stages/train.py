@@ -12,7 +12,7 @@ import click
 from ctrkit import launch, provenance
 from ctrkit.errors import UsageError
 from ctrkit.options import path_option, rank_options, recipe_options
-from ctrkit.progress import say
+from ctrkit.progress import console, say
 from ctrkit.ranks import Ranks
 from ctrkit.recipe import RANKS, Recipe
 
@@ -55,6 +55,10 @@ def command(
     Several processes train one model on the same batches as one would: with --nproc on this machine (one a GPU, or
     train.threads cores each), under torchrun on several, with paths that all of them see. Large ID tables and the
     pictures' extraction are spread over them (train.placement, train.picture_placement).
+
+    Features of pictures may be larger than memory: as many as fit into train.device_cache_gib of each GPU and
+    train.host_cache_gib of the machine are held, the others read ahead of time; a table says at the end how often
+    each was asked and how long training waited. The model is the same whatever is held.
 
     \b
     ctrkit train --recipe demo --variant din --groups runs/demo/groups --out runs/demo/din/model
@@ -135,7 +139,17 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
 
     import torch
 
-    from ctrkit import checkpoints, devices, feature_service, modelfile, placement, training, training_days, vocabulary
+    from ctrkit import (
+        checkpoints,
+        devices,
+        feature_cache,
+        feature_service,
+        modelfile,
+        placement,
+        training,
+        training_days,
+        vocabulary,
+    )
     from ctrkit import warm_start as warming
     from ctrkit.batches import GroupedData, Schema
     from ctrkit.data_parallel import DataParallel
@@ -206,6 +220,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
         trainer.run()
         rate = (trainer.samples - samples) / (time.monotonic() - begun)
     traffic = service.traffic() if service else None
+    uses = feature_cache.Uses.of_ranks(ranks.gather(pictures.cache.uses())) if pictures else None
     if work is None:  # of spread tables the first rank gets all
         model.tensors()
         if config.save_optimiser:
@@ -229,6 +244,10 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     if traffic is not None:
         work.counts["ranks"] = {"ranks": ranks.count, **traffic}
         say(f"train: {ranks.count} processes sent each other {feature_service.told(traffic)}")
+    if uses is not None:
+        work.counts["picture features"] = uses.counts()
+        console().print(uses.table())
+        say(f"train: {uses.told()}")
     if warmed is not None:
         work.counts["warm start"] = warmed.counts()
         say(f"train: {out}: started from {warmed}")

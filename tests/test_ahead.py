@@ -3,10 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ctrkit.ahead import ahead
+from ctrkit.ahead import ahead, in_step, one_behind
 
 
 def test_all_in_order() -> None:
@@ -46,3 +47,54 @@ def test_an_error_comes_after_what_was_made() -> None:
     assert next(items) == 1
     with pytest.raises(ValueError, match="broken"):
         next(items)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7])
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_in_step_gives_all_in_order(n: int, length: int) -> None:
+    with ThreadPoolExecutor(1) as worker:
+        assert list(in_step(iter(range(length)), n, worker)) == list(range(length))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_in_step_makes_as_many_whenever_it_is_left(n: int) -> None:
+    """Also those that were asked for and are not done: somebody may wait for this process to make them."""
+    made: list[int] = []
+
+    def slow() -> Iterator[int]:
+        for i in range(100):
+            time.sleep(0.002)
+            made.append(i)
+            yield i
+
+    with ThreadPoolExecutor(1) as worker:
+        items = in_step(slow(), n, worker)
+        for wanted in range(4):
+            assert next(items) == wanted
+        items.close()
+        assert made == list(range(4 + n))
+
+
+def test_in_step_raises_what_making_raised_in_its_place() -> None:
+    def make() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    with ThreadPoolExecutor(1) as worker:
+        items = in_step(make(), 2, worker)
+        assert next(items) == 1
+        with pytest.raises(ValueError, match="broken"):
+            next(items)
+
+
+def test_one_behind() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[int]:
+        for i in range(3):
+            made.append(i)
+            yield i
+
+    items = one_behind(make())
+    assert [(item, len(made)) for item in items] == [(0, 2), (1, 3), (2, 3)]
+    assert list(one_behind([])) == []

@@ -193,6 +193,13 @@ def test_the_benchmark_of_training() -> None:
     assert "times as fast as ungrouped" in done.stdout
 
 
+def test_the_benchmark_of_what_is_held(tmp_path: Path) -> None:
+    small = ("--impressions", 600, "--batch", 60, "--steps", 2, "--warm", 1, "--threads", 1, "--data", tmp_path)
+    found = last_line(script("train", *small, "--held", "0.5", "--pictures", 300))["dicm"]["0.5"]
+    assert 0.3 < found["hit_rate"] < 1
+    assert found["rate"] > 0 <= found["waited"]
+
+
 def test_the_data_of_the_benchmark_of_training(tmp_path: Path) -> None:
     """The groups folder and the peers' padded rows hold the same samples."""
     code = f"""

@@ -9,11 +9,12 @@ import polars as pl
 import pytest
 import torch
 
-from ctrkit import training
+from ctrkit import preparing, training
 from ctrkit.batches import GroupedData, Schema
 from ctrkit.data_parallel import DataParallel
 from ctrkit.embedding import Table
 from ctrkit.errors import UserError
+from ctrkit.feature_cache import GIB
 from ctrkit.feature_service import FeatureService
 from ctrkit.modelfile import build, open_pictures, read_counts
 from ctrkit.placement import spreads_pictures
@@ -52,6 +53,9 @@ SHORT: dict[str, dict[str, Any]] = {
     "din in float32": {**DIN, "placement": "replicate", "learning_rate": 0.001},
 }
 """For 10 steps, by 3 ranks."""
+WAYS_TO_READ = [(0, 0), (0, 2), (1, 1), (3, 2), (100, 0), (100, 2)]
+"""By 2 ranks: rows of features that are held, and batches that are prepared ahead."""
+ROW_BYTES = 10
 
 
 def write(folder: Path) -> None:
@@ -89,8 +93,16 @@ def trainer(config: Train, ranks: Ranks, folder: Path) -> training.Trainer:
     return training.Trainer(model, counts, GroupedData(groups, "train", model.plan.features), valid, users)
 
 
-def trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Train for so many steps; return what came of it."""
+def trained(
+    config: Train, steps: int, ranks: Ranks, folder: Path, ready: int = preparing.READY_ON_CPUS
+) -> dict[str, Any]:
+    """Train for so many steps, with so many batches prepared ahead; return what came of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "READY_ON_CPUS", ready)
+        return _trained(config, steps, ranks, folder)
+
+
+def _trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, Any]:
     made = trainer(config, ranks, folder)
     model = made.model
     losses: list[float] = []
@@ -113,6 +125,8 @@ def trained(config: Train, steps: int, ranks: Ranks, folder: Path) -> dict[str, 
     tensors = {**model.tensors(), **made.optimiser_state()}
     plain = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
     out = {"losses": losses, "empty": empty, "records": made.records, "scores": score}
+    if model.pictures is not None:
+        out["held"] = model.pictures.cache.uses().levels["host"].rows_held
     if model.service is not None:
         out["traffic"] = model.service.traffic()
     return out if ranks.rank else {**out, "tensors": plain}
@@ -123,7 +137,13 @@ def every_case(ranks: Ranks, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: trained(Train(**{**SMALL, **case}), steps, ranks, folder) for name, case in cases.items()
     }
-    return found | {"spoilt": spoilt(ranks, folder)}
+    found["spoilt"] = spoilt(ranks, folder)
+    if ranks.count == 2:
+        found["ways to read"] = [
+            trained(Train(**{**SMALL, **DICM, "host_cache_gib": rows * ROW_BYTES / GIB}), FEW, ranks, folder, ready)
+            for rows, ready in WAYS_TO_READ
+        ]
+    return found
 
 
 def spoilt(ranks: Ranks, folder: Path) -> tuple[str, str]:
@@ -197,6 +217,19 @@ def test_ranks_train_the_model_of_one_process(name: str, folder: Path, found: di
             for ours, plain in zip(first["records"], one["records"], strict=True):
                 assert ours == pytest.approx(plain, rel=1e-7)
         assert any(rank[name]["empty"] for rank in ranks)  # batches in which a rank has no behaviour
+
+
+def test_what_is_held_and_prepared_ahead_changes_no_bit(found: dict[int, list[Any]]) -> None:
+    for rank in found[2]:
+        plain, *others = rank["ways to read"]
+        for other in others:
+            assert other["losses"] == plain["losses"]
+            assert other["records"] == plain["records"]
+            assert other["scores"].tobytes() == plain["scores"].tobytes()
+            for name, tensor in plain.get("tensors", {}).items():
+                assert other["tensors"][name].tobytes() == tensor.tobytes(), name
+    # Of eight rows, of which one has no picture, each rank has four.
+    assert [[way["held"] for way in rank["ways to read"]] for rank in found[2]] == [[0, 0, 1, 3, 4, 4]] * 2
 
 
 def test_a_picture_that_several_ranks_show_is_extracted_once(found: dict[int, list[Any]]) -> None:

@@ -1,6 +1,7 @@
 """Picture vectors by vocabulary index: centring, missing pictures, the big-file path, the control."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(folder: Path, *, shuffle: bool = False, has_picture: bool = False) -> PictureVectors:
-    return PictureVectors(folder / "features.h5", folder / "convert", shuffle=shuffle, has_picture=has_picture)
+def opened(folder: Path, **how: Any) -> PictureVectors:
+    return PictureVectors(folder / "features.h5", folder / "convert", **how)
 
 
 def rows_of(vectors: PictureVectors, index: list[int]) -> np.ndarray:
@@ -61,14 +62,12 @@ def test_missing_is_zero_after_centring(folder: Path) -> None:
     assert rows_of(vectors, [0, 2, 0])[1].any()
 
 
-@pytest.mark.parametrize("limit", [0, picture_vectors.MEMORY_LIMIT])
+@pytest.mark.parametrize("host_bytes", [0, 16, 1 << 20])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_has_picture_is_one_more_number(
-    limit: int, shuffle: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_has_picture_is_one_more_number(host_bytes: int, shuffle: bool, folder: Path) -> None:
     """1 for a picture that has a vector, be it the mean itself; 0 for any other; the vectors as without it."""
-    monkeypatch.setattr(picture_vectors, "MEMORY_LIMIT", limit)
-    plain, flagged = opened(folder, shuffle=shuffle), opened(folder, shuffle=shuffle, has_picture=True)
+    plain = opened(folder, shuffle=shuffle, host_bytes=host_bytes)
+    flagged = opened(folder, shuffle=shuffle, host_bytes=host_bytes, has_picture=True)
     for vectors in (plain, flagged):
         vectors.fit()
     assert (plain.width, flagged.width, flagged.store.width) == (4, 5, 4)
@@ -109,13 +108,8 @@ def test_each_picture_once(folder: Path) -> None:
     assert (none.shape, nowhere.shape) == ((0, 4), (0,))
 
 
-def test_a_file_too_big_for_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = opened(folder)
-    monkeypatch.setattr(picture_vectors, "MEMORY_LIMIT", 0)
-    outside = opened(folder)
-    monkeypatch.setattr(picture_vectors, "MEMORY_LIMIT", 2 * 4 * 2)
-    partly = opened(folder)
-    assert [len(vectors.store.prefix) for vectors in (inside, outside, partly)] == [6, 0, 2]
+def test_a_file_too_big_for_memory(folder: Path) -> None:
+    inside, outside, partly = (opened(folder, host_bytes=size) for size in (1 << 20, 0, 2 * 4 * 2))
     for vectors in (inside, outside, partly):
         vectors.fit()
     assert torch.equal(inside.mean_W, outside.mean_W)
@@ -125,6 +119,20 @@ def test_a_file_too_big_for_memory(folder: Path, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(one, other)
         assert torch.equal(one, third)
     assert outside.gather(np.array([], np.int64))[0].shape == (0, 4)
+    assert [vectors.cache.uses().levels["host"].rows_held for vectors in (inside, outside, partly)] == [6, 0, 2]
+
+
+def test_each_process_fits_a_share_and_their_sums_are_the_whole(folder: Path) -> None:
+    whole = opened(folder)
+    whole.fit()
+    sums: list[np.ndarray] = []
+    for first in range(3):
+        opened(folder).fit(None, (first, 3), lambda own: sums.append(own) or own)  # type: ignore[func-returns-value]
+    last = opened(folder)
+    last.fit(None, (2, 3), lambda own: np.sum(sums, 0))
+    np.testing.assert_allclose(last.mean_W, whole.mean_W, rtol=1e-6)
+    np.testing.assert_allclose(last.scale, whole.scale, rtol=1e-6)
+    assert not np.allclose(sums[0], sums[1])
 
 
 def test_the_control_gives_each_picture_anothers_vector_everywhere(folder: Path) -> None:

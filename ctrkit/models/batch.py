@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,8 @@ class Batch:
                 return {k: moved(v) for k, v in value.items()}
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return Batch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+        route = {name: route.to(device) for name, route in self.route.items()}
+        return replace(Batch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)}), route=route)
 
     @property
     def n_samples(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from ctrkit.batches import GroupedData, Schema
 from ctrkit.errors import UsageError
 from ctrkit.modelfile import build, load, open_pictures, read_counts, save
+from ctrkit.preparing import prepared
 from ctrkit.recipe import Recipe, Train
 from ctrkit.scoring import scores
 from ctrkit.training import Trainer
@@ -66,8 +67,9 @@ def test_every_combination(user_images: bool | str, pooling: str, folder: Path, 
         data = {split: GroupedData(groups, split, model.plan.features) for split in ("train", "test")}
         before = model.state()
         trainer = Trainer(model, counts, data["train"], None, None)
-        for block in data["train"].epoch(6, (1, 0)):
-            assert torch.isfinite(trainer.step(trainer.collate(block, (1, 0))))
+        made = (trainer.collate(block, (1, 0)) for block in data["train"].epoch(6, (1, 0)))
+        for batch in prepared(model, made, training=True):
+            assert torch.isfinite(trainer.step(batch))
         assert not all(torch.equal(t, before[name]) for name, t in model.state().items())
         [(_, score)] = scores(model, data["test"], 100)
         assert np.isfinite(score).all()
@@ -155,7 +157,8 @@ def test_the_same_seed_gives_the_same_loss_curve(train: dict[str, Any], folder: 
         model = build(config, schema, counts, vectors)
         trainer = Trainer(model, counts, GroupedData(groups, "train", model.plan.features), None, None)
         blocks = [block for epoch in range(3) for block in trainer.train.epoch(5, (seed, epoch))]
-        return [float(trainer.step(trainer.collate(block, (seed, n)))) for n, block in enumerate(blocks)]
+        made = (trainer.collate(block, (seed, n)) for n, block in enumerate(blocks))
+        return [float(trainer.step(batch)) for batch in prepared(trainer.model, made, training=True)]
 
     one = curve(1)
     assert len(set(one)) == len(one) == 9
@@ -188,7 +191,8 @@ def test_precisions_agree(train: dict[str, Any], folder: Path) -> None:
         data = GroupedData(groups, "train", model.plan.features)
         trainer = Trainer(model, counts, data, None, None)
         [block] = data.epoch(100)
-        losses = [float(trainer.step(trainer.collate(block, (1, 0)))) for _ in range(3)]
+        made = (trainer.collate(block, (1, 0)) for _ in range(3))
+        losses = [float(trainer.step(batch)) for batch in prepared(model, made, training=True)]
         [(_, score)] = scores(model, data, 100)
         found[precision] = np.array([*losses, *score])
     np.testing.assert_allclose(found["float32"], found["float64"], rtol=1e-3, atol=1e-4)
