@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 INT32_ROWS = 1 << 31
+ROWS_AT_ONCE = 1 << 18
+"""Of each rank, when rank 0 puts a whole matrix together."""
 
 
 @dataclass(frozen=True)
@@ -159,16 +161,18 @@ class _Spread(torch.autograd.Function):
         return ctx.route.collect(dout_UD), None
 
 
-def interleaved(x_nD: Tensor, n_rows: int, group: dist.ProcessGroup) -> Tensor | None:
-    """Return at rank 0 the whole matrix [n_rows, …] of which row i is row i div W of rank i mod W; None elsewhere.
+def interleave(x_nD: Tensor, n_rows: int, whole: Tensor | None, group: dist.ProcessGroup) -> None:
+    """Fill at rank 0 the `whole` matrix [n_rows, …], whose row i is row i div W of rank i mod W. Some rows at a time.
 
     A collective.
     """
-    count, rank = dist.get_world_size(group), dist.get_rank(group)
-    most = -(-n_rows // count)
-    padded = torch.cat([x_nD, x_nD.new_zeros((most - len(x_nD), *x_nD.shape[1:]))])
-    parts = [torch.empty_like(padded) for _ in range(count)] if rank == 0 else None
-    dist.gather(padded, parts, group_dst=0, group=group)
-    if parts is None:
-        return None
-    return torch.stack(parts, 1).flatten(0, 1)[:n_rows]
+    count = dist.get_world_size(group)
+    for start in range(0, n_rows, ROWS_AT_ONCE * count):
+        rows = min(ROWS_AT_ONCE * count, n_rows - start)
+        most = -(-rows // count)
+        own = x_nD[start // count :][:most]
+        padded = torch.cat([own, own.new_zeros((most - len(own), *own.shape[1:]))])
+        parts = None if whole is None else [torch.empty_like(padded) for _ in range(count)]
+        dist.gather(padded, parts, group_dst=0, group=group)
+        if parts is not None and whole is not None:
+            whole[start : start + rows] = torch.stack(parts, 1).flatten(0, 1)[:rows]

@@ -12,7 +12,6 @@ import torch
 
 from ctrkit.batches import Block, Column, GroupedData, Ragged
 from ctrkit.collate import Collator
-from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
 from ctrkit.feature_service import gather
 from ctrkit.modelfile import TrainedModel, load
@@ -21,6 +20,7 @@ from ctrkit.models.dicm import DICM
 from ctrkit.models.din import DIN
 from ctrkit.models.plan import Plan
 from ctrkit.progress import Meter
+from ctrkit.ranks import ALONE
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -52,14 +52,13 @@ def scores(model: TrainedModel, data: GroupedData, batch: int, label: str = "") 
     model.network.eval()
     quiet = service is not None and service.parallel.ranks.rank > 0
     with Meter(label, len(data), "samples", quiet=quiet) if label else contextlib.nullcontext() as meter:
-        for block in data.epoch(batch):
-            own = block if service is None else share(block, service.parallel.ranks)
+        for own, samples in data.shares(batch, ALONE if service is None else service.parallel.ranks):
             made = collate(own).to(model.device)
             if service is not None:
                 service.prepare(made, training=False)
             yield own, probability(model, model.network(made, look_up(model, made))).cpu().numpy()
             if meter is not None:
-                meter.add(block.n_samples)
+                meter.add(samples)
 
 
 def all_scores(

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -41,13 +42,17 @@ def main(module: str, function: str, counts: list[int], joined: bool, folder: Pa
                 (folder / f"{count}-{rank}.pickle").write_bytes(pickle.dumps(found))
                 sys.stderr.flush()
                 os._exit(0)
-        for child in children:
-            if os.waitpid(child, 0)[1]:
+        for rank, child in enumerate(children):
+            status = os.waitpid(child, 0)[1]
+            if os.WIFSIGNALED(status):
+                (folder / f"{count}-{rank}.pickle").write_bytes(pickle.dumps(signal.Signals(os.WTERMSIG(status))))
+            elif status:
                 sys.exit(1)
 
 
 def on_ranks(act: Callable[..., Any], counts: list[int], folder: Path, *, joined: bool = True) -> dict[int, list[Any]]:
-    """Return number of ranks → what `act(ranks, folder)`, a module's function, returned on each.
+    """Return number of ranks → what `act(ranks, folder)`, a module's function, returned on each, or the signal that
+    killed it.
 
     joined: whether they are connected already; else `act` does it.
     """

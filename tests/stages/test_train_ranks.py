@@ -22,6 +22,7 @@ import polars as pl
 import pytest
 import torch
 
+from ctrkit import picture_vectors
 from ctrkit.cli import main
 from ctrkit.ranks import Ranks
 from tests.ranks import on_ranks
@@ -69,11 +70,14 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-def kill_after(launcher: subprocess.Popen[str], rank: int, out: Path, step: int) -> None:
-    """Kill a rank without warning once there is a checkpoint of a step or a later one."""
+def kill_after(launcher: subprocess.Popen[str], rank: int, out: Path, step: int, *, writing: bool = False) -> None:
+    """Kill a rank without warning once there is a checkpoint of a step or a later one; `writing`: while one is
+    written."""
     while not any(int(p.stem[5:]) >= step for p in out.parent.glob(f".{out.name}.checkpoints-*/step-*.json")):
         assert launcher.poll() is None, launcher.communicate()[1]
         time.sleep(0.01)
+    while writing and not list(out.parent.glob(f".{out.name}.checkpoints-*/.step-*.tables.tmp-*")):
+        assert launcher.poll() is None, launcher.communicate()[1]
     os.kill(ranks_of(launcher)[rank], signal.SIGKILL)
 
 
@@ -101,18 +105,46 @@ def one(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def several(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of two ranks, one of which was killed and which then went on by themselves."""
-    out = tmp_path_factory.mktemp("several") / "model"
+def killed(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks leave, one of which was killed, and another one after they had been started again."""
+    out = tmp_path_factory.mktemp("killed") / "model"
     launcher = start(*words(tiny_run, out), "--nproc", 2, "--max-restarts", 1)
     kill_after(launcher, 0, out, 3)
+    kill_after(launcher, 1, out, 8, writing=True)
+    moment = time.monotonic()
     code, told = end(launcher)
-    assert code == 0, told
-    assert told.count("train: going on after step") == 1
-    assert told.count("validation GAUC") == 1
-    assert told.count("train: 2 processes sent each other") == 1
+    assert time.monotonic() - moment < BOUND
+    assert code == 1
+    assert told.count("train: going on after step") == 1, told
+    errors = [line for line in told.splitlines() if "Error" in line]
+    assert len(errors) == 1, told
+    assert errors[0].startswith("Error: rank 1 of 2 was killed (SIGKILL, as the system does where memory is short), 2 ")
+    assert errors[0].endswith("What was done is kept: run the same command again and it goes on from there")
+    assert "Traceback" not in told
+    assert not out.exists()
+    return out.parent
+
+
+def go_on(ranks: Ranks, folder: Path) -> tuple[object, str]:
+    """Run a command as a rank; return exit code and what was told."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
+        main(json.loads((folder / "words.json").read_text()))
+    return ended.value.code, told.getvalue()
+
+
+@pytest.fixture(scope="module")
+def several(tiny_run: TinyRun, killed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of two ranks that went on from there."""
+    folder = tmp_path_factory.mktemp("several") / "folder"
+    shutil.copytree(killed, folder)
+    (folder / "words.json").write_text(json.dumps(list(map(str, words(tiny_run, folder / "model")))))
+    (code, told), other = on_ranks(go_on, [2], folder, joined=False)[2]
+    assert (code, other) == (0, (0, "")), told
+    for line in ("train: going on after step", "validation GAUC", "train: 2 processes sent each other"):
+        assert told.count(line) == 1
     assert "Error" not in told
-    return out
+    return folder / "model"
 
 
 def same(ours: Path, plain: Path) -> None:
@@ -135,21 +167,20 @@ def test_ranks_that_were_started_again_end_in_the_model_of_one_process(several: 
     assert "processes" not in sidecar["config"]["train"]
 
 
-def test_a_killed_rank_ends_all_and_one_process_goes_on(tiny_run: TinyRun, one: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    launcher = start(*words(tiny_run, out), "--nproc", 2)
-    kill_after(launcher, 1, out, 5)
-    killed = time.monotonic()
-    code, told = end(launcher)
-    assert time.monotonic() - killed < BOUND
-    assert code == 1
-    errors = [line for line in told.splitlines() if "Error" in line]
-    assert len(errors) == 1, told
-    assert errors[0].startswith("Error: rank 1 of 2 was killed (SIGKILL")
-    assert errors[0].endswith("What was done is kept: run the same command again and it goes on from there")
-    assert "Traceback" not in told
-    assert not out.exists()
+def test_each_rank_keeps_its_rows(killed: Path) -> None:
+    (kept,) = killed.glob(".model.checkpoints-*")
+    assert len(list(kept.glob("step-*.json"))) == len(list(kept.glob("step-*.tables"))) >= 3
+    for path in kept.glob("step-*.tables"):
+        assert sorted(p.name for p in path.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    for path in kept.glob("step-*.pt"):
+        names = torch.load(path).keys()
+        assert "table.12.step" in names
+        assert not {"table.12", "table.12.m", "table.12.v"} & names
 
+
+def test_one_process_goes_on_from_what_ranks_left(tiny_run: TinyRun, killed: Path, one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folder" / "model"
+    shutil.copytree(killed, out.parent)
     told = tiny_run.must("train", *words(tiny_run, out)[3:]).output
     assert "train: going on after step" in told
     same(out, one)
@@ -193,36 +224,57 @@ def test_a_mistake_is_told_once(tiny_run: TinyRun, tmp_path: Path) -> None:
 
 
 def on_two_disks(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
-    """Train from a folder of groups of its own; rank 1's goes once there is a checkpoint. Return exit code, what was
-    told, and the seconds from then to the end."""
+    """Train from groups or features of its own, of which rank 1 loses some once there is a checkpoint.
+
+    Return exit code, what was told, and the seconds from then to the end.
+    """
     gone = math.nan
+    option, name, given = json.loads((folder / "lost.json").read_text())
+    picture_vectors.MEMORY_LIMIT = 0  # nothing is held in memory
+    own = folder / name.format(ranks.rank)
 
     def lose() -> None:
         nonlocal gone
         while not list(folder.glob(".model.checkpoints-*/step-*.json")):
             time.sleep(0.01)
         gone = time.monotonic()
-        if ranks.rank == 1:
-            shutil.rmtree(folder / "groups-1")
+        if ranks.rank == 1 and own.is_dir():
+            shutil.rmtree(own)
+        elif ranks.rank == 1:
+            os.truncate(own, 4096)
 
     threading.Thread(target=lose, daemon=True).start()
-    words = json.loads((folder / "words.json").read_text())
     told = io.StringIO()
     with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
-        main([*words, "--groups", str(folder / f"groups-{ranks.rank}")])
+        main([*given, option, str(own)])
     return ended.value.code, told.getvalue(), time.monotonic() - gone
+
+
+def on_disks(tiny_run: TinyRun, folder: Path, option: str, name: str, *more: object) -> list[Any]:
+    """Return what becomes of two ranks, each with its own of an option's files; names have the rank for {}."""
+    given = ["train", "--recipe", tiny_run.recipe, *tiny_run.reads(), "--out", folder / "model", *SETS, *ALWAYS, *more]
+    given += ["--set", "train.epochs=500"]
+    (folder / "lost.json").write_text(json.dumps([option, name, list(map(str, given))]))
+    found: list[Any] = on_ranks(on_two_disks, [2], folder, joined=False)[2]
+    assert found[0][0] == 1
+    assert "Error: rank 0 of 2 has lost another one, whose own message says why" in found[0][1]
+    assert found[0][2] < BOUND
+    assert "Traceback" not in found[0][1]
+    return found
 
 
 def test_a_rank_that_loses_its_disk_says_so_and_no_rank_hangs(tiny_run: TinyRun, tmp_path: Path) -> None:
     for rank in range(2):
         shutil.copytree(tiny_run.groups, tmp_path / f"groups-{rank}")
-    given = ["train", "--recipe", tiny_run.recipe, "--variant", "base", "--out", tmp_path / "model", *SETS, *ALWAYS]
-    given += ["--set", "train.epochs=500"]
-    (tmp_path / "words.json").write_text(json.dumps(list(map(str, given))))
-    first, other = on_ranks(on_two_disks, [2], tmp_path, joined=False)[2]
-    assert other[0] == 1
-    assert "Error: rank 1 of 2 cannot go on: No such file or directory" in other[1]
-    assert first[0] == 1
-    assert "Error: rank 0 of 2 has lost another one, whose own message says why" in first[1]
-    assert max(first[2], other[2]) < BOUND
-    assert "Traceback" not in first[1] + other[1]
+    code, told, seconds = on_disks(tiny_run, tmp_path, "--groups", "groups-{}", "--variant", "base")[1]
+    assert code == 1
+    assert "Error: rank 1 of 2 cannot go on: No such file or directory" in told
+    assert "Traceback" not in told
+    assert seconds < BOUND
+
+
+def test_a_rank_whose_features_end_is_killed_and_no_rank_hangs(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """They are mapped into memory: the system kills who reads what is no longer there."""
+    for rank in range(2):
+        shutil.copy(tiny_run.features, tmp_path / f"features-{rank}.h5")
+    assert on_disks(tiny_run, tmp_path, "--features", "features-{}.h5")[1] == signal.SIGBUS
