@@ -8,12 +8,10 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,11 @@ import polars as pl
 import pytest
 import torch
 
+import ctrkit.training  # noqa: F401  # before ranks are forked
 from ctrkit import picture_vectors
 from ctrkit.cli import main
 from ctrkit.ranks import Ranks
-from tests.ranks import on_ranks
+from tests.ranks import ROUND, rounds
 from tests.tiny_run import TinyRun
 
 SETTINGS = {
@@ -48,10 +47,15 @@ BOUND = 30.0
 """Seconds within which ranks have to end after one of them was killed."""
 
 
-def start(*words: object, through: Sequence[object] = ("-m", "ctrkit")) -> subprocess.Popen[str]:
+def start(*words: object) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
-    command = [sys.executable, *map(str, through), *map(str, words)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ctrkit", *map(str, words)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def words(tiny_run: TinyRun, out: Path) -> list[object]:
@@ -125,26 +129,71 @@ def killed(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out.parent
 
 
-def go_on(ranks: Ranks, folder: Path) -> tuple[object, str]:
-    """Run a command as a rank; return exit code and what was told."""
+def command(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
+    """Run the round's command as a rank. Return exit code, what was told, and the seconds after rank 1 lost its files.
+
+    RANK in a word is this rank's number. `lost` is a folder that rank 1 loses once there is a checkpoint, or a file,
+    which is cut.
+    """
+    given, lost, beside = json.loads((folder / "rounds.json").read_text())[int(os.environ[ROUND])]
+    gone = math.nan
+    picture_vectors.MEMORY_LIMIT = 0  # features are read from the disk
+
+    def lose(path: Path) -> None:
+        nonlocal gone
+        while not list(Path(beside).glob(".model.checkpoints-*/step-*.json")):
+            time.sleep(0.01)
+        gone = time.monotonic()
+        if ranks.rank == 1 and path.is_dir():
+            shutil.rmtree(path)
+        elif ranks.rank == 1:
+            os.truncate(path, 4096)
+
+    if lost:
+        threading.Thread(target=lose, args=(Path(lost),), daemon=True).start()
     told = io.StringIO()
     with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
-        main(json.loads((folder / "words.json").read_text()))
-    return ended.value.code, told.getvalue()
+        main([word.replace("RANK", str(ranks.rank)) for word in given])
+    return ended.value.code, told.getvalue(), time.monotonic() - gone
 
 
 @pytest.fixture(scope="module")
-def several(tiny_run: TinyRun, killed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of two ranks that went on from there."""
-    folder = tmp_path_factory.mktemp("several") / "folder"
-    shutil.copytree(killed, folder)
-    (folder / "words.json").write_text(json.dumps(list(map(str, words(tiny_run, folder / "model")))))
-    (code, told), other = on_ranks(go_on, [2], folder, joined=False)[2]
-    assert (code, other) == (0, (0, "")), told
+def told(tiny_run: TinyRun, killed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What comes of some commands as two ranks each, one after the other: exit code and so on of each rank."""
+    folder = tmp_path_factory.mktemp("told")
+    shutil.copytree(killed, folder / "killed")
+    for rank in range(2):
+        shutil.copytree(tiny_run.groups, folder / f"groups-{rank}")
+        shutil.copy(tiny_run.features, folder / f"features-{rank}.h5")
+    train = [*words(tiny_run, folder / "MODEL"), "--set", "train.epochs=500"]
+    predict = ["predict", "--recipe", tiny_run.recipe, *tiny_run.reads(), "--model", folder / "killed" / "model", *SETS]
+    rounds_of: dict[str, tuple[list[object], object]] = {
+        "train": (words(tiny_run, folder / "killed" / "model"), ""),
+        "predict": ([*predict, "--set", "predict.batch=100", "--out", folder / "two.parquet"], ""),
+        "mistake": ([*train, "--set", "train.compile=true"], ""),
+        "no groups": ([*train, "--groups", folder / "groups-RANK", "--variant", "base"], folder / "groups-1"),
+        "no features": ([*train, "--features", folder / "features-RANK.h5"], folder / "features-1.h5"),
+    }
+    given = []
+    for name, (line, lost) in rounds_of.items():
+        out = folder / name / "model"
+        line = [str(out if word == folder / "MODEL" else word) for word in line]
+        given.append((line, str(lost), str(out.parent)))
+    (folder / "rounds.json").write_text(json.dumps(given))
+    found = rounds(command, [2] * len(given), folder, joined=False)
+    return {"folder": folder, **dict(zip(rounds_of, found, strict=True))}
+
+
+@pytest.fixture(scope="module")
+def several(told: dict[str, Any]) -> Path:
+    """The model of two ranks that went on from where those were killed."""
+    (code, first, _), other = told["train"]
+    assert (code, other[:2]) == (0, (0, "")), first
     for line in ("train: going on after step", "validation GAUC", "train: 2 processes sent each other"):
-        assert told.count(line) == 1
-    assert "Error" not in told
-    return folder / "model"
+        assert first.count(line) == 1
+    assert "Error" not in first
+    model: Path = told["folder"] / "killed" / "model"
+    return model
 
 
 def same(ours: Path, plain: Path) -> None:
@@ -194,87 +243,44 @@ def test_how_many_processes_there_were_makes_nothing_stale(
     assert "is what it would be made again" in told.output
 
 
-def test_predictions_do_not_depend_on_the_number_of_processes(several: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
-    """By torchrun, as on two machines with a process each."""
-    words = [*tiny_run.reads(), "--model", several, *SETS, "--set", "predict.batch=100", "--out"]
-    tiny_run.must("predict", *words, tmp_path / "one.parquet")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d"]
-    torchrun += ["--rdzv-endpoint", f"localhost:{port}", "-m", "ctrkit"]
-    two = [
-        start("predict", "--recipe", tiny_run.recipe, *words, tmp_path / "two.parquet", through=torchrun)
-        for _ in range(2)
-    ]
-    ends = [end(launcher) for launcher in two]
-    assert [code for code, _ in ends] == [0, 0], ends
-    assert sum(told.count("impressions -> ") for _, told in ends) == 1
-    found, wanted = (pl.read_parquet(tmp_path / f"{name}.parquet") for name in ("two", "one"))
+def test_predictions_do_not_depend_on_the_number_of_processes(
+    several: Path, told: dict[str, Any], tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    first, other = told["predict"]
+    assert (first[0], other[:2]) == (0, (0, "")), first
+    assert first[1].count("impressions -> ") == 1
+    tiny_run.must("predict", *tiny_run.reads(), "--model", several, *SETS, "--out", tmp_path / "one.parquet")
+    found, wanted = (pl.read_parquet(path) for path in (told["folder"] / "two.parquet", tmp_path / "one.parquet"))
     assert found.drop("score").equals(wanted.drop("score"))
     np.testing.assert_allclose(found["score"], wanted["score"], rtol=1e-6)
 
 
-def test_a_mistake_is_told_once(tiny_run: TinyRun, tmp_path: Path) -> None:
-    words = ["train", "--recipe", tiny_run.recipe, *tiny_run.reads(), "--out", tmp_path / "model", "--nproc", 2]
-    code, told = end(start(*words, "--set", "train.compile=true"))
-    assert code == 2
-    assert told.count("Error: train.compile = true is for one process") == 1
-    assert len(told.splitlines()) == 1, told
+def test_a_mistake_is_told_once(told: dict[str, Any]) -> None:
+    first, other = told["mistake"]
+    assert (first[0], other[:2]) == (2, (0, ""))
+    assert "Error: train.compile = true is for one process" in first[1]
+    assert len(first[1].splitlines()) == 1
 
 
-def on_two_disks(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
-    """Train from groups or features of its own, of which rank 1 loses some once there is a checkpoint.
-
-    Return exit code, what was told, and the seconds from then to the end.
-    """
-    gone = math.nan
-    option, name, given = json.loads((folder / "lost.json").read_text())
-    picture_vectors.MEMORY_LIMIT = 0  # nothing is held in memory
-    own = folder / name.format(ranks.rank)
-
-    def lose() -> None:
-        nonlocal gone
-        while not list(folder.glob(".model.checkpoints-*/step-*.json")):
-            time.sleep(0.01)
-        gone = time.monotonic()
-        if ranks.rank == 1 and own.is_dir():
-            shutil.rmtree(own)
-        elif ranks.rank == 1:
-            os.truncate(own, 4096)
-
-    threading.Thread(target=lose, daemon=True).start()
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
-        main([*given, option, str(own)])
-    return ended.value.code, told.getvalue(), time.monotonic() - gone
+def test_a_rank_that_loses_its_disk_says_so_and_no_rank_hangs(told: dict[str, Any]) -> None:
+    first, other = told["no groups"]
+    has_lost_another(first)
+    assert other[0] == 1
+    assert "Error: rank 1 of 2 cannot go on: No such file or directory" in other[1]
+    assert "Traceback" not in other[1]
+    assert other[2] < BOUND
 
 
-def on_disks(tiny_run: TinyRun, folder: Path, option: str, name: str, *more: object) -> list[Any]:
-    """Return what becomes of two ranks, each with its own of an option's files; names have the rank for {}."""
-    given = ["train", "--recipe", tiny_run.recipe, *tiny_run.reads(), "--out", folder / "model", *SETS, *ALWAYS, *more]
-    given += ["--set", "train.epochs=500"]
-    (folder / "lost.json").write_text(json.dumps([option, name, list(map(str, given))]))
-    found: list[Any] = on_ranks(on_two_disks, [2], folder, joined=False)[2]
-    assert found[0][0] == 1
-    assert "Error: rank 0 of 2 has lost another one, whose own message says why" in found[0][1]
-    assert found[0][2] < BOUND
-    assert "Traceback" not in found[0][1]
-    return found
-
-
-def test_a_rank_that_loses_its_disk_says_so_and_no_rank_hangs(tiny_run: TinyRun, tmp_path: Path) -> None:
-    for rank in range(2):
-        shutil.copytree(tiny_run.groups, tmp_path / f"groups-{rank}")
-    code, told, seconds = on_disks(tiny_run, tmp_path, "--groups", "groups-{}", "--variant", "base")[1]
-    assert code == 1
-    assert "Error: rank 1 of 2 cannot go on: No such file or directory" in told
-    assert "Traceback" not in told
-    assert seconds < BOUND
-
-
-def test_a_rank_whose_features_end_is_killed_and_no_rank_hangs(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_a_rank_whose_features_end_is_killed_and_no_rank_hangs(told: dict[str, Any]) -> None:
     """They are mapped into memory: the system kills who reads what is no longer there."""
-    for rank in range(2):
-        shutil.copy(tiny_run.features, tmp_path / f"features-{rank}.h5")
-    assert on_disks(tiny_run, tmp_path, "--features", "features-{}.h5")[1] == signal.SIGBUS
+    first, other = told["no features"]
+    has_lost_another(first)
+    assert other == signal.SIGBUS
+
+
+def has_lost_another(first: tuple[object, str, float]) -> None:
+    code, what, seconds = first
+    assert code == 1
+    assert "Error: rank 0 of 2 has lost another one, whose own message says why" in what
+    assert "Traceback" not in what
+    assert seconds < BOUND
