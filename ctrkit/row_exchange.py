@@ -166,13 +166,19 @@ def interleave(x_nD: Tensor, n_rows: int, whole: Tensor | None, group: dist.Proc
 
     A collective.
     """
-    count = dist.get_world_size(group)
+    count, rank = dist.get_world_size(group), dist.get_rank(group)
+    # One buffer, and no gather: what that takes anew for each part stays with the process.
+    buffer = x_nD.new_empty((min(ROWS_AT_ONCE, n_rows), *x_nD.shape[1:]))
     for start in range(0, n_rows, ROWS_AT_ONCE * count):
-        rows = min(ROWS_AT_ONCE * count, n_rows - start)
-        most = -(-rows // count)
-        own = x_nD[start // count :][:most]
-        padded = torch.cat([own, own.new_zeros((most - len(own), *own.shape[1:]))])
-        parts = None if whole is None else [torch.empty_like(padded) for _ in range(count)]
-        dist.gather(padded, parts, group_dst=0, group=group)
-        if parts is not None and whole is not None:
-            whole[start : start + rows] = torch.stack(parts, 1).flatten(0, 1)[:rows]
+        stop = min(start + ROWS_AT_ONCE * count, n_rows)
+        own = x_nD[start // count :][: len(range(start + rank, stop, count))]
+        if whole is None:
+            if len(own):
+                dist.send(own, group_dst=0, group=group)
+            continue
+        whole[start:stop:count] = own
+        for other in range(1, count):
+            part = buffer[: len(range(start + other, stop, count))]
+            if len(part):
+                dist.recv(part, group_src=other, group=group)
+                whole[start + other : stop : count] = part

@@ -27,6 +27,7 @@ from ctrkit.embedding import Table
 from ctrkit.errors import UserError
 from ctrkit.ranks import Ranks, ToldByFirst
 
+ROWS_AT_ONCE = 1 << 18
 Matrices = Mapping[str, tuple[Table, str]]
 """Name → the table, and which of its matrices: `weight_VD`, `m_VD`, `v_VD`."""
 _NAME = re.compile(r"(.+)\.(\d+)of(\d+)")
@@ -70,7 +71,9 @@ def read(folder: Path, matrices: Matrices) -> None:
         if (rank - table.rank) % math.gcd(count, table.ranks):
             continue  # none of its rows lies here
         share_nD = _load(reader, key, tensor)[1:]
-        table.put(matrix, rank + count * torch.arange(len(share_nD)), share_nD)
+        for start in range(0, len(share_nD), ROWS_AT_ONCE):
+            some_nD = share_nD[start : start + ROWS_AT_ONCE]
+            table.put(matrix, rank + count * torch.arange(start, start + len(some_nD)), some_nD)
     for name, (table, _) in matrices.items():
         if rows[name] != table.n_rows:
             raise UserError(f"{folder} has {rows[name]:,} of the {table.n_rows:,} rows of {name!r}: it is damaged")

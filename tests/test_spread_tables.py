@@ -88,7 +88,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, lis
 
 @pytest.mark.parametrize("by", [2, 4])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_any_number_of_ranks_reads_them(by: int, count: int, found: tuple[Path, Any]) -> None:
+def test_any_number_of_ranks_reads_them(
+    by: int, count: int, found: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread_tables, "ROWS_AT_ONCE", 4)
     kept = Checkpoints(found[0] / f"by-{by}")
     last = kept.latest()
     assert last is not None
