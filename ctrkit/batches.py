@@ -7,7 +7,7 @@ pairs, U distinct rows of an embedding table, N distinct pictures, F features, D
 import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import polars as pl
 
 from ctrkit import files
 from ctrkit.errors import UserError, nearest
+from ctrkit.ranks import ALONE, Ranks
 from ctrkit.recipe import Feature
 
 Array = npt.NDArray[np.generic]
@@ -255,13 +256,17 @@ class GroupedData:
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
         """Yield the blocks, in file order or in the order given."""
+        for frame in self.whole_rows(range(len(self._blocks)) if order is None else order):
+            yield self.block(frame)
+
+    def whole_rows(self, order: Sequence[int]) -> Iterator[pl.DataFrame]:
+        """Yield the rows of blocks, each with all of its features; no block without rows."""
         by_owner = self._by_owner()
-        for i in range(len(self._blocks)) if order is None else order:
-            file, start, n = self._blocks[i]
-            wanted = [*META, "group_id", "common", *self.names]
-            frame = _resolve(self._read(file, start, n, wanted), [*by_owner[("user",)], *by_owner[("behaviour",)]])
+        for i in order:
+            frame = self._read(*self._blocks[i], [*META, "group_id", "common", *self.names])
+            frame = _resolve(frame, [*by_owner[("user",)], *by_owner[("behaviour",)]])
             if (frame := frame.filter(self._in_days)).height:
-                yield _block(frame, by_owner, self.schema)
+                yield frame
 
     def find(self, condition: pl.Expr, columns: Sequence[str] = ()) -> pl.DataFrame:
         """Return these columns of the rows for which a condition on columns of groups/ holds, in file order, and
@@ -293,6 +298,16 @@ class GroupedData:
         With a seed, blocks are shuffled and then the groups within each; samples of a group stay together. The first
         `skip` batches are left out, and blocks that only they need are not read.
         """
+        return (block for block, _ in self.shares(batch, ALONE, seed, skip))
+
+    def shares(
+        self, batch: int, ranks: Ranks, seed: Sequence[int] | None = None, skip: int = 0
+    ) -> Iterator[tuple[Block, int]]:
+        """Yield of each batch of `epoch` (a rank's share, the samples of all).
+
+        A share is neighbouring groups, perhaps none, cut where the samples are most evenly shared. Of the rows that are
+        read only those of the share become columns.
+        """
         rng = None if seed is None else np.random.default_rng(list(seed))
         order = list(range(len(self._blocks))) if rng is None else rng.permutation(len(self._blocks)).tolist()
         begin, left_out = 0, skip * batch
@@ -303,20 +318,98 @@ class GroupedData:
             begin, left_out = begin + 1, left_out - int(samples_G.sum())
             if rng is not None and len(samples_G):
                 rng.permutation(len(samples_G))
-        waiting: list[Block] = []
-        for block in self.blocks(order[begin:]):
-            shuffled = block if rng is None else block.take(rng.permutation(block.n_groups))
-            waiting.append(shuffled.samples(left_out, shuffled.n_samples) if left_out else shuffled)
-            left_out = 0
-            if sum(b.n_samples for b in waiting) < batch:
-                continue
-            merged = Block.concat(waiting)
-            whole = merged.n_samples // batch * batch
-            for start in range(0, whole, batch):
-                yield merged.samples(start, start + batch)
-            waiting = [merged.samples(whole, merged.n_samples)] if whole < merged.n_samples else []
-        if waiting:
-            yield Block.concat(waiting)
+        waiting = _Waiting(left_out)
+        for frame in self.whole_rows(order[begin:]):
+            rows = np.arange(frame.height) if rng is None else rng.permutation(frame.height)
+            waiting.add(frame, rows)
+            yield from self._cut(waiting, waiting.samples // batch * batch, batch, ranks)
+        yield from self._cut(waiting, waiting.samples, batch, ranks)
+
+    def _cut(self, waiting: "_Waiting", samples: int, batch: int, ranks: Ranks) -> Iterator[tuple[Block, int]]:
+        """Yield this rank's shares of the next `samples`, and take these from what is waiting."""
+        if samples <= 0:  # where more was to be skipped than there is
+            return
+        offsets_G = waiting.offsets_G
+        ends = [*range(waiting.given + batch, waiting.given + samples, batch), waiting.given + samples]
+        starts = [waiting.given, *ends[:-1]]
+        own = [_share(offsets_G, start, end, ranks) for start, end in zip(starts, ends, strict=True)]
+        groups = [_groups(offsets_G, *share) for share in own]
+        wanted_G = np.zeros(len(offsets_G) - 1, np.bool_)
+        for first, last in groups:
+            wanted_G[first:last] = True
+        by_owner = self._by_owner()
+        block = Block.concat([_block(frame[rows], by_owner, self.schema) for frame, rows in waiting.rows(wanted_G)])
+        place_G: Ints = np.cumsum(wanted_G) - wanted_G
+        for start, end, (begin, stop), (first, last) in zip(starts, ends, own, groups, strict=True):
+            at = int(block.sample_offsets[place_G[first]] + begin - offsets_G[first]) if first < last else 0
+            yield block.samples(at, at + stop - begin), end - start
+        waiting.give(samples)
+
+
+@dataclass
+class _Waiting:
+    """Groups that have been read, in the order of the epoch, until a batch is full."""
+
+    given: int
+    """Samples of the first groups that belong to earlier batches."""
+    frames: list[tuple[pl.DataFrame, Ints, Ints]] = field(default_factory=list)
+    """Rows that were read, which of them in which order, and how many samples each of these has."""
+
+    def add(self, frame: pl.DataFrame, rows: Ints) -> None:
+        """Take up rows of a frame."""
+        self.frames.append((frame, rows, _ints(frame["sample_id"].list.len())[rows]))
+
+    @property
+    def offsets_G(self) -> Ints:
+        """[G + 1] where each group's samples begin."""
+        return _offsets(np.concatenate([np.zeros(0, np.int64), *(lengths for _, _, lengths in self.frames)]))
+
+    @property
+    def samples(self) -> int:
+        """How many are waiting."""
+        return int(self.offsets_G[-1]) - self.given
+
+    def rows(self, wanted_G: npt.NDArray[np.bool_]) -> Iterator[tuple[pl.DataFrame, Ints]]:
+        """Yield the wanted rows of each frame that has some; where none is wanted, none of the first."""
+        begin = 0
+        for i, (frame, rows, _) in enumerate(self.frames):
+            wanted = wanted_G[begin : begin + len(rows)]
+            begin += len(rows)
+            if wanted.any() or (i == 0 and not wanted_G.any()):
+                yield frame, rows[wanted]
+
+    def give(self, samples: int) -> None:
+        """Take out so many samples."""
+        self.given += samples
+        while self.frames:
+            frame, rows, lengths = self.frames[0]
+            offsets_G = _offsets(lengths)
+            whole = int(np.searchsorted(offsets_G, self.given, side="right")) - 1
+            self.given -= int(offsets_G[whole])
+            if whole < len(rows):
+                self.frames[0] = frame, rows[whole:], lengths[whole:]
+                return
+            del self.frames[0]
+
+
+def _share(offsets_G: Ints, start: int, stop: int, ranks: Ranks) -> tuple[int, int]:
+    """Return a rank's part of the samples from start to stop: of neighbouring groups, as evenly as can be."""
+    if ranks.count == 1:
+        return start, stop
+    first, last = _groups(offsets_G, start, stop)
+    edges = np.clip(offsets_G[first : last + 1], start, stop)
+    targets = start + (stop - start) * np.arange(ranks.count + 1) / ranks.count
+    after = np.searchsorted(edges, targets)
+    before = np.maximum(after - 1, 0)
+    cuts = edges[np.where(targets - edges[before] <= edges[after] - targets, before, after)]
+    return int(cuts[ranks.rank]), int(cuts[ranks.rank + 1])
+
+
+def _groups(offsets_G: Ints, start: int, stop: int) -> tuple[int, int]:
+    """Return the first of the groups that have the samples from start to stop, and the one after the last."""
+    if start == stop:
+        return 0, 0
+    return int(np.searchsorted(offsets_G, start, side="right")) - 1, int(np.searchsorted(offsets_G, stop, side="left"))
 
 
 _ROW = "row of the file"

@@ -1,16 +1,18 @@
 """Checkpoints of training: each there whole or not at all, proved by digests when it is read, the best one marked.
 
 A checkpoint is two files in `.NAME.checkpoints-KEY/` beside the target: `step-N.pt`, named tensors, and then
-`step-N.json`: the progress (plain values), size and digest of the tensors, which checkpoint has the best model so far,
-and a digest of all this. KEY is a digest of everything that decides the result. Both files are written as temporary
-neighbours, flushed and renamed, so a kill at any moment leaves the checkpoints before it as they were; so does a full
-disk. They outlive the machine's restarts.
+`step-N.json`: the progress (plain values), sizes and digests of the files with tensors, which checkpoint has the best
+model so far, and a digest of all this. Where tables are spread over ranks they are no part of `step-N.pt`, but of a
+folder before it, `step-N.tables/` (`ctrkit.spread_tables`). KEY is a digest of everything that decides the result. All
+are written as temporary neighbours, flushed and renamed, so a kill at any moment leaves the checkpoints before it as
+they were; so does a full disk. They outlive the machine's restarts.
 """
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from torch import Tensor
 from ctrkit import digests, files, state_dict
 from ctrkit.progress import say
 
+WriteTables = Callable[[Path], dict[str, tuple[int, str]]]
+"""Writes into a folder, which is there; returns file → (bytes, digest)."""
 _STEP = re.compile(r"step-(\d{10})\.json")
 KEPT = 3
 """The last ones; the best one of each of them is kept besides."""
@@ -35,10 +39,13 @@ class Checkpoint:
     """The step whose checkpoint has the best model so far."""
     progress: dict[str, Any]
     """What was given to `save`."""
-    size: int
-    """Bytes of the tensors' file."""
-    digest: str
-    """Of the tensors' file."""
+    files: dict[str, tuple[int, str]]
+    """Of the files with tensors, bytes and digest."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(size for size, _ in self.files.values())
 
 
 class Checkpoints:
@@ -49,24 +56,31 @@ class Checkpoints:
         self.folder, self._others = folder, tuple(others)
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], progress: Mapping[str, Any], best: int | None = None
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        progress: Mapping[str, Any],
+        best: int | None = None,
+        write_tables: WriteTables | None = None,
     ) -> None:
         """Write a checkpoint; then remove those that are neither among the last nor the best of one of these.
 
         progress: values that JSON keeps: text, integers, finite floats, None, lists and objects of such.
         best: the step whose checkpoint has the best model, perhaps this one.
+        write_tables: writes the tables that are spread over ranks.
 
         Raises Resumable where there is no room; what was there before is left.
         """
-        path = self._tensors(step)
-        try:
-            with files.atomic(path) as tmp:
-                digest = state_dict.write(tmp, state_dict.plain(tensors))
-                size = tmp.stat().st_size
-        except OSError as e:
-            raise files.cannot_write(path, e) from None
-        value = {"step": step, "best": best, "progress": dict(progress), "size": size, "digest": digest}
-        value |= {"of": self._work}
+        path, folder = self._tensors(step), self.tables(step)
+        written: dict[str, tuple[int, str]] = {}
+        if write_tables is not None:
+            with _told(folder), files.atomic(folder) as tmp:
+                tmp.mkdir()
+                written |= {f"{folder.name}/{name}": found for name, found in write_tables(tmp).items()}
+        with _told(path), files.atomic(path) as tmp:
+            digest = state_dict.write(tmp, state_dict.plain(tensors))
+            written[path.name] = tmp.stat().st_size, digest
+        value = {"step": step, "best": best, "progress": dict(progress), "files": written, "of": self._work}
         # Keys stay in their order, since lines of metrics.jsonl are among the values.
         files.write_text(self._record(step), json.dumps({**value, "check": _check(value)}, allow_nan=False))
         self._prune()
@@ -81,8 +95,8 @@ class Checkpoints:
         One that is damaged is told, and removed, as is what is left of one that was never finished.
         """
         found = self.steps()
-        finished = {self._tensors(step) for step in found}
-        for path in (*self.folder.glob("step-*.pt"), *self.folder.glob(".step-*")):
+        finished = {path for step in found for path in (self._tensors(step), self.tables(step))}
+        for path in (p for form in ("step-*.pt", "step-*.tables", ".step-*") for p in self.folder.glob(form)):
             if path not in finished:
                 files.remove(path)
         for path in self.folder.glob("step-*.json"):
@@ -100,8 +114,13 @@ class Checkpoints:
         return None
 
     def read(self, step: int) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint, mapped into memory: only what is used is read."""
+        """Return the tensors of a checkpoint, mapped into memory: only what is used is read. Those of tables that were
+        spread over ranks are in `tables(step)`."""
         return state_dict.read(self._tensors(step))
+
+    def tables(self, step: int) -> Path:
+        """Return the folder of a checkpoint's spread tables, which is there where some table was spread."""
+        return self.folder / f"step-{step:010}.tables"
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, whole or not, rising."""
@@ -113,6 +132,7 @@ class Checkpoints:
         try:
             value = json.loads(self._record(step).read_text(encoding="utf-8"))
             whole = value.pop("check") == _check(value) and value.pop("of") == self._work and value["step"] == step
+            value["files"] = {name: (size, digest) for name, (size, digest) in value["files"].items()}
             return Checkpoint(**value) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -122,15 +142,16 @@ class Checkpoints:
         found = None if step is None else self.describe(step)
         if found is None:
             return None
-        path = self._tensors(found.step)
-        try:
-            if path.stat().st_size != found.size:
+        for name, (size, digest) in found.files.items():
+            try:
+                if (self.folder / name).stat().st_size != size:
+                    return None
+                with open(self.folder / name, "rb") as f:
+                    if hashlib.file_digest(f, xxhash.xxh3_128).hexdigest() != digest:
+                        return None
+            except OSError:
                 return None
-            with open(path, "rb") as f:
-                digest = hashlib.file_digest(f, xxhash.xxh3_128).hexdigest()
-        except OSError:
-            return None
-        return found if digest == found.digest else None
+        return found
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -141,7 +162,8 @@ class Checkpoints:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        for path in (self._record(step), self._tensors(step)):  # never tensors' description without the tensors
+        # Never the description of tensors without the tensors.
+        for path in (self._record(step), self._tensors(step), self.tables(step)):
             files.remove(path)
 
     @property
@@ -154,6 +176,15 @@ class Checkpoints:
 
     def _record(self, step: int) -> Path:
         return self.folder / f"step-{step:010}.json"
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Tell which file or folder the system cannot write."""
+    try:
+        yield
+    except OSError as e:
+        raise files.cannot_write(path, e) from None
 
 
 def _check(value: Mapping[str, Any]) -> str:

@@ -10,13 +10,11 @@ order, so that none waits for another's.
 import inspect
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ctrkit.batches import Block
 from ctrkit.models.statistics import over_all_ranks, summed
 from ctrkit.ranks import PATIENCE, Ranks
 
@@ -59,17 +57,6 @@ class DataParallel:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' tensors. A collective, between steps."""
         return summed(x, self.between)
-
-
-def share(block: Block, ranks: Ranks) -> Block:
-    """Return a rank's share of a batch: neighbouring groups, cut where the samples are most evenly shared."""
-    offsets = block.sample_offsets
-    targets = block.n_samples * np.arange(ranks.count + 1) / ranks.count
-    after = np.searchsorted(offsets, targets)
-    before = np.maximum(after - 1, 0)
-    cuts = np.where(targets - offsets[before] <= offsets[after] - targets, before, after)
-    first, last = cuts[ranks.rank], cuts[ranks.rank + 1]
-    return block.samples(int(offsets[first]), int(offsets[last]))
 
 
 def _group(backend: str) -> dist.ProcessGroup:

@@ -90,10 +90,14 @@ class Table:
         """Return where rows of the whole matrix lie in this rank's; they have to lie here. Padding is row 0."""
         return torch.where(rows == 0, 0, rows // self.ranks + 1) if self.sharded else rows
 
+    def is_here(self, rows_R: Tensor) -> Tensor:
+        """Return [R] bool: whether rows of the whole matrix lie here."""
+        return rows_R % self.ranks == self.rank
+
     def put(self, name: str, rows_R: Tensor, values_RD: Tensor) -> None:
         """Set rows of the whole `weight_VD`, `m_VD` or `v_VD`: of them those that lie here. Padding stays as it is."""
         matrix = getattr(self, name)
-        here = rows_R % self.ranks == self.rank
+        here = self.is_here(rows_R)
         matrix[self.local(rows_R[here]).to(matrix.device)] = values_RD[here].to(matrix.device, matrix.dtype)
 
     def take_over(self, name: str, whole_VD: Tensor) -> None:

@@ -12,17 +12,19 @@ Letters: W ranks, U distinct rows that this rank names, M distinct rows that are
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ctrkit import state_dict
 from ctrkit.data_parallel import DataParallel
 from ctrkit.embedding import Table
 from ctrkit.models.batch import Batch
 from ctrkit.picture_vectors import PictureVectors
-from ctrkit.row_exchange import Ask, RowExchange, interleaved
+from ctrkit.row_exchange import Ask, RowExchange, interleave
 
 WIRES = {"float32": None, "bfloat16": torch.bfloat16}
 """[train] exchange_dtype → the dtype in which picture vectors and their gradients travel; None: as they are."""
@@ -67,6 +69,7 @@ class FeatureService:
     pictures: where the model looks at pictures.
     spread_pictures: whether pictures are extracted where they lie; else each rank reads and extracts what it names.
     exchange_dtype: of picture vectors between ranks, "float32" (or that of the model) or "bfloat16".
+    scratch: folder with room for tables as `whole` returns them; default: that of temporary files.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class FeatureService:
         *,
         spread_pictures: bool = True,
         exchange_dtype: str = "float32",
+        scratch: Path | None = None,
     ) -> None:
+        self.scratch = scratch
         self.parallel, self.tables, self.pictures = parallel, tables, pictures
         self.spread_pictures = spread_pictures and pictures is not None
         self.exchange, self.wire = RowExchange(parallel.rows, parallel.ahead), WIRES[exchange_dtype]
@@ -126,14 +131,16 @@ class FeatureService:
     def whole(self, width: int, name: str) -> Tensor:
         """Return the whole `weight_VD`, `m_VD` or `v_VD` of a table at rank 0; elsewhere nothing of it, [0, D].
 
-        A collective where the table is spread.
+        A collective where the table is spread. Then what rank 0 gets lies in a file, not in its memory.
         """
         table = self.tables[width]
         matrix: Tensor = getattr(table, name)
         if not table.sharded:
             return matrix
-        found = interleaved(matrix[1:], table.n_rows, self.parallel.between)
-        return matrix[:0] if found is None else found
+        first = self.parallel.ranks.rank == 0
+        whole = state_dict.mapped((table.n_rows, width), matrix.dtype, self.scratch) if first else None
+        interleave(matrix[1:], table.n_rows, whole, self.parallel.between)
+        return matrix[:0] if whole is None else whole
 
     def fit_pictures(self, count_V: npt.NDArray[np.int64] | None) -> None:
         """Set mean and scale of the picture vectors, each rank from its share of the rows. A collective."""

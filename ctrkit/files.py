@@ -187,8 +187,10 @@ def atomic(path: Path) -> Iterator[Path]:
         else:
             tmp.replace(path)
         fsync(path.parent)
-    finally:
-        remove(tmp)
+    except BaseException:
+        with contextlib.suppress(OSError):  # as where another rank still writes into the folder; the next run sweeps it
+            remove(tmp)
+        raise
 
 
 @contextlib.contextmanager

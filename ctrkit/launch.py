@@ -13,6 +13,10 @@ from ctrkit import provenance
 from ctrkit.errors import Resumable
 from ctrkit.ranks import AGAIN, LAUNCHED, LOST_ANOTHER, is_rank
 
+_WHY: dict[int, str] = {
+    signal.SIGKILL: ", as the system does where memory is short",
+    signal.SIGBUS: ", as the system does where a file that is being read has become shorter, or its disk is gone",
+}
 POLL_SECONDS = 0.1
 """Between looks at whether all ranks live."""
 
@@ -66,6 +70,6 @@ def _told(failures: Mapping[int, Any], nproc: int, max_restarts: int) -> int:
         return max(first.values())
     rank, code = min(killed.items())
     name = signal.Signals(-code).name
-    why = ", as the system does where memory is short" if code == -signal.SIGKILL else ""
+    why = _WHY.get(-code, "")
     again = f", {max_restarts + 1} times in all" if max_restarts else ""
     raise Resumable(f"rank {rank} of {nproc} was killed ({name}{why}){again}; the others were stopped. {AGAIN}")

@@ -54,13 +54,15 @@ class TrainedModel:
         self.device = device
         return self
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self, *, spread: bool = True) -> dict[str, torch.Tensor]:
         """Return every tensor that predicting needs, by name.
 
         Of a table that is spread over ranks rank 0 gets all rows, and the others none: all have to call it.
+
+        spread: whether tables that are spread are among them.
         """
         out = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        out |= {f"table.{width}": self._whole(width, "weight_VD") for width in self.tables}
+        out |= {f"table.{w}": self._whole(w, "weight_VD") for w, t in self.tables.items() if spread or not t.sharded}
         for table in self.tables.values():
             out |= {f"frequent.{vocab}": torch.from_numpy(known_V) for vocab, known_V in table.frequent.items()}
         if self.pictures is not None:
@@ -71,14 +73,20 @@ class TrainedModel:
         """Return a copy of `tensors`, on the CPU."""
         return {k: v.detach().clone().cpu() for k, v in self.tensors().items()}
 
-    def moments(self) -> dict[str, torch.Tensor]:
+    def moments(self, *, spread: bool = True) -> dict[str, torch.Tensor]:
         """Return the state of the tables' Adam, by name: `table.WIDTH.m` and `.v` [rows, width], `.step` []. All ranks
-        have to call it, as `tensors`."""
+        have to call it, as `tensors`. spread: whether `.m` and `.v` of tables that are spread are among them."""
         out: dict[str, torch.Tensor] = {}
         for width, table in self.tables.items():
-            out |= {f"table.{width}.{kind}": self._whole(width, f"{kind}_VD") for kind in ("m", "v")}
+            if spread or not table.sharded:
+                out |= {f"table.{width}.{kind}": self._whole(width, f"{kind}_VD") for kind in ("m", "v")}
             out[f"table.{width}.step"] = torch.tensor(table.step)
         return out
+
+    def matrices(self) -> dict[str, tuple[Table, str]]:
+        """Return the names of the tables' weights and moments → the table, and which of its matrices."""
+        named = {"": "weight_VD", ".m": "m_VD", ".v": "v_VD"}
+        return {f"table.{w}{end}": (table, matrix) for w, table in self.tables.items() for end, matrix in named.items()}
 
     def _whole(self, width: int, name: str) -> torch.Tensor:
         matrix: torch.Tensor = getattr(self.tables[width], name)
@@ -87,16 +95,18 @@ class TrainedModel:
     def load_moments(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `moments` returned."""
         for width, table in self.tables.items():
-            table.take_over("m_VD", state[f"table.{width}.m"])
-            table.take_over("v_VD", state[f"table.{width}.v"])
+            for kind in ("m", "v"):
+                if (name := f"table.{width}.{kind}") in state:
+                    table.take_over(f"{kind}_VD", state[name])
             table.step = int(state[f"table.{width}.step"])
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over the tensors that `state` returned."""
+        """Take over the tensors that `tensors` returned."""
         prefix = "network."
         self.network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         for width, table in self.tables.items():
-            table.take_over("weight_VD", state[f"table.{width}"])
+            if (name := f"table.{width}") in state:
+                table.take_over("weight_VD", state[name])
             table.frequent = {vocab: state[f"frequent.{vocab}"].clone().numpy() for vocab in table.frequent}
         if self.pictures is not None:
             dtype = self.pictures.mean_W.dtype

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 INT32_ROWS = 1 << 31
+ROWS_AT_ONCE = 1 << 18
+"""Of each rank, when rank 0 puts a whole matrix together."""
 
 
 @dataclass(frozen=True)
@@ -179,16 +181,24 @@ class _Spread(torch.autograd.Function):
         return ctx.route.collect(dout_UD), None
 
 
-def interleaved(x_nD: Tensor, n_rows: int, group: dist.ProcessGroup) -> Tensor | None:
-    """Return at rank 0 the whole matrix [n_rows, …] of which row i is row i div W of rank i mod W; None elsewhere.
+def interleave(x_nD: Tensor, n_rows: int, whole: Tensor | None, group: dist.ProcessGroup) -> None:
+    """Fill at rank 0 the `whole` matrix [n_rows, …], whose row i is row i div W of rank i mod W. Some rows at a time.
 
     A collective.
     """
     count, rank = dist.get_world_size(group), dist.get_rank(group)
-    most = -(-n_rows // count)
-    padded = torch.cat([x_nD, x_nD.new_zeros((most - len(x_nD), *x_nD.shape[1:]))])
-    parts = [torch.empty_like(padded) for _ in range(count)] if rank == 0 else None
-    dist.gather(padded, parts, group_dst=0, group=group)
-    if parts is None:
-        return None
-    return torch.stack(parts, 1).flatten(0, 1)[:n_rows]
+    # One buffer, and no gather: what that takes anew for each part stays with the process.
+    buffer = x_nD.new_empty((min(ROWS_AT_ONCE, n_rows), *x_nD.shape[1:]))
+    for start in range(0, n_rows, ROWS_AT_ONCE * count):
+        stop = min(start + ROWS_AT_ONCE * count, n_rows)
+        own = x_nD[start // count :][: len(range(start + rank, stop, count))]
+        if whole is None:
+            if len(own):
+                dist.send(own, group_dst=0, group=group)
+            continue
+        whole[start:stop:count] = own
+        for other in range(1, count):
+            part = buffer[: len(range(start + other, stop, count))]
+            if len(part):
+                dist.recv(part, group_src=other, group=group)
+                whole[start + other : stop : count] = part

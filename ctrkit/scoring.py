@@ -13,7 +13,6 @@ import torch
 
 from ctrkit.batches import Block, Column, GroupedData, Ragged
 from ctrkit.collate import Collator
-from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
 from ctrkit.feature_service import gather
 from ctrkit.modelfile import TrainedModel, load
@@ -23,6 +22,7 @@ from ctrkit.models.din import DIN
 from ctrkit.models.plan import Plan
 from ctrkit.preparing import prepared
 from ctrkit.progress import Meter
+from ctrkit.ranks import ALONE
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -52,22 +52,21 @@ def scores(model: TrainedModel, data: GroupedData, batch: int, label: str = "") 
     service = model.service
     collate = Collator(model.plan, model.tables, model.pictures, rows_only=True)
     model.network.eval()
-    blocks: deque[tuple[Block, Block]] = deque()
-    """Of the batches that are being prepared: all samples, and this rank's."""
+    blocks: deque[tuple[Block, int]] = deque()
+    """Of the batches that are being prepared: this rank's samples, and how many all ranks have."""
 
     def made() -> Iterator[Batch]:
-        for block in data.epoch(batch):
-            own = block if service is None else share(block, service.parallel.ranks)
-            blocks.append((block, own))
+        for own, samples in data.shares(batch, ALONE if service is None else service.parallel.ranks):
+            blocks.append((own, samples))
             yield collate(own)
 
     quiet = service is not None and service.parallel.ranks.rank > 0
     with Meter(label, len(data), "samples", quiet=quiet) if label else contextlib.nullcontext() as meter:
         for ready in prepared(model, made(), training=False):
-            block, own = blocks.popleft()
+            own, samples = blocks.popleft()
             yield own, probability(model, model.network(ready, look_up(model, ready))).cpu().numpy()
             if meter is not None:
-                meter.add(block.n_samples)
+                meter.add(samples)
 
 
 def all_scores(

@@ -1,6 +1,10 @@
 """State dicts: files of named tensors, and nothing that could run."""
 
+import math
+import mmap
+import os
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +15,8 @@ import xxhash
 from torch import Tensor
 
 from ctrkit.errors import UserError
+
+ROWS_AT_ONCE = 1 << 18
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -47,6 +53,13 @@ def _is_one(value: object) -> bool:
     )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Say whether all numbers are finite. Looks at some rows at a time, so that what is mapped need not fit into
+    memory."""
+    parts = torch.split(tensor, ROWS_AT_ONCE) if tensor.ndim else [tensor]
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors detached and on the CPU, none as a part of a larger storage, which would be written whole.
 
@@ -74,6 +87,17 @@ def write(path: Path, value: Mapping[str, Any]) -> str:
                 raise e.__context__ from None
             raise
     return digesting.digest.hexdigest()
+
+
+def mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = None) -> Tensor:
+    """Return a tensor of zeros that lies in a nameless file, not in memory, until nobody has it any more.
+
+    folder: with room for it; default: that of temporary files. Raises OSError where there is none.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    with tempfile.TemporaryFile(dir=folder) as f:
+        os.posix_fallocate(f.fileno(), 0, size)  # so that a full disk is an error now, and no fault later
+        return torch.frombuffer(mmap.mmap(f.fileno(), size), dtype=dtype).view(shape)
 
 
 class _Digesting:

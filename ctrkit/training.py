@@ -5,6 +5,7 @@ the epoch. So a run that goes on from a checkpoint ends, on a CPU, in the same b
 """
 
 import contextlib
+import functools
 import json
 import tempfile
 import time
@@ -18,13 +19,12 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from ctrkit import compiling
+from ctrkit import compiling, spread_tables
 from ctrkit.ahead import ahead
 from ctrkit.bad_batches import BadBatch
-from ctrkit.batches import Block, GroupedData
+from ctrkit.batches import GroupedData
 from ctrkit.checkpoints import Checkpoint, Checkpoints
 from ctrkit.collate import Collator
-from ctrkit.data_parallel import share
 from ctrkit.errors import UserError
 from ctrkit.feature_cache import Uses
 from ctrkit.feature_service import Rows, gather
@@ -186,16 +186,14 @@ class Trainer:
                     if self.finished:
                         break
             if self.best is not None and self.best[0] != self.steps:
-                assert self.checkpoints is not None
-                self._take_over(self.checkpoints.read(self.best[0]))
+                self._take_over(self.best[0])
                 if self.service is not None:
                     self.ranks.gather(None)  # before rank 0 removes the checkpoint
         return self.model
 
     def resume(self, last: Checkpoint) -> None:
         """Go on from a checkpoint, bit for bit. Call before `run`."""
-        assert self.checkpoints is not None
-        self._take_over(self.checkpoints.read(last.step))
+        self._take_over(last.step)
         progress = last.progress
         self.steps, self.samples = last.step, progress["samples"]
         self.epoch, self.batch = progress["epoch"], progress["batch"]
@@ -289,13 +287,10 @@ class Trainer:
     def _made(self, seed: tuple[int, int], skip: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, on the CPU, in a thread of their own."""
         torch.set_num_threads(1)  # of this thread: the others are training
-        for block in self.train.epoch(self.config.batch, seed, skip=skip):
-            batch = self.collate(self._share(block), seed)
-            batch.total = block.n_samples
+        for own, samples in self.train.shares(self.config.batch, self.ranks, seed, skip):
+            batch = self.collate(own, seed)
+            batch.total = samples
             yield batch
-
-    def _share(self, block: Block) -> Block:
-        return block if self.service is None else share(block, self.ranks)
 
     def _count(self, loss: Tensor, samples: int) -> None:
         self.batch += 1
@@ -316,10 +311,9 @@ class Trainer:
             return
         seed = (self.config.seed, self.epoch)
         number = self.batch - 1 - (self.steps - step)  # in the epoch: checked at its end at the latest
-        whole = next(self.train.epoch(self.config.batch, seed, skip=number))
-        block = self._share(whole)
+        block, samples = next(self.train.shares(self.config.batch, self.ranks, seed, skip=number))
         made = self.collate(block, seed)
-        made.total = whole.n_samples
+        made.total = samples
         [batch] = prepared(self.model, [made], training=True)
         self.model.network.train()
         self.adam.zero_grad()
@@ -426,7 +420,7 @@ class Trainer:
         return loss / len(score_S), gauc(self.valid_users, click_S, score_S).value
 
     def _save(self) -> None:
-        """Write a checkpoint: all that later steps depend on. Rank 0 does, from what all of them have."""
+        """Write a checkpoint: all that later steps depend on. Rank 0 does, and each rank its rows of spread tables."""
         self._check_finite()
         assert self.checkpoints is not None
         progress = {
@@ -439,21 +433,30 @@ class Trainer:
             "logged": [float(self.logged.total), self.logged.samples],
             "records": self.records,
         }
-        tensors = {**self.model.tensors(), **self.optimiser_state(), **self._random_state()}
+        spread = {name: of for name, of in self.model.matrices().items() if of[0].sharded}
+        write_tables = functools.partial(spread_tables.write, self.ranks, spread) if spread else None
         if self._first:
-            self.checkpoints.save(self.steps, tensors, progress, None if self.best is None else self.best[0])
+            tensors = {
+                **self.model.tensors(spread=False),
+                **self.optimiser_state(spread=False),
+                **self._random_state(),
+            }
+            best = None if self.best is None else self.best[0]
+            self.checkpoints.save(self.steps, tensors, progress, best, write_tables)
+        elif write_tables is not None:
+            write_tables()
         self.ranks.tell()  # none goes on, perhaps to read it, before it is there
         self._saved = time.monotonic()
 
-    def optimiser_state(self) -> dict[str, Tensor]:
+    def optimiser_state(self, *, spread: bool = True) -> dict[str, Tensor]:
         """Return the optimisers' state by name: `adam.PARAMETER.exp_avg`, `.exp_avg_sq`, `.step`, and
-        `table.WIDTH.m`, `.v`, `.step`."""
+        `table.WIDTH.m`, `.v`, `.step`; of spread tables as `TrainedModel.moments`."""
         out = {
             f"adam.{name}.{kind}": tensor
             for name, p in self.model.network.named_parameters()
             for kind, tensor in self.adam.state.get(p, {}).items()
         }
-        return out | self.model.moments()
+        return out | self.model.moments(spread=spread)
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"random.cpu": torch.get_rng_state()}
@@ -461,10 +464,14 @@ class Trainer:
             state["random.cuda"] = torch.cuda.get_rng_state(self._device)
         return state
 
-    def _take_over(self, state: Mapping[str, Tensor]) -> None:
+    def _take_over(self, step: int) -> None:
         """Set model, optimisers and random state to those of a checkpoint."""
-        self.model.load_state(dict(state))
-        self.model.load_moments(dict(state))
+        assert self.checkpoints is not None
+        state = self.checkpoints.read(step)
+        self.model.load_state(state)
+        self.model.load_moments(state)
+        if spread := {name: of for name, of in self.model.matrices().items() if name not in state}:
+            spread_tables.read(self.checkpoints.tables(step), spread)
         for name, p in self.model.network.named_parameters():
             kinds = [kind for kind in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{kind}" in state]
             self.adam.state[p] = {kind: state[f"adam.{name}.{kind}"].clone().to(p.device) for kind in kinds}

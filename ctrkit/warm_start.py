@@ -229,7 +229,7 @@ def _full(model: TrainedModel, source: Source, warmed: Warmed, vocabularies: tup
     warmed.tensors = len(network)
     for width, rows in table_rows(model.plan, source, vocabularies).items():
         table = model.tables[width]
-        old_R, new_R = rows.pairs()
+        old_R, new_R = rows.pairs(table)
         table.put("weight_VD", new_R, state[f"table.{width}"][old_R])
         warmed.rows |= rows.counts
     if model.plan.train.warm_optimiser:
@@ -244,10 +244,11 @@ class TableRows:
     new: list[Ints]
     counts: dict[str, list[int]]
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Return ([R] rows of the old table, [R] rows of the new one)."""
+    def pairs(self, table: Table) -> tuple[Tensor, Tensor]:
+        """Return ([R] rows of the old table, [R] rows of the new one): those that lie here."""
         old, new = (torch.from_numpy(np.concatenate(some)) for some in (self.old, self.new))
-        return old, new
+        here = table.is_here(new)
+        return old[here], new[here]
 
 
 def table_rows(plan: Plan, source: Source, vocabularies: tuple[Path | None, Path | None]) -> dict[int, TableRows]:
@@ -350,7 +351,7 @@ def optimiser_state(
         adam.state[parameter] = {key: t.clone().to(parameter.device) for key, t in saved.items()}
     for width, rows in table_rows(model.plan, source, vocabularies).items():
         table: Table = model.tables[width]
-        old_R, new_R = rows.pairs()
+        old_R, new_R = rows.pairs(table)
         for key in ("m", "v"):
             table.put(f"{key}_VD", new_R, state[f"table.{width}.{key}"][old_R])
         table.step = int(state[f"table.{width}.step"])
@@ -373,7 +374,7 @@ def _check_moments(path: Path, state: dict[str, Tensor], model: TrainedModel, so
                 f"{path} does not fit {source.folder / 'model.pt'}: {fault}{more}. Train that model again with "
                 "train.save_optimiser = true, or leave train.warm_optimiser out"
             )
-        if not torch.isfinite(there).all():
+        if not state_dict.is_finite(there):
             raise UserError(f"{path} has numbers in {name!r} that are not finite; leave train.warm_optimiser out")
 
 
@@ -405,7 +406,7 @@ def _check_tensors(wanted: dict[str, Tensor], state: dict[str, Tensor], source: 
             )
     pictures = {name: t for name, t in state.items() if name.startswith("pictures.")}
     for name, tensor in {**{name: state[name] for name in wanted}, **pictures}.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not state_dict.is_finite(tensor):
             raise UserError(
                 f"{path} has numbers in {name!r} that are not finite, so nothing can start from it: train it again, "
                 "with a lower learning rate"

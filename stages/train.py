@@ -198,6 +198,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
             pictures,
             spread_pictures=spread,
             exchange_dtype=config.exchange_dtype,
+            scratch=out.parent,
         )
     fit = None if whole else counts.get("image")
     if pictures is not None and last is None and service is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 120
+"""After which a round is too slow."""
+ROUND = "ROUND"
+"""In a rank's environment: the number of the round."""
 
 
 def main(module: str, function: str, counts: list[int], joined: bool, folder: Path) -> None:
-    """Run `function(ranks, folder)` of a module on each number of ranks; pickle what each rank returns."""
+    """Run `function(ranks, folder)` of a module on each number of ranks; pickle what each returns, or was killed by."""
     import importlib
 
     import torch
@@ -25,7 +29,7 @@ def main(module: str, function: str, counts: list[int], joined: bool, folder: Pa
     act = getattr(importlib.import_module(module), function)
     threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
     assert "polars-0" not in threads, "a forked process waits for polars' threads forever: import nothing that uses it"
-    for count in counts:
+    for number, count in enumerate(counts):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -34,27 +38,38 @@ def main(module: str, function: str, counts: list[int], joined: bool, folder: Pa
             children.append(os.fork())
             if not children[-1]:
                 given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+                given[ROUND] = number
                 os.environ.update({name: str(value) for name, value in given.items()}, MASTER_ADDR="127.0.0.1")
                 ranks = Ranks.of_environment()
                 with ranks.joined() if joined else contextlib.nullcontext():
                     found = act(ranks, folder)
-                (folder / f"{count}-{rank}.pickle").write_bytes(pickle.dumps(found))
+                (folder / f"{number}-{rank}.pickle").write_bytes(pickle.dumps(found))
                 sys.stderr.flush()
                 os._exit(0)
-        for child in children:
-            if os.waitpid(child, 0)[1]:
+        for rank, child in enumerate(children):
+            status = os.waitpid(child, 0)[1]
+            if os.WIFSIGNALED(status):
+                (folder / f"{number}-{rank}.pickle").write_bytes(pickle.dumps(signal.Signals(os.WTERMSIG(status))))
+            elif status:
                 sys.exit(1)
 
 
 def on_ranks(act: Callable[..., Any], counts: list[int], folder: Path, *, joined: bool = True) -> dict[int, list[Any]]:
-    """Return number of ranks → what `act(ranks, folder)`, a module's function, returned on each.
+    """Return number of ranks → what `act(ranks, folder)`, a module's function, returned on each, the last time."""
+    return dict(zip(counts, rounds(act, counts, folder, joined=joined), strict=True))
 
-    joined: whether they are connected already; else `act` does it.
+
+def rounds(act: Callable[..., Any], counts: list[int], folder: Path, *, joined: bool = True) -> list[list[Any]]:
+    """Return for each of some numbers of ranks, which work one after the other, what `act(ranks, folder)`, a module's
+    function, returned on each rank, or the signal that killed it.
+
+    joined: whether the ranks are connected already; else `act` does it.
     """
     given = (act.__module__, act.__name__, counts, joined)
     code = f"from pathlib import Path; from tests.ranks import main; main(*{given!r}, Path({str(folder)!r}))"
     command = [sys.executable, "-c", code]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=SECONDS)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=SECONDS * len(counts))
     assert done.returncode == 0, done.stderr
-    return {n: [pickle.loads((folder / f"{n}-{r}.pickle").read_bytes()) for r in range(n)] for n in counts}
+    of_ranks = [[folder / f"{number}-{rank}.pickle" for rank in range(n)] for number, n in enumerate(counts)]
+    return [[pickle.loads(path.read_bytes()) for path in paths] for paths in of_ranks]

@@ -176,9 +176,9 @@ def test_an_epoch_goes_on_after_any_batch(folder: Path, batch: int, seed: tuple[
     class Watched(GroupedData):
         asked: Sequence[int] | None = None
 
-        def blocks(self, order: Sequence[int] | None = None) -> Iterator[Block]:
+        def whole_rows(self, order: Sequence[int]) -> Iterator[pl.DataFrame]:
             self.asked = order
-            return super().blocks(order)
+            return super().whole_rows(order)
 
     data = Watched(folder, "train", ALL)
     whole = list(data.epoch(batch, seed))

@@ -8,12 +8,10 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,10 @@ import polars as pl
 import pytest
 import torch
 
+import ctrkit.training  # noqa: F401  # before ranks are forked
 from ctrkit.cli import main
 from ctrkit.ranks import Ranks
-from tests.ranks import on_ranks
+from tests.ranks import ROUND, rounds
 from tests.tiny_run import TinyRun
 
 SETTINGS = {
@@ -47,10 +46,15 @@ BOUND = 30.0
 """Seconds within which ranks have to end after one of them was killed."""
 
 
-def start(*words: object, through: Sequence[object] = ("-m", "ctrkit")) -> subprocess.Popen[str]:
+def start(*words: object) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
-    command = [sys.executable, *map(str, through), *map(str, words)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ctrkit", *map(str, words)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def words(tiny_run: TinyRun, out: Path) -> list[object]:
@@ -69,11 +73,14 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
-def kill_after(launcher: subprocess.Popen[str], rank: int, out: Path, step: int) -> None:
-    """Kill a rank without warning once there is a checkpoint of a step or a later one."""
+def kill_after(launcher: subprocess.Popen[str], rank: int, out: Path, step: int, *, writing: bool = False) -> None:
+    """Kill a rank without warning once there is a checkpoint of a step or a later one; `writing`: while one is
+    written."""
     while not any(int(p.stem[5:]) >= step for p in out.parent.glob(f".{out.name}.checkpoints-*/step-*.json")):
         assert launcher.poll() is None, launcher.communicate()[1]
         time.sleep(0.01)
+    while writing and not list(out.parent.glob(f".{out.name}.checkpoints-*/.step-*.tables.tmp-*")):
+        assert launcher.poll() is None, launcher.communicate()[1]
     os.kill(ranks_of(launcher)[rank], signal.SIGKILL)
 
 
@@ -101,18 +108,93 @@ def one(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def several(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of two ranks, one of which was killed and which then went on by themselves."""
-    out = tmp_path_factory.mktemp("several") / "model"
+def killed(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks leave, one of which was killed, and another one after they had been started again."""
+    out = tmp_path_factory.mktemp("killed") / "model"
     launcher = start(*words(tiny_run, out), "--nproc", 2, "--max-restarts", 1)
     kill_after(launcher, 0, out, 3)
+    kill_after(launcher, 1, out, 8, writing=True)
+    moment = time.monotonic()
     code, told = end(launcher)
-    assert code == 0, told
-    assert told.count("train: going on after step") == 1
-    assert told.count("validation GAUC") == 1
-    assert told.count("train: 2 processes sent each other") == 1
-    assert "Error" not in told
-    return out
+    assert time.monotonic() - moment < BOUND
+    assert code == 1
+    assert told.count("train: going on after step") == 1, told
+    errors = [line for line in told.splitlines() if "Error" in line]
+    assert len(errors) == 1, told
+    assert errors[0].startswith("Error: rank 1 of 2 was killed (SIGKILL, as the system does where memory is short), 2 ")
+    assert errors[0].endswith("What was done is kept: run the same command again and it goes on from there")
+    assert "Traceback" not in told
+    assert not out.exists()
+    return out.parent
+
+
+def command(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
+    """Run the round's command as a rank. Return exit code, what was told, and the seconds after rank 1 lost its files.
+
+    RANK in a word is this rank's number. `lost` is a folder that rank 1 loses once there is a checkpoint, or a file,
+    which is cut.
+    """
+    given, lost, beside = json.loads((folder / "rounds.json").read_text())[int(os.environ[ROUND])]
+    gone = math.nan
+
+    def lose(path: Path) -> None:
+        nonlocal gone
+        while not list(Path(beside).glob(".model.checkpoints-*/step-*.json")):
+            time.sleep(0.01)
+        gone = time.monotonic()
+        if ranks.rank == 1 and path.is_dir():
+            shutil.rmtree(path)
+        elif ranks.rank == 1:
+            os.truncate(path, 4096)
+
+    if lost:
+        threading.Thread(target=lose, args=(Path(lost),), daemon=True).start()
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
+        main([word.replace("RANK", str(ranks.rank)) for word in given])
+    return ended.value.code, told.getvalue(), time.monotonic() - gone
+
+
+@pytest.fixture(scope="module")
+def told(tiny_run: TinyRun, killed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What comes of some commands as two ranks each, one after the other: exit code and so on of each rank."""
+    folder = tmp_path_factory.mktemp("told")
+    shutil.copytree(killed, folder / "killed")
+    for rank in range(2):
+        shutil.copytree(tiny_run.groups, folder / f"groups-{rank}")
+        shutil.copy(tiny_run.features, folder / f"features-{rank}.h5")
+    train = [*words(tiny_run, folder / "MODEL"), "--set", "train.epochs=500"]
+    predict = ["predict", "--recipe", tiny_run.recipe, *tiny_run.reads(), "--model", folder / "killed" / "model", *SETS]
+    rounds_of: dict[str, tuple[list[object], object]] = {
+        "train": (words(tiny_run, folder / "killed" / "model"), ""),
+        "predict": ([*predict, "--set", "predict.batch=100", "--out", folder / "two.parquet"], ""),
+        "mistake": ([*train, "--set", "train.compile=true"], ""),
+        "no groups": ([*train, "--groups", folder / "groups-RANK", "--variant", "base"], folder / "groups-1"),
+        "no features": (
+            [*train, "--features", folder / "features-RANK.h5", "--set", "train.host_cache_gib=0"],
+            folder / "features-1.h5",
+        ),
+    }
+    given = []
+    for name, (line, lost) in rounds_of.items():
+        out = folder / name / "model"
+        line = [str(out if word == folder / "MODEL" else word) for word in line]
+        given.append((line, str(lost), str(out.parent)))
+    (folder / "rounds.json").write_text(json.dumps(given))
+    found = rounds(command, [2] * len(given), folder, joined=False)
+    return {"folder": folder, **dict(zip(rounds_of, found, strict=True))}
+
+
+@pytest.fixture(scope="module")
+def several(told: dict[str, Any]) -> Path:
+    """The model of two ranks that went on from where those were killed."""
+    (code, first, _), other = told["train"]
+    assert (code, other[:2]) == (0, (0, "")), first
+    for line in ("train: going on after step", "validation GAUC", "train: 2 processes sent each other"):
+        assert first.count(line) == 1
+    assert "Error" not in first
+    model: Path = told["folder"] / "killed" / "model"
+    return model
 
 
 def same(ours: Path, plain: Path) -> None:
@@ -135,21 +217,20 @@ def test_ranks_that_were_started_again_end_in_the_model_of_one_process(several: 
     assert "processes" not in sidecar["config"]["train"]
 
 
-def test_a_killed_rank_ends_all_and_one_process_goes_on(tiny_run: TinyRun, one: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    launcher = start(*words(tiny_run, out), "--nproc", 2)
-    kill_after(launcher, 1, out, 5)
-    killed = time.monotonic()
-    code, told = end(launcher)
-    assert time.monotonic() - killed < BOUND
-    assert code == 1
-    errors = [line for line in told.splitlines() if "Error" in line]
-    assert len(errors) == 1, told
-    assert errors[0].startswith("Error: rank 1 of 2 was killed (SIGKILL")
-    assert errors[0].endswith("What was done is kept: run the same command again and it goes on from there")
-    assert "Traceback" not in told
-    assert not out.exists()
+def test_each_rank_keeps_its_rows(killed: Path) -> None:
+    (kept,) = killed.glob(".model.checkpoints-*")
+    assert len(list(kept.glob("step-*.json"))) == len(list(kept.glob("step-*.tables"))) >= 3
+    for path in kept.glob("step-*.tables"):
+        assert sorted(p.name for p in path.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    for path in kept.glob("step-*.pt"):
+        names = torch.load(path).keys()
+        assert "table.12.step" in names
+        assert not {"table.12", "table.12.m", "table.12.v"} & names
 
+
+def test_one_process_goes_on_from_what_ranks_left(tiny_run: TinyRun, killed: Path, one: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folder" / "model"
+    shutil.copytree(killed, out.parent)
     told = tiny_run.must("train", *words(tiny_run, out)[3:]).output
     assert "train: going on after step" in told
     same(out, one)
@@ -163,66 +244,44 @@ def test_how_many_processes_there_were_makes_nothing_stale(
     assert "is what it would be made again" in told.output
 
 
-def test_predictions_do_not_depend_on_the_number_of_processes(several: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
-    """By torchrun, as on two machines with a process each."""
-    words = [*tiny_run.reads(), "--model", several, *SETS, "--set", "predict.batch=100", "--out"]
-    tiny_run.must("predict", *words, tmp_path / "one.parquet")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d"]
-    torchrun += ["--rdzv-endpoint", f"localhost:{port}", "-m", "ctrkit"]
-    two = [
-        start("predict", "--recipe", tiny_run.recipe, *words, tmp_path / "two.parquet", through=torchrun)
-        for _ in range(2)
-    ]
-    ends = [end(launcher) for launcher in two]
-    assert [code for code, _ in ends] == [0, 0], ends
-    assert sum(told.count("impressions -> ") for _, told in ends) == 1
-    found, wanted = (pl.read_parquet(tmp_path / f"{name}.parquet") for name in ("two", "one"))
+def test_predictions_do_not_depend_on_the_number_of_processes(
+    several: Path, told: dict[str, Any], tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    first, other = told["predict"]
+    assert (first[0], other[:2]) == (0, (0, "")), first
+    assert first[1].count("impressions -> ") == 1
+    tiny_run.must("predict", *tiny_run.reads(), "--model", several, *SETS, "--out", tmp_path / "one.parquet")
+    found, wanted = (pl.read_parquet(path) for path in (told["folder"] / "two.parquet", tmp_path / "one.parquet"))
     assert found.drop("score").equals(wanted.drop("score"))
     np.testing.assert_allclose(found["score"], wanted["score"], rtol=1e-6)
 
 
-def test_a_mistake_is_told_once(tiny_run: TinyRun, tmp_path: Path) -> None:
-    words = ["train", "--recipe", tiny_run.recipe, *tiny_run.reads(), "--out", tmp_path / "model", "--nproc", 2]
-    code, told = end(start(*words, "--set", "train.compile=true"))
-    assert code == 2
-    assert told.count("Error: train.compile = true is for one process") == 1
-    assert len(told.splitlines()) == 1, told
+def test_a_mistake_is_told_once(told: dict[str, Any]) -> None:
+    first, other = told["mistake"]
+    assert (first[0], other[:2]) == (2, (0, ""))
+    assert "Error: train.compile = true is for one process" in first[1]
+    assert len(first[1].splitlines()) == 1
 
 
-def on_two_disks(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
-    """Train from a folder of groups of its own; rank 1's goes once there is a checkpoint. Return exit code, what was
-    told, and the seconds from then to the end."""
-    gone = math.nan
-
-    def lose() -> None:
-        nonlocal gone
-        while not list(folder.glob(".model.checkpoints-*/step-*.json")):
-            time.sleep(0.01)
-        gone = time.monotonic()
-        if ranks.rank == 1:
-            shutil.rmtree(folder / "groups-1")
-
-    threading.Thread(target=lose, daemon=True).start()
-    words = json.loads((folder / "words.json").read_text())
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), pytest.raises(SystemExit) as ended:
-        main([*words, "--groups", str(folder / f"groups-{ranks.rank}")])
-    return ended.value.code, told.getvalue(), time.monotonic() - gone
-
-
-def test_a_rank_that_loses_its_disk_says_so_and_no_rank_hangs(tiny_run: TinyRun, tmp_path: Path) -> None:
-    for rank in range(2):
-        shutil.copytree(tiny_run.groups, tmp_path / f"groups-{rank}")
-    given = ["train", "--recipe", tiny_run.recipe, "--variant", "base", "--out", tmp_path / "model", *SETS, *ALWAYS]
-    given += ["--set", "train.epochs=500"]
-    (tmp_path / "words.json").write_text(json.dumps(list(map(str, given))))
-    first, other = on_ranks(on_two_disks, [2], tmp_path, joined=False)[2]
+def test_a_rank_that_loses_its_disk_says_so_and_no_rank_hangs(told: dict[str, Any]) -> None:
+    first, other = told["no groups"]
+    has_lost_another(first)
     assert other[0] == 1
     assert "Error: rank 1 of 2 cannot go on: No such file or directory" in other[1]
-    assert first[0] == 1
-    assert "Error: rank 0 of 2 has lost another one, whose own message says why" in first[1]
-    assert max(first[2], other[2]) < BOUND
-    assert "Traceback" not in first[1] + other[1]
+    assert "Traceback" not in other[1]
+    assert other[2] < BOUND
+
+
+def test_a_rank_whose_features_end_is_killed_and_no_rank_hangs(told: dict[str, Any]) -> None:
+    """They are mapped into memory: the system kills who reads what is no longer there."""
+    first, other = told["no features"]
+    has_lost_another(first)
+    assert other == signal.SIGBUS
+
+
+def has_lost_another(first: tuple[object, str, float]) -> None:
+    code, what, seconds = first
+    assert code == 1
+    assert "Error: rank 0 of 2 has lost another one, whose own message says why" in what
+    assert "Traceback" not in what
+    assert seconds < BOUND
