@@ -25,6 +25,7 @@ import torch
 from ctrkit.cli import main
 from ctrkit.ranks import Ranks
 from tests.ranks import on_ranks
+from tests.shop import ctrkit
 from tests.tiny_run import TinyRun
 
 SETTINGS = {
@@ -182,6 +183,13 @@ def test_predictions_do_not_depend_on_the_number_of_processes(several: Path, tin
     found, wanted = (pl.read_parquet(tmp_path / f"{name}.parquet") for name in ("two", "one"))
     assert found.drop("score").equals(wanted.drop("score"))
     np.testing.assert_allclose(found["score"], wanted["score"], rtol=1e-6)
+    files = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
+    told = ctrkit("eval", "--gauc", *files, "--bootstrap", 0, "--json", tmp_path / "metrics.json")
+    assert told.exit_code == 0, told.output
+    judged = json.loads((tmp_path / "metrics.json").read_text())["variants"]
+    one, two = ({k: v for k, v in judged[name]["all"].items() if v is not None} for name in ("one", "two"))
+    assert one["gauc"] > 0
+    assert two == pytest.approx(one, rel=1e-6)
 
 
 def test_a_mistake_is_told_once(tiny_run: TinyRun, tmp_path: Path) -> None:
