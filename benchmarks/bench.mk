@@ -1,5 +1,5 @@
 # Benchmarks: make bench-NAME [N=impressions] [BENCH='further options'] [BENCH_DATA=runs/bench, where logs are kept]
-.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc bench-train
+.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc bench-train bench-service
 
 bench-logs: $(READY) ## the raw logs that the benchmarks of the data stages read
 	.venv/bin/python benchmarks/logs.py $(N:%=--impressions %) $(BENCH)
@@ -21,3 +21,6 @@ bench-gauc: $(READY) ## GAUC against FuxiCTR's, and of a day of 219 million impr
 
 bench-train: $(READY) ## training DIN against DeepCTR-Torch and FuxiCTR, installed in a venv of their own; and DICM (N: impressions)
 	.venv/bin/python benchmarks/train.py $(N:%=--impressions %) $(BENCH)
+
+bench-service: $(READY) ## ranks that train DICM: bytes sent against shipping features, what merging saves, samples/s (N: impressions)
+	.venv/bin/python benchmarks/service.py $(N:%=--impressions %) $(BENCH)

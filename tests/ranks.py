@@ -26,7 +26,10 @@ def main(module: str, function: str, counts: list[int], joined: bool, folder: Pa
     from ctrkit.ranks import Ranks
 
     torch.set_num_threads(1)
-    act = getattr(importlib.import_module(module), function)
+    tests = importlib.import_module(module)
+    act = getattr(tests, function)
+    if hasattr(tests, "before_forks"):
+        tests.before_forks()
     threads = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
     assert "polars-0" not in threads, "a forked process waits for polars' threads forever: import nothing that uses it"
     for number, count in enumerate(counts):

@@ -200,6 +200,23 @@ def test_the_benchmark_of_what_is_held(tmp_path: Path) -> None:
     assert found["rate"] > 0 <= found["waited"]
 
 
+def test_the_benchmark_of_the_feature_service() -> None:
+    small = ("--ranks", 2, "--impressions", 600, "--batch", 60, "--steps", 2, "--warm", 1, "--pictures", 30)
+    found = last_line(script("service", *small, "--count-steps", 1))
+    assert (found["name"], found["unit"]) == ("service", "bytes a sample")
+    wires = found["traffic"]["2"]
+    full, half = wires["float32"], wires["bfloat16"]
+    assert found["ratio"] == pytest.approx(full["ratio"], abs=0.1)
+    # Ids are the same; 12 numbers there and back, of 4 bytes or of 2, stand where 4,096 of 2 are shipped.
+    rows = (full["pictures"] - half["pictures"]) / 48
+    assert rows > 0
+    assert full["shipped"] == pytest.approx(full["pictures"] + (8192 - 96) * rows)
+    assert half["shipped"] == full["shipped"] > full["shipped once"]
+    assert 0 < full["extracted"] < full["named"]
+    assert found["speed"].keys() == {"2"}
+    assert all(rate > 0 for rate in found["rates"].values())
+
+
 def test_the_data_of_the_benchmark_of_training(tmp_path: Path) -> None:
     """The groups folder and the peers' padded rows hold the same samples."""
     code = f"""
@@ -230,7 +247,7 @@ assert 30 < rows["length"].mean() < 35 and rows["length"].max() <= 64
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("target", ["logs", "convert", "group-size", "train"])
+@pytest.mark.parametrize("target", ["logs", "convert", "group-size", "train", "service"])
 def test_make_has_a_target_for_each(target: str, tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text(f"READY :=\ninclude {SCRIPTS}/bench.mk\n")
     words = ["make", "--dry-run", f"bench-{target}", "N=7", "BENCH=--seed 2"]

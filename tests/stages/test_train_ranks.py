@@ -20,10 +20,11 @@ import polars as pl
 import pytest
 import torch
 
-import ctrkit.training  # noqa: F401  # before ranks are forked
+import ctrkit.training  # before ranks are forked
 from ctrkit.cli import main
 from ctrkit.ranks import Ranks
 from tests.ranks import ROUND, rounds
+from tests.shop import ctrkit
 from tests.tiny_run import TinyRun
 
 SETTINGS = {
@@ -254,6 +255,13 @@ def test_predictions_do_not_depend_on_the_number_of_processes(
     found, wanted = (pl.read_parquet(path) for path in (told["folder"] / "two.parquet", tmp_path / "one.parquet"))
     assert found.drop("score").equals(wanted.drop("score"))
     np.testing.assert_allclose(found["score"], wanted["score"], rtol=1e-6)
+    files = [tmp_path / "one.parquet", told["folder"] / "two.parquet"]
+    judging = ctrkit("eval", "--gauc", *files, "--bootstrap", 0, "--json", tmp_path / "metrics.json")
+    assert judging.exit_code == 0, judging.output
+    judged = json.loads((tmp_path / "metrics.json").read_text())["variants"]
+    one, two = ({k: v for k, v in judged[name]["all"].items() if v is not None} for name in ("one", "two"))
+    assert one["gauc"] > 0
+    assert two == pytest.approx(one, rel=1e-6)
 
 
 def test_a_mistake_is_told_once(told: dict[str, Any]) -> None:
