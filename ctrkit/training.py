@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrkit import compiling
-from ctrkit.ahead import ahead
+from ctrkit.ahead import ahead, yield_cores
 from ctrkit.bad_batches import BadBatch
 from ctrkit.batches import Block, GroupedData
 from ctrkit.checkpoints import Checkpoint, Checkpoints
@@ -291,6 +291,7 @@ class Trainer:
     def _made(self, seed: tuple[int, int], skip: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, on the CPU, in a thread of their own."""
         torch.set_num_threads(1)  # of this thread: the others are training
+        yield_cores()
         for block in self.train.epoch(self.config.batch, seed, skip=skip):
             batch = self.collate(self._share(block), seed)
             batch.total = block.n_samples

@@ -1,12 +1,14 @@
 """Things made ahead: order, errors, and an end when nobody wants more."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from ctrkit.ahead import ahead
+from ctrkit.ahead import NICENESS, ahead, yield_cores
 
 
 def test_all_in_order() -> None:
@@ -46,3 +48,18 @@ def test_an_error_comes_after_what_was_made() -> None:
     assert next(items) == 1
     with pytest.raises(ValueError, match="broken"):
         next(items)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_thread_that_yields_the_cores_leaves_the_others_as_they_are() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def made() -> Iterator[int]:
+        yield priority()
+        yield_cores()
+        yield priority()
+
+    here = priority()
+    assert list(ahead(made(), 1)) == [here, max(here, NICENESS)]
+    assert priority() == here

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ctrkit.models import threads
-from ctrkit.models.compiled_layers import loops
+from ctrkit.models.compiled_layers import ROWS, loops
 
 if TYPE_CHECKING:
     from ctrkit.models.layers import BatchNorm
@@ -57,7 +57,7 @@ class _Tower(torch.autograd.Function):
         """tensors: x, γ, β, matrix [1, H] and bias [1] of the logits, then matrix, bias and slopes of each layer."""
         x_RD, gamma_D, beta_D, out_1H, out_1, *inner = (t.detach().contiguous().numpy() for t in tensors)
         parts = _parts(len(x_RD))
-        mean_D, r_D = _statistics(run, norm, x_RD, parts)
+        mean_D, r_D = _statistics(run, norm, x_RD)
         how = mean_D, r_D, gamma_D, beta_D
         layers = tuple(
             (np.ascontiguousarray(w_OH.T), bias, a)
@@ -100,7 +100,7 @@ class _Tower(torch.autograd.Function):
         dw, sums = both[: len(layers)], both[len(layers) :]
         # Of the first layer dw is Σ dh·x̂, from which follow the sums over all rows that dx wants.
         w_HD, dh_H, dhx_HD = layers[0][0], sums[0][0], dw[0]
-        dbeta_D, dgamma_D = dh_H @ w_HD, np.einsum("hd,hd->d", w_HD, dhx_HD)
+        dbeta_D, dgamma_D = (w_HD * dh_H[:, None]).sum(0), (w_HD * dhx_HD).sum(0)
         dw[0] = dhx_HD * gamma_D + dh_H[:, None] * beta_D
         scale_D = gamma_D * how[1]
         mean = scale_D / len(x_RD) if ctx.normal else np.zeros_like(scale_D)
@@ -128,17 +128,14 @@ def _parts(rows: int) -> list[slice]:
     return [slice(rows * i // n, rows * (i + 1) // n) for i in range(n)]
 
 
-def _statistics(run: ModuleType, norm: "BatchNorm | None", x_RD: Any, parts: Sequence[slice]) -> tuple[Any, Any]:
+def _statistics(run: ModuleType, norm: "BatchNorm | None", x_RD: Any) -> tuple[Any, Any]:
     """Return mean [D] and r [D] = 1/√(variance + ε), and take them into the running statistics."""
     width, dtype = x_RD.shape[1], x_RD.dtype
     if norm is None:
         return np.zeros(width, dtype), np.ones(width, dtype)
-    found = [[np.zeros(n, dtype) for n in (1, width, width)] for _ in parts]
-    threads.side_by_side(lambda i: run.moments(x_RD[parts[i]], *found[i]), len(parts))
-    n_P1, mean_PD, square_PD = (np.stack(of_parts).astype(np.float64) for of_parts in zip(*found, strict=True))
-    mean_D = (n_P1 * mean_PD).sum(0) / len(x_RD)
-    square_D = (square_PD + n_P1 * (mean_PD - mean_D) ** 2).sum(0)
-    statistics = mean_D, square_D / (len(x_RD) - 1), 1 / np.sqrt(square_D / len(x_RD) + norm.eps)
-    mean_D, unbiased_D, r_D = (x.astype(dtype) for x in statistics)
-    norm.observe(torch.from_numpy(mean_D), torch.from_numpy(unbiased_D))
-    return mean_D, r_D
+    n_1, mean_D, square_D = (np.zeros(n, dtype) for n in (1, width, width))
+    for begin in range(0, len(x_RD), ROWS):
+        run.moments(x_RD[begin : begin + ROWS], n_1, mean_D, square_D)
+    r_D = 1 / np.sqrt(square_D / len(x_RD) + norm.eps)
+    norm.observe(torch.from_numpy(mean_D), torch.from_numpy(square_D / (len(x_RD) - 1)))
+    return mean_D, r_D.astype(dtype)
