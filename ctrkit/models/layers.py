@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from ctrkit.models import threads
 from ctrkit.models.compiled_layers import DiceRows, GatherRows, PReLURows, loops
 from ctrkit.models.statistics import Group, moments
-from ctrkit.models.tower_threads import tower, tower_loops
+from ctrkit.models.tower_threads import Users, tower, tower_loops
 
 
 class Dice(nn.Module):
@@ -262,10 +262,14 @@ class Discriminator(nn.Module):
         self.norm = BatchNorm(width) if batch_norm else nn.Identity()
         self.layers = mlp([width, *hidden, 2], act)
 
-    def forward(self, x_SD: Tensor) -> Tensor:
+    def forward(self, x_SD: Tensor, users: Users | None = None) -> Tensor:
+        """users: the first columns of the input, once a group, and the group of each sample; x has the others."""
         run = self._loops(x_SD)
+        if users is not None and (run is None or not run.tiles.fits(users[0].shape[1], x_SD.shape[1])):
+            x_SD, users = torch.cat([gather_rows(*users), x_SD], 1), None
         if run is not None:
-            return tower(run, x_SD, self.norm if isinstance(self.norm, BatchNorm) else None, self._linear, self._slopes)
+            norm = self.norm if isinstance(self.norm, BatchNorm) else None
+            return tower(run, users, x_SD, norm, self._linear, self._slopes)
         out_S2: Tensor = self.layers(self.norm(x_SD))
         return out_S2[:, 1] - out_S2[:, 0]
 

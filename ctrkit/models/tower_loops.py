@@ -37,12 +37,13 @@ def scaled(x_RD: Any, gamma_D: Any, beta_D: Any) -> None:
 
 
 @compiled_as_called()
-def forward(x_RD: Any, norm: Any, layers: Any, out: Any, into: Any, logit_R: Any) -> None:
+def forward(x_RD: Any, norm: Any, group_R: Any, h_GH: Any, layers: Any, out: Any, into: Any, logit_R: Any) -> None:
     """The logits.
 
     Parameters
     ----------
     norm: mean, r, γ and β, [D] each.
+    group_R, h_GH: the group of each row, and what the first layer's h has of each group besides; no row where nothing.
     layers: of each layer its matrix, transposed, and bias and slopes of the activation behind it.
     out: [H] matrix and [1] bias of the logits.
     into: for each of `layers` [R, H], for its h.
@@ -61,7 +62,11 @@ def forward(x_RD: Any, norm: Any, layers: Any, out: Any, into: Any, logit_R: Any
         for i in range(len(layers)):
             w_HO, bias_O, a_O = layers[i]
             h = into[i][begin:end]
-            tiles.product(y, w_HO, h, False)
+            shared = i == 0 and len(h_GH) > 0
+            if shared:
+                for row in range(n):
+                    h[row] = h_GH[group_R[begin + row]]
+            tiles.product(y, w_HO, h, shared)
             y = room[: h.size].reshape(h.shape)
             prelu(h, bias_O, a_O, y)
         dot(y, out[0], out[1][0], logit_R[begin:end])
@@ -69,12 +74,23 @@ def forward(x_RD: Any, norm: Any, layers: Any, out: Any, into: Any, logit_R: Any
 
 @compiled_as_called()
 def backward(
-    x_RD: Any, norm: Any, layers: Any, out_1H: Any, into: Any, dlogit_R1: Any, dw: Any, sums: Any, dout_1H: Any
+    x_RD: Any,
+    norm: Any,
+    group_R: Any,
+    dh_GH: Any,
+    layers: Any,
+    out_1H: Any,
+    into: Any,
+    dlogit_R1: Any,
+    dw: Any,
+    sums: Any,
+    dout_1H: Any,
 ) -> None:
     """Take the gradient down to the first layer, whose dh comes in the place of its h.
 
     Parameters
     ----------
+    dh_GH: to which each group's dh is added; no row where nobody wants it.
     layers: of each layer its matrix, and bias and slopes of the activation behind it.
     dw: to which the gradients of these matrices are added; for the first layer Σ dh·x̂ instead.
     sums: for each of `layers` [2, H], to which the gradients of its bias and slopes are added.
@@ -106,6 +122,9 @@ def backward(
             dh = dx
             one, other = other, one
         into[0][begin:end] = dh
+        if len(dh_GH) > 0:
+            for row in range(n):
+                dh_GH[group_R[begin + row]] += dh[row]
         x = room[: n * x_RD.shape[1]].reshape((n, x_RD.shape[1]))
         normal(x_RD[begin:end], norm[0], norm[1], x)
         tiles.product_t(dh, 0, x, dw[0])

@@ -33,16 +33,20 @@ def random_tower(hidden: list[int], batch_norm: bool, act: str = "prelu") -> Dis
     return made
 
 
-def found(made: Discriminator, x: Tensor, n_threads: int) -> tuple[bool, list[Tensor]]:
+def found(
+    made: Discriminator, x: Tensor, n_threads: int, users: tuple[Tensor, Tensor] | None = None
+) -> tuple[bool, list[Tensor]]:
     """Return whether the loops did it, and what they or torch gave; by torch without threads."""
-    made, x = copy.deepcopy(made).train(), x.clone().requires_grad_()
+    made, leaves = copy.deepcopy(made).train(), [x.clone().requires_grad_()]
+    if users is not None:
+        leaves.append(users[0].clone().requires_grad_())
     with threads.own(n_threads):
-        logit = made(x)
+        logit = made(leaves[0]) if users is None else made(leaves[0], (leaves[1], users[1]))
         (logit * torch.arange(len(x)).sin()).sum().backward()
     by_loops = type(logit.grad_fn).__name__ == "_TowerBackward"
-    assert x.grad is not None
-    gradients = [p.grad for p in made.parameters() if p.grad is not None]
-    return by_loops, [logit.detach(), x.grad, *gradients, *made.buffers()]
+    gradients = [p.grad for p in (*leaves, *made.parameters()) if p.grad is not None]
+    assert len(gradients) == len(leaves) + len(list(made.parameters()))
+    return by_loops, [logit.detach(), *gradients, *made.buffers()]
 
 
 @pytest.mark.parametrize(("n_threads", "hidden", "batch_norm"), CASES)
@@ -52,9 +56,24 @@ def test_as_torch_does_it(rows: int, n_threads: int, hidden: list[int], batch_no
     by_loops, ours = found(made, x, n_threads)
     by_torch, theirs = found(made, x, 0)
     assert (by_loops, by_torch) == (True, False)
-    assert len(ours) == len(theirs) == 2 + len(list(made.parameters())) + len(list(made.buffers()))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize(("width", "n_threads"), [(8, 2), (24, 3), (12, 2)])
+def test_columns_that_a_group_shares(width: int, n_threads: int, batch_norm: bool) -> None:
+    """As if each row had them for itself; also a group without rows, and widths that the loops do not split."""
+    made = random_tower([16, 8], batch_norm)
+    group_R = torch.tensor([0] * 70 + [1] + [3] * 150 + [4] * 9)
+    u, x = drawn(5, width) * 2 + 1, drawn(len(group_R), 40 - width)
+    by_loops, ours = found(made, x, n_threads, (u, group_R))
+    _, theirs = found(made, x, 0, (u, group_R))
+    assert by_loops
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+    whole = torch.cat([u[group_R], x], 1)
+    torch.testing.assert_close(found(made, whole, 0)[1][0], ours[0], rtol=1e-8, atol=1e-9)
 
 
 def test_a_constant_column_stays_finite() -> None:
