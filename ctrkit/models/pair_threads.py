@@ -100,7 +100,10 @@ class CompiledPairs:
         with torch.inference_mode(False):  # the threads, which write into these, are in none
             for part in self.parts:
                 n, inner = len(part.sample_T), self.widths[:-1]
-                part.into = [self._new(n, width) for width in inner] if keep or waits else []
+                if self.alike:  # one loop computes the first layer again on its way back
+                    part.into = [self._new(n if layer else 0, width) for layer, width in enumerate(inner)]
+                else:
+                    part.into = [self._new(n, width) for width in inner] if keep or waits else []
                 part.logit_T1 = self._new(n, 1)
         for begin, end in self.sweeps:
             threads.side_by_side(functools.partial(self._sweep, begin, end, w_P.numpy(), out_SE.numpy()), self.threads)

@@ -107,12 +107,16 @@ def test_blocks_are_the_plain_form(
 @pytest.mark.parametrize("act", ["prelu", "dice"])
 @pytest.mark.parametrize("hidden", [(24, 8), (8, 72, 16), (40,)])
 def test_widths_that_vectors_divide(hidden: tuple[int, ...], act: str, training: bool, softmax: bool) -> None:
-    """With compiled loops the products are then ours, and a network of PReLU is one loop."""
+    """With compiled loops a network of PReLU is then one loop, products included."""
     unit = random_unit(8, hidden, act, "qkdp", torch.float64).train(training)
     for lengths in LENGTHS.values():
         pairs, leaves = pairs_of(*lengths), inputs(sum(lengths[0]), sum(lengths[1]), torch.float64, 8)
-        for one, other in zip(*both(unit, leaves, pairs, softmax), strict=True):
+        found = both(unit, leaves, pairs, softmax)
+        for one, other in zip(*found, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        with torch.inference_mode():  # as scores are made, where nothing is kept
+            again = attend(unit, *leaves, *pairs, softmax=softmax, scale=0.7)
+        torch.testing.assert_close(again, found[1][0], rtol=1e-9, atol=1e-11)
 
 
 class Pooled(nn.Module):
