@@ -239,11 +239,8 @@ def prelu_net_back(
     for layer in layers:
         widest = max(widest, layer[0].shape[1])
     h_0, qk = np.empty((FEW, h_SH.shape[1]), h_SH.dtype), np.empty((FEW, q_SD.shape[1]), h_SH.dtype)
-    y, one, other = (
-        np.empty(FEW * widest, h_SH.dtype),
-        np.empty(FEW * widest, h_SH.dtype),
-        np.empty(FEW * widest, h_SH.dtype),
-    )
+    three = tiles.rooms(3, FEW * widest, h_SH)
+    y, one, other = three[0], three[1], three[2]
     for begin in range(0, len(sample_P), FEW):
         end = min(begin + FEW, len(sample_P))
         n = end - begin

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -174,6 +175,16 @@ def _prelu_strip(
 
 
 prelu_strip: Any = intrinsic(prefer_literal=True)(_prelu_strip)
+
+
+@compiled_as_called()
+def rooms(count: int, size: int, like: Any) -> Any:
+    """Return [count, size or more], rows that are buffers of `size` numbers, a third of a page apart in their pages.
+
+    Where one is read while another is written at the same place of its page, a core takes them for the same memory.
+    """
+    page = 4096 // like.itemsize
+    return np.empty((count, (size + page - 1) // page * page + page // 3 // LANES * LANES), like.dtype)
 
 
 @compiled_as_called()

@@ -98,11 +98,8 @@ def backward(
     widest = x_RD.shape[1]
     for layer in layers:
         widest = max(widest, len(layer[0]))
-    room, one, other = (
-        np.empty(FEW * widest, x_RD.dtype),
-        np.empty(FEW * widest, x_RD.dtype),
-        np.empty(FEW * widest, x_RD.dtype),
-    )
+    three = tiles.rooms(3, FEW * widest, x_RD)
+    room, one, other = three[0], three[1], three[2]
     for begin in range(0, len(x_RD), FEW):
         end = min(begin + FEW, len(x_RD))
         n = end - begin
