@@ -10,7 +10,7 @@ import torch
 from ctrkit import numba_loops
 from ctrkit.batches import Block, Column, Ragged
 from ctrkit.embedding import Table
-from ctrkit.id_masks import dropout_mask, unknown_mask
+from ctrkit.id_masks import dropout_mask, replace_unknown
 from ctrkit.models.batch import Batch
 from ctrkit.models.plan import Plan
 from ctrkit.picture_vectors import PictureVectors
@@ -118,29 +118,18 @@ class Collator:
         return owners.get(self.plan.schema.features[name].of, block.sample)
 
     def _make_unknown(self, block: Block, index: dict[str, Ints], seed: Sequence[int]) -> None:
-        """Replace ids that are trained as unknown; features of as many values, with the same keys, in one go."""
-        alike: dict[str, list[str]] = {}
-        for name in self.plan.ids:
-            of = self.plan.schema.features[name].of
-            kind = "sample" if of in ("ad", "scene") else of
-            many = isinstance(self._owner(block, name)[name], Ragged)
-            alike.setdefault(name if many else kind, []).append(name)
-        for names in alike.values():
-            owner = self._owner(block, names[0])
-            column, key = owner[names[0]], block.group["group_id"]
-            if owner is block.sample:
-                key = block.sample["sample_id"]
-            assert isinstance(key, np.ndarray)
-            if owner is block.behaviour:
-                key = np.repeat(key, np.diff(block.behaviour_offsets))
-            elif isinstance(column, Ragged):
+        """Replace ids that are trained as unknown."""
+        sample, group = block.sample["sample_id"], block.group["group_id"]
+        assert isinstance(sample, np.ndarray)
+        assert isinstance(group, np.ndarray)
+        keys = {"sample": sample, "group": group, "behaviour": np.repeat(group, np.diff(block.behaviour_offsets))}
+        for position, name in enumerate(self.plan.ids):
+            owner, vocab = self._owner(block, name), self.plan.schema.features[name].vocab
+            kind = "sample" if owner is block.sample else "behaviour" if owner is block.behaviour else "group"
+            key, column = keys[kind], owner[name]
+            if isinstance(column, Ragged):
                 key = np.repeat(key, np.diff(column.offsets))
-            index_Fn = np.stack([index[name] for name in names])
-            vocabs = [self.plan.schema.features[name].vocab for name in names]
-            count_Fn = np.stack([self.counts[v][i] for v, i in zip(vocabs, index_Fn, strict=True)]).astype(np.float64)
-            position_F1 = np.array([[self.plan.ids.index(name)] for name in names])
-            unknown_Fn = unknown_mask(key, [*seed, position_F1], index_Fn, count_Fn, self.unknown_rate)
-            index.update(zip(names, np.where(unknown_Fn, 1, index_Fn), strict=True))
+            index[name] = replace_unknown(key, [*seed, position], index[name], self.counts[vocab], self.unknown_rate)
 
     def _distinct(self, width: int, rows: Ints) -> tuple[Ints, Ints]:
         """Return the distinct rows, rising, and the place of each row in them: `np.unique` with an inverse, in a third

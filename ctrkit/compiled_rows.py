@@ -1,6 +1,8 @@
-"""Rows of embedding tables, by loops that Numba compiles: the distinct ones of a batch, and sums of gradients."""
+"""Rows of embedding tables, by loops that Numba compiles: the distinct ones of a batch, sums of gradients, Adam."""
 
 from typing import Any
+
+import numpy as np
 
 from ctrkit.numba_loops import compiled, compiled_as_called
 
@@ -40,3 +42,31 @@ def add_rows(values: Any, index: Any, out: Any) -> None:
         value, total = values[i], out[index[i]]
         for j in range(len(value)):
             total[j] += value[j]
+
+
+@compiled_as_called()
+def adam(
+    rows: Any,
+    grad_UD: Any,
+    weight_VD: Any,
+    m_VD: Any,
+    v_VD: Any,
+    decay_U: Any,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    size: float,
+) -> None:
+    """Take an Adam step on distinct rows of a table, but for row 0; decay_U·weight joins each row's gradient first."""
+    number = weight_VD.dtype.type
+    b1, b2, e, step, one = number(beta1), number(beta2), number(eps), number(size), number(1)
+    for i in range(len(rows)):
+        row = rows[i]
+        if row == 0:
+            continue
+        grad, weight, m, v, decay = grad_UD[i], weight_VD[row], m_VD[row], v_VD[row], decay_U[i]
+        for j in range(len(grad)):
+            g = grad[j] + decay * weight[j]
+            m[j] += (one - b1) * (g - m[j])
+            v[j] = b2 * v[j] + (one - b2) * g * g
+            weight[j] -= step * m[j] / (np.sqrt(v[j]) + e)

@@ -11,11 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ctrkit.models import threads
+from ctrkit.models.compiled_layers import loops
+
 Ints = npt.NDArray[np.int64]
 REGULARISATIONS = ("adaptive", "difacto", "l2", "dropout", "filter", "none")
 """Those of `[train] regularisation`. `dropout` and `filter` act on which ids a batch names (`ctrkit.id_masks`)."""
 
 
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+"""Adam's."""
 DRAW = 1 << 20
 """Rows whose first weights are drawn at a time; a multiple of 16."""
 
@@ -134,24 +139,36 @@ class Table:
         grad_UD = weight_UD.grad
         if grad_UD is None:
             return
-        w_UD = weight_UD.detach()
-        n_U1 = self.count_V.index_select(0, rows_U).unsqueeze(1)
-        if regularisation == "adaptive":
-            grad_UD = grad_UD + strength * w_UD / n_U1
-        elif regularisation == "difacto":
-            grad_UD = grad_UD + strength * w_UD * n_U1
-        elif regularisation == "l2":
-            grad_UD = grad_UD + strength * w_UD
-        beta1, beta2, eps = 0.9, 0.999, 1e-8
-        m_UD = self.m_VD.index_select(0, rows_U).lerp_(grad_UD, 1 - beta1)
-        v_UD = self.v_VD.index_select(0, rows_U).mul_(beta2).addcmul_(grad_UD, grad_UD, value=1 - beta2)
-        self.m_VD.index_copy_(0, rows_U, m_UD)
-        self.v_VD.index_copy_(0, rows_U, v_UD)
-        size = learning_rate * math.sqrt(1 - beta2**self.step) / (1 - beta1**self.step)
+        n_U = self.count_V.index_select(0, rows_U)
+        decay_U = {"adaptive": strength / n_U, "difacto": strength * n_U, "l2": torch.full_like(n_U, strength)}.get(
+            regularisation, torch.zeros_like(n_U)
+        )
         # SparseAdam adds eps to the uncorrected root of v.
-        new_UD = w_UD.addcdiv(m_UD, v_UD.sqrt().add_(eps), value=-size)
-        new_UD[rows_U == 0] = 0.0
-        self.weight_VD.index_copy_(0, rows_U, new_UD)
+        size = learning_rate * math.sqrt(1 - BETA2**self.step) / (1 - BETA1**self.step)
+        run = loops(weight_UD, "ctrkit.compiled_rows")
+        if run is None:
+            self._adam(rows_U, weight_UD.detach(), grad_UD, decay_U.unsqueeze(1), size)
+            return
+        arrays = rows_U.numpy(), grad_UD.contiguous().numpy(), decay_U.numpy()
+        matrices = self.weight_VD.numpy(), self.m_VD.numpy(), self.v_VD.numpy()
+        n = max(threads.owned(), 1)
+
+        def part(i: int) -> None:
+            of_rows = slice(len(rows_U) * i // n, len(rows_U) * (i + 1) // n)
+            rows, grad, decay = (x[of_rows] for x in arrays)
+            run.adam(rows, grad, *matrices, decay, BETA1, BETA2, EPS, size)
+
+        threads.side_by_side(part, n) if n > 1 else part(0)
+
+    def _adam(self, rows_U: Tensor, w_UD: Tensor, grad_UD: Tensor, decay_U1: Tensor, size: float) -> None:
+        """As `ctrkit.compiled_rows.adam`."""
+        grad_UD = grad_UD + decay_U1 * w_UD
+        m_UD = self.m_VD.index_select(0, rows_U).lerp_(grad_UD, 1 - BETA1)
+        v_UD = self.v_VD.index_select(0, rows_U).mul_(BETA2).addcmul_(grad_UD, grad_UD, value=1 - BETA2)
+        new_UD = w_UD.addcdiv(m_UD, v_UD.sqrt().add_(EPS), value=-size)
+        for matrix, value_UD in ((self.m_VD, m_UD), (self.v_VD, v_UD), (self.weight_VD, new_UD)):
+            value_UD[rows_U == 0] = 0.0
+            matrix.index_copy_(0, rows_U, value_UD)
 
 
 def _draws(n_rows: int) -> list[tuple[int, int]]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ctrkit import numba_loops
+
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 UNKNOWN, DROPOUT = 0xA1, 0xD0
@@ -26,6 +28,18 @@ def unknown_mask(
     if rate == 0.0:
         return np.zeros(index.shape, np.bool_)
     return (index > 1) & (_uniform(key, UNKNOWN, index, *seed) < _unknown_chance(count_i, rate))
+
+
+def replace_unknown(key_n: Ints, seed: Sequence[int], index_n: Ints, count_V: Ints, rate: float) -> Ints:
+    """Return ids [n] with 1 in the place of those that `unknown_mask` names; count_V: how often each id is seen."""
+    code = numba_loops.load("ctrkit.compiled_masks")
+    if code is None:
+        return np.where(unknown_mask(key_n, seed, index_n, count_V[index_n].astype(np.float64), rate), 1, index_n)
+    out_n, numbers = np.empty(len(index_n), np.int64), np.array(seed, np.int64).astype(np.uint64)
+    arrays = (np.ascontiguousarray(x, np.int64) for x in (key_n, index_n, count_V))
+    key_n, index_n, count_V = arrays
+    code.replace_unknown(key_n, UNKNOWN, index_n, numbers, count_V, rate, max(0.0, 0.5 - rate), out_n)
+    return out_n
 
 
 def with_unknown(count_V: Ints, rate: float) -> npt.NDArray[np.float64]:

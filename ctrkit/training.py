@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrkit import compiling, spread_tables
-from ctrkit.ahead import ahead
+from ctrkit.ahead import ahead, yield_cores
 from ctrkit.bad_batches import BadBatch
 from ctrkit.batches import GroupedData
 from ctrkit.checkpoints import Checkpoint, Checkpoints
@@ -287,6 +287,7 @@ class Trainer:
     def _made(self, seed: tuple[int, int], skip: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, on the CPU, in a thread of their own."""
         torch.set_num_threads(1)  # of this thread: the others are training
+        yield_cores()
         for own, samples in self.train.shares(self.config.batch, self.ranks, seed, skip):
             batch = self.collate(own, seed)
             batch.total = samples

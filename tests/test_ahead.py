@@ -1,5 +1,7 @@
 """Things made ahead: order, errors, and an end when nobody wants more."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -7,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ctrkit.ahead import ahead, in_step, one_behind
+from ctrkit.ahead import NICENESS, ahead, in_step, one_behind, yield_cores
 
 
 def test_all_in_order() -> None:
@@ -98,3 +100,18 @@ def test_one_behind() -> None:
     items = one_behind(make())
     assert [(item, len(made)) for item in items] == [(0, 2), (1, 3), (2, 3)]
     assert list(one_behind([])) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_thread_that_yields_the_cores_leaves_the_others_as_they_are() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def made() -> Iterator[int]:
+        yield priority()
+        yield_cores()
+        yield priority()
+
+    here = priority()
+    assert list(ahead(made(), 1)) == [here, max(here, NICENESS)]
+    assert priority() == here

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ctrkit.id_masks import dropout_mask, most_frequent, unknown_mask, with_unknown
+from ctrkit.id_masks import dropout_mask, most_frequent, replace_unknown, unknown_mask, with_unknown
 
 KEYS = np.arange(10_000, 210_000)
 
@@ -109,3 +109,14 @@ def test_the_most_frequent_ids() -> None:
     kept = {top: (2 + np.flatnonzero(most_frequent(count, top)[2:])).tolist() for top in (1, 2, 3, 5, 6, 99)}
     assert kept == {1: [3], 2: [3, 5], 3: [2, 3, 5], 5: [2, 3, 4, 5, 6], 6: [2, 3, 4, 5, 6, 7], 99: [2, 3, 4, 5, 6, 7]}
     assert most_frequent(count, 1)[:2].all()  # missing stays missing, unknown is trained
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.6])
+def test_the_compiled_loop_draws_the_same(rate: float) -> None:
+    pytest.importorskip("numba", exc_type=ImportError)
+    rng = np.random.default_rng(0)
+    index_n, count_V = rng.integers(0, 9, len(KEYS)), rng.integers(0, 50, 9)
+    expected = unknown_mask(KEYS, (1, 2, 3), index_n, count_V[index_n].astype(np.float64), rate)
+    found = replace_unknown(KEYS, (1, 2, 3), index_n, count_V, rate)
+    np.testing.assert_array_equal(found, np.where(expected, 1, index_n))
+    assert expected.any()

@@ -18,8 +18,10 @@ class Base(nn.Module):
         self.discriminator = Discriminator(width, plan.train.tower, plan.train.activation, plan.train.batch_norm)
 
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
-        parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
+        parts = look.samples_S(self.plan.sample)
         if self.plan.behaviour:
             parts.append(sum_of_ids(batch, look.behaviours_B(self.plan.behaviour)))
-        out: Tensor = self.discriminator(torch.cat(parts, 1))
+        users = self.plan.user
+        inputs = (torch.cat(parts, 1), look.users_G(users)) if parts else look.users_S(users)
+        out: Tensor = self.discriminator(*inputs)
         return out

@@ -115,12 +115,16 @@ class Lookup:
             out.append(gather_rows(self.rows[width], index.view(-1)).view(n, index.shape[1] * width))
         return out
 
+    def users_G(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """Return user features' middle vectors, once a group, and the group of each sample; None without features."""
+        if not names:
+            return None
+        return torch.cat(self.side_by_side(names, self.batch.n_groups), 1), self.batch.group_S
+
     def users_S(self, names: Sequence[str]) -> list[Tensor]:
         """Return user features' middle vectors, looked up once a group and gathered to the samples."""
-        if not names:
-            return []
-        b = self.batch
-        return [gather_rows(torch.cat(self.side_by_side(names, b.n_groups), 1), b.group_S)]
+        users = self.users_G(names)
+        return [] if users is None else [gather_rows(*users)]
 
     def samples_S(self, names: Sequence[str]) -> list[Tensor]:
         """Return ad and scene features' middle vectors."""

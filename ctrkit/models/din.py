@@ -35,13 +35,13 @@ class DIN(nn.Module):
         return self.unit.weights_P(*compared(self.plan, look), batch.id_pairs(), batch.dropout_rate)
 
     def forward(self, batch: Batch, look: Lookup) -> Tensor:
-        parts = look.users_S(self.plan.user) + look.samples_S(self.plan.sample)
+        parts = look.samples_S(self.plan.sample)
         v_BD = look.behaviours_B(self.plan.behaviour)
         q_SD = torch.cat(look.samples_S(list(self.partner.values())), 1)
         # Where all of a behaviour is compared: one lookup, one gradient.
         k_BD = v_BD if list(self.partner) == self.plan.behaviour else look.behaviours_B(list(self.partner))
         parts.append(self.unit.pool(q_SD, k_BD, v_BD, batch.id_pairs(), batch.dropout_rate))
-        out: Tensor = self.discriminator(torch.cat(parts, 1))
+        out: Tensor = self.discriminator(torch.cat(parts, 1), look.users_G(self.plan.user))
         return out
 
 

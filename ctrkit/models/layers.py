@@ -1,6 +1,7 @@
 """Layers that the models share. Shape letters as in `ctrkit.batches`; H is a hidden width."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ctrkit.models import threads
 from ctrkit.models.compiled_layers import DiceRows, GatherRows, PReLURows, loops
 from ctrkit.models.statistics import Group, moments
+from ctrkit.models.tower_threads import Users, tower, tower_loops
 
 
 class Dice(nn.Module):
@@ -223,6 +225,16 @@ class BatchNorm(nn.BatchNorm1d):
             return nn.functional.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias)
         return super().forward(input)
 
+    @torch.no_grad()
+    def observe(self, mean_H: Tensor, unbiased_H: Tensor) -> None:
+        """Take a batch's mean and variance into the running statistics."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.running_mean.lerp_(mean_H, self.momentum or 0.0)
+        self.running_var.lerp_(unbiased_H, self.momentum or 0.0)
+        self.num_batches_tracked += 1
+
     def _over_ranks(self, x_RH: Tensor) -> Tensor:
         n, mean_H, var_H = moments(x_RH, None, self.group)
         several = n > 1
@@ -250,9 +262,32 @@ class Discriminator(nn.Module):
         self.norm = BatchNorm(width) if batch_norm else nn.Identity()
         self.layers = mlp([width, *hidden, 2], act)
 
-    def forward(self, x_SD: Tensor) -> Tensor:
+    def forward(self, x_SD: Tensor, users: Users | None = None) -> Tensor:
+        """users: the first columns of the input, once a group, and the group of each sample; x has the others."""
+        run = self._loops(x_SD)
+        if users is not None and (run is None or not run.tiles.fits(users[0].shape[1], x_SD.shape[1])):
+            x_SD, users = torch.cat([gather_rows(*users), x_SD], 1), None
+        if run is not None:
+            norm = self.norm if isinstance(self.norm, BatchNorm) else None
+            return tower(run, users, x_SD, norm, self._linear, self._slopes)
         out_S2: Tensor = self.layers(self.norm(x_SD))
         return out_S2[:, 1] - out_S2[:, 0]
+
+    @property
+    def _linear(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
+    @property
+    def _slopes(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers if isinstance(layer, PReLU)]
+
+    def _loops(self, x_SD: Tensor) -> ModuleType | None:
+        """Return the loops that do all of it, in training; None where they do not."""
+        alike = len(self._slopes) == len(self._linear) - 1
+        over_ranks = isinstance(self.norm, BatchNorm) and self.norm.group is not None
+        if not self.training or over_ranks or not alike or torch.compiler.is_compiling():
+            return None
+        return tower_loops(x_SD, self._linear, self._slopes)
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -65,10 +65,10 @@ def random_unit(width: int, hidden: Sequence[int], act: str, parts: str, dtype: 
     return unit
 
 
-def inputs(n_samples: int, n_behaviours: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return q [S, 4], k [B, 4], v [B, 3], leaves."""
+def inputs(n_samples: int, n_behaviours: int, dtype: torch.dtype, width: int = 4) -> list[Tensor]:
+    """Return q [S, width], k [B, width], v [B, 3], leaves."""
     generator = torch.Generator().manual_seed(5)
-    shapes = [(n_samples, 4), (n_behaviours, 4), (n_behaviours, 3)]
+    shapes = [(n_samples, width), (n_behaviours, width), (n_behaviours, 3)]
     return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -102,6 +102,23 @@ def test_blocks_are_the_plain_form(
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("act", ["prelu", "dice"])
+@pytest.mark.parametrize("hidden", [(24, 8), (8, 72, 16), (40,)])
+def test_widths_that_vectors_divide(hidden: tuple[int, ...], act: str, training: bool, softmax: bool) -> None:
+    """With compiled loops a network of PReLU is then one loop, products included."""
+    unit = random_unit(8, hidden, act, "qkdp", torch.float64).train(training)
+    for lengths in LENGTHS.values():
+        pairs, leaves = pairs_of(*lengths), inputs(sum(lengths[0]), sum(lengths[1]), torch.float64, 8)
+        found = both(unit, leaves, pairs, softmax)
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        with torch.inference_mode():  # as scores are made, where nothing is kept
+            again = attend(unit, *leaves, *pairs, softmax=softmax, scale=0.7)
+        torch.testing.assert_close(again, found[1][0], rtol=1e-9, atol=1e-11)
+
+
 class Pooled(nn.Module):
     """`attend` as a module."""
 
@@ -133,9 +150,15 @@ def test_gradcheck(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float32_is_within_rounding() -> None:
-    pairs, leaves = pairs_of(*LENGTHS["mixed"]), inputs(9, 77, torch.float32)
-    for act in ("prelu", "dice", "sigmoid"):
-        unit = random_unit(4, (6, 4), act, "qkdp", torch.float32).train()
+    pairs = pairs_of(*LENGTHS["mixed"])
+    for act, width, hidden in (
+        ("prelu", 4, (6, 4)),
+        ("prelu", 24, (80, 40)),
+        ("dice", 4, (6, 4)),
+        ("sigmoid", 4, (6, 4)),
+    ):
+        leaves = inputs(9, 77, torch.float32, width)
+        unit = random_unit(width, hidden, act, "qkdp", torch.float32).train()
         for one, other in zip(*both(unit, leaves, pairs, True), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
