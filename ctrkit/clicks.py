@@ -105,28 +105,31 @@ def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> d
     picks = select(events, pairs["user"].to_numpy(), pairs["day"].to_physical().to_numpy(), options)
     counts["distinct goods in the windows"] = picks.candidates
     counts["goods picked"] = len(picks.event)
-    picked = rows[picks.event]
-    lists = (
-        pl.DataFrame(
-            {
-                "pair": picks.pair,
-                **{name: _gather(log[name], picked) for name in features},
-                "visits": picks.visits.astype(np.uint32),
-                "dwell": (picks.dwell / 1000).astype(np.float32),
-                "last_time": events.time[picks.event],
-            }
+    columns = {name: log[name].rechunk() for name in features}
+    del log
+    counts["of these with a history"] = 0
+    days = pairs.group_by("day", maintain_order=True).agg(pl.len())
+    cuts = np.searchsorted(picks.pair, np.cumsum([0, *days["len"]]))
+    for day, (begin, end) in zip(days["day"], itertools.pairwise(cuts.tolist()), strict=True):
+        event = picks.event[begin:end]
+        lists = (
+            pl.DataFrame(
+                {
+                    "pair": picks.pair[begin:end],
+                    **{name: _gather(column, rows[event]) for name, column in columns.items()},
+                    "visits": picks.visits[begin:end].astype(np.uint32),
+                    "dwell": (picks.dwell[begin:end] / 1000).astype(np.float32),
+                    "last_time": events.time[event],
+                }
+            )
+            .with_columns(pl.col("pair").set_sorted())
+            .group_by("pair", maintain_order=True)
+            .agg(pl.all())
         )
-        .with_columns(pl.col("pair").set_sorted())
-        .group_by("pair", maintain_order=True)
-        .agg(pl.all())
-    )
-    served = pairs[lists["pair"]]
-    lists = lists.select(users.gather(served["user"]).alias("user"), pl.exclude("pair"))
-    by_day = served.group_by("day", maintain_order=True).agg(pl.len())
-    partitions.write_days(
-        lists, [str(d) for d in by_day["day"]], by_day["len"], out, part, partitions.write_arrow, ARROW
-    )
-    counts["of these with a history"] = lists.height
+        of_user = users.gather(pairs["user"].gather(lists["pair"])).alias("user")
+        lists = lists.select(of_user, pl.exclude("pair"))
+        partitions.write_days(lists, [str(day)], [lists.height], out, part, partitions.write_arrow, ARROW)
+        counts["of these with a history"] += lists.height
     return counts
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from numba import uint64
+from numba import types, uint64
 
-from ctrkit.numba_loops import compiled
+from ctrkit.numba_loops import compiled, read
 
 
 @compiled("u8(u8,u8)")
@@ -16,7 +16,10 @@ def _mixed(z: Any, other: Any) -> Any:
     return z ^ (z >> uint64(31))
 
 
-@compiled("void(i8[::1],u8,i8[::1],u8[::1],i8[::1],f8,f8,i8[::1])")
+IDS = read(types.int64)
+
+
+@compiled(types.void(IDS, types.uint64, IDS, read(types.uint64), IDS, types.float64, types.float64, types.int64[::1]))
 def replace_unknown(
     key_n: Any, purpose: int, index_n: Any, seed: Any, count_V: Any, rate: float, rest: float, out_n: Any
 ) -> None:

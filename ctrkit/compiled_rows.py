@@ -3,11 +3,12 @@
 from typing import Any
 
 import numpy as np
+from numba import types
 
-from ctrkit.numba_loops import compiled, compiled_as_called
+from ctrkit.numba_loops import compiled, compiled_as_called, read
 
 
-@compiled("i8(i8[::1],i4[::1],i8[::1])")
+@compiled(types.int64(read(types.int64), types.int32[::1], types.int64[::1]))
 def note(rows: Any, place_V: Any, distinct: Any) -> int:
     """Put each row that has no place yet into `distinct`, in order of appearance, and return how many these are.
 
@@ -24,7 +25,7 @@ def note(rows: Any, place_V: Any, distinct: Any) -> int:
     return n
 
 
-@compiled("void(i8[::1],i4[::1],i8[::1],i8[::1])")
+@compiled(types.void(read(types.int64), types.int32[::1], read(types.int64), types.int64[::1]))
 def places(rows: Any, place_V: Any, distinct: Any, out: Any) -> None:
     """Put the place of each row in `distinct` into `out`, and −1 back into `place_V`."""
     for i in range(len(distinct)):

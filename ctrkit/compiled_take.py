@@ -4,17 +4,13 @@ from typing import Any
 
 from numba import types
 
-from ctrkit.numba_loops import compiled
+from ctrkit.numba_loops import compiled, read
 
 VALUES = (types.uint8, types.uint16, types.uint32, types.int64)
 PLACES = (types.uint8, types.uint16, types.uint32, types.int64)
 
 
-def _given(dtype: Any) -> Any:
-    return types.Array(dtype, 1, "C", readonly=True)
-
-
-@compiled(*(types.void(_given(v), _given(p), types.Array(v, 1, "C")) for v in VALUES for p in PLACES))
+@compiled(*(types.void(read(v), read(p), types.Array(v, 1, "C")) for v in VALUES for p in PLACES))
 def take(values: Any, places: Any, out: Any) -> None:
     """Write the value at each place. Places are not checked."""
     for i in range(len(places)):

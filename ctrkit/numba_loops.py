@@ -69,6 +69,13 @@ def compiled(*signatures: Any) -> Callable[[F], F]:
     return _decorator(list(signatures))
 
 
+def read(dtype: Any) -> Any:
+    """Return the type of an array [n] that a function only reads; it then takes arrays that cannot be written, too."""
+    from numba import types
+
+    return types.Array(dtype, 1, "C", readonly=True)
+
+
 def compiled_as_called(*fastmath: str) -> Callable[[F], F]:
     """Compile a function for the types that it is called with, when it first is, or load what was compiled before.
 

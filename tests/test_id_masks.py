@@ -116,6 +116,7 @@ def test_the_compiled_loop_draws_the_same(rate: float) -> None:
     pytest.importorskip("numba", exc_type=ImportError)
     rng = np.random.default_rng(0)
     index_n, count_V = rng.integers(0, 9, len(KEYS)), rng.integers(0, 50, 9)
+    index_n.flags.writeable = False  # as columns of a frame are
     expected = unknown_mask(KEYS, (1, 2, 3), index_n, count_V[index_n].astype(np.float64), rate)
     found = replace_unknown(KEYS, (1, 2, 3), index_n, count_V, rate)
     np.testing.assert_array_equal(found, np.where(expected, 1, index_n))
