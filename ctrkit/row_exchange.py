@@ -194,7 +194,7 @@ def interleave(x_nD: Tensor, n_rows: int, whole: Tensor | None, group: dist.Proc
         own = x_nD[start // count :][: len(range(start + rank, stop, count))]
         if whole is None:
             if len(own):
-                dist.send(own, group_dst=0, group=group)
+                dist.send(own.contiguous(), group_dst=0, group=group)
             continue
         whole[start:stop:count] = own
         for other in range(1, count):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from ctrkit import compiling, spread_tables
+from ctrkit import compiling
 from ctrkit.ahead import ahead, yield_cores
 from ctrkit.bad_batches import BadBatch
 from ctrkit.batches import GroupedData
@@ -435,7 +436,7 @@ class Trainer:
             "records": self.records,
         }
         spread = {name: of for name, of in self.model.matrices().items() if of[0].sharded}
-        write_tables = functools.partial(spread_tables.write, self.ranks, spread) if spread else None
+        write_tables = functools.partial(_spread_tables().write, self.ranks, spread) if spread else None
         if self._first:
             tensors = {
                 **self.model.tensors(spread=False),
@@ -472,7 +473,7 @@ class Trainer:
         self.model.load_state(state)
         self.model.load_moments(state)
         if spread := {name: of for name, of in self.model.matrices().items() if name not in state}:
-            spread_tables.read(self.checkpoints.tables(step), spread)
+            _spread_tables().read(self.checkpoints.tables(step), spread)
         for name, p in self.model.network.named_parameters():
             kinds = [kind for kind in ("step", "exp_avg", "exp_avg_sq") if f"adam.{name}.{kind}" in state]
             self.adam.state[p] = {kind: state[f"adam.{name}.{kind}"].clone().to(p.device) for kind in kinds}
@@ -516,6 +517,13 @@ class Trainer:
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self._device)
+
+
+def _spread_tables() -> ModuleType:
+    """Import `ctrkit.spread_tables` where it is needed: it takes two seconds."""
+    from ctrkit import spread_tables
+
+    return spread_tables
 
 
 def _due(step: int, every: int) -> bool:

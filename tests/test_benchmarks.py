@@ -210,7 +210,8 @@ def test_the_benchmark_of_the_feature_service() -> None:
     # Ids are the same; 12 numbers there and back, of 4 bytes or of 2, stand where 4,096 of 2 are shipped.
     rows = (full["pictures"] - half["pictures"]) / 48
     assert rows > 0
-    assert full["shipped"] == pytest.approx(full["pictures"] + (8192 - 96) * rows)
+    # Nearly: of the batch after the last the service has asked for already.
+    assert full["shipped"] == pytest.approx(full["pictures"] + (8192 - 96) * rows, rel=1e-3)
     assert half["shipped"] == full["shipped"] > full["shipped once"]
     assert 0 < full["extracted"] < full["named"]
     assert found["speed"].keys() == {"2"}

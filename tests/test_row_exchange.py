@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ctrkit.ranks import Ranks
-from ctrkit.row_exchange import Ask, RowExchange, interleaved
+from ctrkit.row_exchange import Ask, RowExchange, interleave
 from tests.ranks import on_ranks
 
 ROWS, WIDTH = 23, 3
@@ -45,7 +45,8 @@ def exchange(ranks: Ranks, folder: Path) -> dict[str, Any]:
         out[str(wire)] = {"rows": route.rows_M.tolist(), "seen": seen_UD.detach().numpy(), "grad": leaf.grad.numpy()}
         out[str(wire)] |= {"count": count_M.tolist(), "other": other.rows_M.tolist(), "sent": dict(way.sent)}
     rows_A, grad_AD = way.all_gather(route.rows_M, leaf.grad, "x")
-    whole = interleaved(torch.from_numpy(own), ROWS, group)
+    whole = torch.empty(ROWS, WIDTH, dtype=torch.float64) if ranks.rank == 0 else None
+    interleave(torch.from_numpy(own), ROWS, whole, group)
     out |= {"all rows": rows_A.tolist(), "all": grad_AD.numpy(), "whole": None if whole is None else whole.numpy()}
     return out
 
