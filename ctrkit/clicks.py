@@ -13,8 +13,8 @@ last row in the slice stands for all; what came before it is a difference of run
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,24 +102,22 @@ def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> d
     rows = _usable(log, options, types, pairs, users.len(), counts)
     counts["users and days with samples"] = served_pairs
     rows, events = _events(log, rows, features, options, types)
-    picks = select(events, pairs["user"].to_numpy(), pairs["day"].to_physical().to_numpy(), options)
-    counts["distinct goods in the windows"] = picks.candidates
-    counts["goods picked"] = len(picks.event)
     columns = {name: log[name].rechunk() for name in features}
     del log
-    counts["of these with a history"] = 0
-    days = pairs.group_by("day", maintain_order=True).agg(pl.len())
-    cuts = np.searchsorted(picks.pair, np.cumsum([0, *days["len"]]))
-    for day, (begin, end) in zip(days["day"], itertools.pairwise(cuts.tolist()), strict=True):
-        event = picks.event[begin:end]
+    counts |= dict.fromkeys(["distinct goods in the windows", "goods picked", "of these with a history"], 0)
+    of_slices = _selected(events, pairs["user"].to_numpy(), pairs["day"].to_physical().to_numpy(), options)
+    for day, of_day in itertools.groupby(of_slices, lambda some: pairs["day"][some[0]]):
+        picks = _together([some for _, some in of_day])
+        counts["distinct goods in the windows"] += picks.candidates
+        counts["goods picked"] += len(picks.event)
         lists = (
             pl.DataFrame(
                 {
-                    "pair": picks.pair[begin:end],
-                    **{name: _gather(column, rows[event]) for name, column in columns.items()},
-                    "visits": picks.visits[begin:end].astype(np.uint32),
-                    "dwell": (picks.dwell[begin:end] / 1000).astype(np.float32),
-                    "last_time": events.time[event],
+                    "pair": picks.pair,
+                    **{name: _gather(column, rows[picks.event]) for name, column in columns.items()},
+                    "visits": picks.visits.astype(np.uint32),
+                    "dwell": (picks.dwell / 1000).astype(np.float32),
+                    "last_time": events.time[picks.event],
                 }
             )
             .with_columns(pl.col("pair").set_sorted())
@@ -255,17 +253,32 @@ def select(events: Events, user: Ints, day: Ints, options: SelectClicks) -> Pick
 
     user, day: of the pairs, in any order; days since 1970.
     """
+    return _together([some for _, some in _selected(events, user, day, options)])
+
+
+def _selected(events: Events, user: Ints, day: Ints, options: SelectClicks) -> Iterator[tuple[int, Picks]]:
+    """Yield the picks of runs of pairs with one day, and each run's first pair."""
     begin, end = _windows(events, user, day, options.window_days)
     code = numba_loops.load("ctrkit.compiled_windows")
     goods_of = _chained(events) if code is None else _compiled(code, events)
-    parts, candidates = [], 0
-    for a, b in _slices(end - begin):
+    for a, b in _slices(end - begin, day):
         some = _pick(events, goods_of(begin[a:b], end[a:b]), b - a, options)
-        candidates += some.candidates
-        parts.append((some.pair + a, some.event, some.visits, some.dwell))
-    empty = np.empty(0, np.int64)
-    pair, event, visits, dwell = (np.concatenate(c) for c in zip(*parts, strict=True)) if parts else [empty] * 4
-    return Picks(pair, event, visits, dwell, candidates)
+        yield a, replace(some, pair=some.pair + a)
+
+
+def _together(parts: Sequence[Picks]) -> Picks:
+    """Put runs of picks one behind the other."""
+
+    def joined(arrays: Iterable[Ints]) -> Ints:
+        return np.concatenate([np.empty(0, np.int64), *arrays])
+
+    return Picks(
+        joined(p.pair for p in parts),
+        joined(p.event for p in parts),
+        joined(p.visits for p in parts),
+        joined(p.dwell for p in parts),
+        sum(p.candidates for p in parts),
+    )
 
 
 def _windows(events: Events, user: Ints, day: Ints, window: int | None) -> tuple[Ints, Ints]:
@@ -278,10 +291,10 @@ def _windows(events: Events, user: Ints, day: Ints, window: int | None) -> tuple
     return np.searchsorted(place, earliest), np.searchsorted(place, base + (day.astype(np.int64) - low))
 
 
-def _slices(lengths: Ints) -> Iterator[tuple[int, int]]:
-    """Cut pairs into runs whose windows have about `SLICE_ROWS` rows in all."""
+def _slices(lengths: Ints, day: Ints) -> Iterator[tuple[int, int]]:
+    """Cut pairs into runs of one day, whose windows have at most about `SLICE_ROWS` rows in all."""
     run = np.cumsum(lengths) // SLICE_ROWS
-    edges = np.flatnonzero(np.diff(run)) + 1
+    edges = np.flatnonzero((np.diff(run) > 0) | (np.diff(day) != 0)) + 1
     bounds = [0, *edges.tolist(), len(lengths)]
     yield from ((a, b) for a, b in itertools.pairwise(bounds) if b > a)
 
