@@ -359,7 +359,8 @@ def _group(recipe: Recipe, trial: Trial, grown: Growth, workers: int, times: int
     each = _bytes(groups.select(histories)) / picked if _tells(picked, grown) else len(histories) * PICKED_BYTES
     size = own * grown.samples + shared * grown.days + each * grown.picked
     size += size_of(trial.folder / "group", "counts/") * grown.words
-    more = (grown.samples + grown.picked) / max(counts["train samples"] + picked, 1)
+    of_history = len(histories) / max(len(recipe.features) - len(histories), 1)  # what of a sample a behaviour costs
+    more = (grown.samples + of_history * grown.picked) / max(counts["train samples"] + of_history * picked, 1)
     seconds = trial.engines["group"].seconds(lambda _: more, workers) + (START_SECONDS if workers > 1 else 0)
     amount = f"{grown.days:,.0f} groups of {grown.samples:,.0f} samples"
     return Stage("group", amount + _times(times), seconds * times, size * times, 1.3 * size)
