@@ -253,15 +253,16 @@ class CompiledPairs:
         inner = [x is not None and self.run.tiles.fits(*x.shape) for x in self.matrices[:-1]]
         return self.depth > 1 and all(inner) and all(isinstance(act, CompiledPReLU) for act in self.acts)
 
+    @property
+    def _slopes(self) -> list[Any]:
+        return [act.a_H for act in self.acts if isinstance(act, CompiledPReLU)]
+
     def _net(self, w_P: Any, out_SE: Any, part: Part) -> None:
         """Compute the weights and sums of one part."""
         inputs = (x.numpy() for x in (self.h_SH, self.h_BH, self.q_SD, self.k_BD))
-        ids, slopes = (
-            (part.sample_T, part.behaviour_T),
-            [act.a_H for act in self.acts if isinstance(act, CompiledPReLU)],
-        )
+        ids = part.sample_T, part.behaviour_T
         w_DH, *others = (np.ascontiguousarray(x.numpy().T) for x in self.matrices)
-        *layers, (w_H1, bias_H, a_H) = zip(others, self.biases, slopes, strict=False)
+        *layers, (w_H1, bias_H, a_H) = zip(others, self.biases, self._slopes, strict=False)
         logit_T = part.logit_T1.numpy().reshape(-1)
         into = tuple(x.numpy() for x in part.into[1:])
         out = w_H1.reshape(-1), self.biases[-1], bias_H, a_H
@@ -276,9 +277,7 @@ class CompiledPairs:
         self.run.pool_back(*weights, *ids, v_BE, dout_SE, dlogit_T1.reshape(-1), dv)
         inputs = (x.numpy() for x in (self.h_SH, self.h_BH, self.q_SD, self.k_BD))
         w_HD, *matrices = (x.numpy() for x in self.matrices)
-        layers = tuple(
-            zip(matrices, self.biases, [act.a_H for act in self.acts if isinstance(act, CompiledPReLU)], strict=False)
-        )
+        layers = tuple(zip(matrices, self.biases, self._slopes, strict=False))
         into, w_DH = tuple(x.numpy() for x in part.into[1:]), np.ascontiguousarray(w_HD.T)
         dw_HD, *dw = (x.numpy() for x in part.matrices)
         sums = tuple(dw), tuple(part.sums)

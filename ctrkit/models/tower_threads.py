@@ -105,11 +105,8 @@ class _Tower(torch.autograd.Function):
             rows = parts[i]
             dw = tuple(np.zeros_like(w) for w in (w_HD[:, of_rows], *inner[3::3]))
             sums = tuple(np.zeros((2, len(bias)), bias.dtype) for bias in inner[1::3])
-            dh_GH, dout_1H, mine = (
-                np.zeros((len(u), len(w_HD)), x.dtype),
-                np.zeros_like(out_1H),
-                tuple(h[rows] for h in into),
-            )
+            dh_GH, dout_1H = np.zeros((len(u), len(w_HD)), x.dtype), np.zeros_like(out_1H)
+            mine = tuple(h[rows] for h in into)
             run.backward(x[rows], how, group[rows], dh_GH, layers, out_1H, mine, dlogit_R1[rows], dw, sums, dout_1H)
             found[i] = *dw, *sums, dh_GH, dout_1H
 
@@ -126,10 +123,8 @@ class _Tower(torch.autograd.Function):
         scale_D = gamma_D * ctx.r_D
         share = scale_D / len(x) if ctx.normal else np.zeros_like(scale_D)
         scaled_HD, constant_D, factor_D = w_HD * scale_D, share * dbeta_D, share * dgamma_D
-        dx, ends = (
-            np.empty_like(x),
-            (np.ascontiguousarray(scaled_HD[:, of_rows]), constant_D[of_rows], factor_D[of_rows]),
-        )
+        dx = np.empty_like(x)
+        ends = np.ascontiguousarray(scaled_HD[:, of_rows]), constant_D[of_rows], factor_D[of_rows]
 
         def enter(i: int) -> None:
             rows = parts[i]
