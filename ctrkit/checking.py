@@ -7,7 +7,7 @@ one that costs rows or is likely a mistake. The rows are read and parsed by the 
 import contextlib
 import datetime
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ctrkit.pictures import BadPicture
 from ctrkit.pieces import ROW
 from ctrkit.recipe import Recipe, Source
 from ctrkit.rejects import none_left
-from ctrkit.sampling import TABLE_BYTES, TABLE_ROWS, WINDOW, Sample, sample
+from ctrkit.sampling import TABLE_BYTES, TABLE_ROWS, WINDOW, Sample, distinct_in_all, sample, share_of_visits
 from ctrkit.scan import Log
 from ctrkit.sources import SOURCES, picture_paths
 from ctrkit.tables import RawTable, as_time, open_table, path_parts, say_skipped
@@ -79,11 +79,21 @@ class Seen:
     good: pl.DataFrame
     """As `parsing.parse` gives it, and WINDOW."""
     bad: pl.DataFrame
+    stretches: pl.DataFrame
+    """As `good`, of the rows of the sample's stretches."""
 
     @property
     def name(self) -> str:
         """The table's key."""
         return self.sample.table.name
+
+    def distinct(self, values: Callable[[pl.DataFrame], pl.Series]) -> float:
+        """Estimate how many distinct values the whole table has in a column that is made from `good`."""
+        of_sample, windows, share = values(self.good), self.good[WINDOW], self.sample.share
+        if self.stretches.height:
+            long = values(self.stretches), self.stretches[WINDOW]
+            share = max(share, share_of_visits(of_sample, windows, *long, self.sample.read))
+        return distinct_in_all(of_sample, windows, share)
 
 
 @dataclass
@@ -232,7 +242,7 @@ def _see(recipe: Recipe, inputs: Inputs, name: str) -> Seen:
     if name in KEYS:
         needed = [KEYS[name]]
         extra = [c for c in columns.table_columns(inputs.plan, inputs.tables).get(name, []) if c in table.names]
-        taken = sample(table, [*needed, *extra], TABLE_ROWS, TABLE_BYTES)
+        taken = sample(table, [*needed, *extra], TABLE_ROWS, TABLE_BYTES, stretched=False)
     else:
         with_id = name in inputs.ids
         needed = parsing.core(table, with_id=with_id)
@@ -245,11 +255,17 @@ def _see(recipe: Recipe, inputs: Inputs, name: str) -> Seen:
             keys = {"ad": ("ad",)}
         extra = Log(table, keys, with_id, 1, recipe.convert.time_zone).columns()
         taken = sample(table, extra)
-    good, bad = parsing.parse(table, taken.frame.drop(WINDOW), needed, extra)
+    good, bad = _parsed(table, taken.frame, needed, extra)
+    return Seen(taken, good, bad, _parsed(table, taken.stretches, needed, extra)[0])
+
+
+def _parsed(
+    table: RawTable, frame: pl.DataFrame, needed: Sequence[str], extra: Sequence[str]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    good, bad = parsing.parse(table, frame.drop(WINDOW), needed, extra)
     ids = [c for c in good.columns if c not in (ROW, "time", "click", "dwell")]
     good = good.with_columns(pl.col(ids).cast(pl.String))  # whole numbers of one table may be texts of another
-    good = good.join(taken.frame.select(ROW, WINDOW), on=ROW, how="left", maintain_order="left")
-    return Seen(taken, good, bad)
+    return good.join(frame.select(ROW, WINDOW), on=ROW, how="left", maintain_order="left"), bad
 
 
 def _require(table: RawTable, needed: Sequence[str]) -> None:

@@ -2,10 +2,12 @@
 
 convert, select-clicks and group run in earnest on the sample; their times and bytes grow with the rows, the users' days
 and the behaviours picked, whose numbers are estimated from how often the sample's windows share them
-(`ctrkit.sampling.distinct_in_all`). The network of extract-images is timed on a few pictures. Training has constants
-of one core: what it takes is told to a factor of some.
+(`Seen.distinct`). select-clicks and group are tried on a part of the sample too, so that what each file costs is not
+carried forward with the rows. The network of extract-images is timed on a few pictures. Training has constants of one
+core: what it takes is told to a factor of some.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -19,19 +21,28 @@ from typing import Any
 import polars as pl
 
 from ctrkit import numba_loops, partitions, plain_csv
-from ctrkit.checking import Inputs, days_of, local_days
+from ctrkit.checking import Inputs, Seen, days_of, local_days
 from ctrkit.clicks import select_clicks
 from ctrkit.convert import PARTITION_BYTES, SMALL_BYTES, convert, input_bytes
 from ctrkit.engine import Engine
+from ctrkit.errors import UserError
 from ctrkit.grouping import group
 from ctrkit.pieces import PIECE_BYTES
 from ctrkit.recipe import ExtractImages, Recipe, Split
-from ctrkit.sampling import WINDOW, distinct_in_all
 from ctrkit.scan import Log
+from ctrkit.tables import RawTable
 
 PLAIN_SHARE = 0.25
 """Of the time that a sample's rows take to be read and scanned: that of compiled code for plain CSV, which samples do
 not go through."""
+PAIR_ROWS = 2
+"""Rows of a log that cost select-clicks and group as much time as a user and day does."""
+LESS = 4
+"""The sample by the part of it on which select-clicks and group are tried once more, to tell time that goes with the
+rows from time that goes with the files."""
+LEAST_SHARE = 0.2
+"""Of a trial's time that goes with the rows, whatever the two trials say."""
+LOGS = ("impressions", "clicks", "behaviours")
 START_SECONDS = 2.0
 """Of a stage and its worker processes."""
 EMPTY_BYTES = 4096
@@ -39,8 +50,11 @@ EMPTY_BYTES = 4096
 ENOUGH = 1000
 """Picked behaviours from which bytes are measured; with fewer, `PICKED_BYTES` a column stand for them."""
 PICKED_BYTES = 3.0
-SAMPLE_SECONDS, AD_PICTURE_SECONDS, BEHAVIOUR_SECONDS, USER_PICTURE_SECONDS = 50e-6, 20e-6, 4e-6, 25e-6
-"""Training, of a sample; of its ad's picture, 4,096 wide; of each of its behaviours (DIN), and of its picture."""
+SAMPLE_SECONDS, AD_PICTURE_SECONDS, BEHAVIOUR_SECONDS, USER_PICTURE_SECONDS = 16e-6, 10e-6, 0.5e-6, 3e-6
+"""Training, of a sample; of its ad's picture, 4,096 wide; of each of its behaviours (DIN), and of its picture: on one
+core."""
+TRAINING_CORES = 2
+"""That one training, or several at once, make use of, at most."""
 IMPORT_SECONDS = 1e-8
 """import-features, of a number of a vector."""
 TIER_SECONDS = 1e-6
@@ -84,10 +98,13 @@ class Timed(Engine):
             self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
         return results
 
+    def of(self, phase: str, workers: int) -> float:
+        """Return the time that a phase took: of processors, if there are several workers."""
+        return (self.wall if workers == 1 else self.cpu).get(phase, 0.0)
+
     def seconds(self, growth: Callable[[str], float], workers: int) -> float:
         """Return the time of all phases, each so many times as long, with so many workers."""
-        took = self.wall if workers == 1 else self.cpu
-        return sum(seconds * growth(name) for name, seconds in took.items()) / workers
+        return sum(self.of(name, workers) * growth(name) for name in self.wall) / workers
 
 
 @dataclass
@@ -101,6 +118,8 @@ class Trial:
     """`impressions`, `behaviours`: convert's samples and behaviours."""
     images: list[str]
     """Of the vocabulary `image`."""
+    smaller: "Trial | None" = None
+    """On a part of a sample that is not all there is."""
 
 
 def attempt(recipe: Recipe, inputs: Inputs, folder: Path) -> Trial:
@@ -123,6 +142,18 @@ def attempt(recipe: Recipe, inputs: Inputs, folder: Path) -> Trial:
         }
     )
     tables = {name: one.sample.held() for name, one in inputs.seen.items()}
+    trial = _try(small, tables, folder)
+    if not all(one.sample.whole for one in inputs.seen.values()):
+        few = {
+            name: one.sample.held(LESS if name in LOGS and not one.sample.whole else 1)
+            for name, one in inputs.seen.items()
+        }
+        with contextlib.suppress(UserError):  # the part may lack what the sample has
+            trial.smaller = _try(small, few, folder / "part")
+    return trial
+
+
+def _try(small: Recipe, tables: Mapping[str, RawTable], folder: Path) -> Trial:
     engines = {stage: Timed(folder / f"{stage}-work") for stage in ("convert", "select-clicks", "group")}
     out = {stage: folder / stage for stage in engines}
     for stage in ("convert", "group"):
@@ -133,7 +164,7 @@ def attempt(recipe: Recipe, inputs: Inputs, folder: Path) -> Trial:
         frame = partitions.read_by_day(out["convert"] / name, partitions.days_there(out["convert"] / name))
         if frame is not None:
             encoded[log] = frame
-    with_histories = any(f.of == "behaviour" for f in recipe.features.values())
+    with_histories = any(f.of == "behaviour" for f in small.features.values())
     if with_histories:
         counts["select-clicks"] = select_clicks(small, out["convert"], out["select-clicks"], engines["select-clicks"])
     histories = out["select-clicks"] if with_histories else None
@@ -213,15 +244,17 @@ def growth(recipe: Recipe, inputs: Inputs, trial: Trial) -> Growth:
     impressions = shown.sample.read / max(shown.sample.frame.height, 1)
     behaviours = done.sample.read / max(done.sample.frame.height, 1) if done else 1.0
     day = local_days(recipe, shown.good["time"])
-    user_day = pl.DataFrame({"user": shown.good["user"], "day": day}).select(pl.struct("user", "day")).to_series()
-    windows, share = shown.good[WINDOW], shown.sample.share
-    words = _grown(shown.good["ad"], windows, share)
+
+    def user_day(rows: pl.DataFrame) -> pl.Series:
+        return rows.select(pl.struct(pl.col("user"), local_days(recipe, rows["time"]).alias("day"))).to_series()
+
+    words = _grown(shown, "ad")
     if done is not None and "goods" in done.good.columns:
-        words = max(words, _grown(done.good["goods"], done.good[WINDOW], done.sample.share))
-    pairs = user_day.n_unique() * _grown(user_day, windows, share)
+        words = max(words, _grown(done, "goods"))
+    pairs = shown.distinct(user_day)
     picked = trial.counts.get("select-clicks", {}).get("goods picked", 0)
     whole = shown.sample.whole and (done is None or done.sample.whole)
-    length = picked / max(user_day.n_unique(), 1)
+    length = picked / max(user_day(shown.good).n_unique(), 1)
     if done is not None and not whole and "select-clicks" in trial.counts:
         length = max(length, _history_length(recipe, inputs, trial))
     in_split = {part: float(day.is_in(list(chosen)).mean() or 0) for part, chosen in inputs.split.items()}  # type: ignore[arg-type]
@@ -238,8 +271,8 @@ def growth(recipe: Recipe, inputs: Inputs, trial: Trial) -> Growth:
     )
 
 
-def _grown(values: pl.Series, windows: pl.Series, share: float) -> float:
-    return distinct_in_all(values, windows, share) / max(values.drop_nulls().n_unique(), 1)
+def _grown(seen: Seen, column: str) -> float:
+    return seen.distinct(lambda rows: rows[column]) / max(seen.good[column].drop_nulls().n_unique(), 1)
 
 
 def _history_length(recipe: Recipe, inputs: Inputs, trial: Trial) -> float:
@@ -250,12 +283,12 @@ def _history_length(recipe: Recipe, inputs: Inputs, trial: Trial) -> float:
     shown, done = inputs.seen["impressions"], inputs.seen["behaviours"]
     options, counts = recipe.select_clicks, trial.counts["select-clicks"]
     kept = counts.get("behaviours kept", counts["behaviours read"]) / max(counts["behaviours read"], 1)
-    users = done.sample.distinct(done.good["user"])
+    users = done.distinct(lambda rows: rows["user"])
     there = days_of(recipe, done)
     span = (there[-1] - there[0]).days + 1
-    key = "goods" if "goods" in done.good.columns else "user"
-    visited = pl.struct("user", key) if key == "goods" else pl.int_range(pl.len())
-    goods = done.sample.distinct(done.good.select(visited.alias("v")).to_series())
+    goods: float = done.sample.read
+    if "goods" in done.good.columns:
+        goods = done.distinct(lambda rows: rows.select(pl.struct("user", "goods")).to_series())
     daily = goods * kept / max(users, 1.0) / span
     window = options.window_days or span
     served = days_of(recipe, shown)
@@ -276,8 +309,8 @@ def estimate(
     later = recipe.workers or (1 if parts == 1 else cores)
     histories = _number(variants, "convert", "split", "features", "select-clicks")
     if "select-clicks" in trial.counts:
-        stages.append(_select_clicks(trial, grown, later, histories))
-    stages.append(_group(recipe, trial, grown, later, max(histories, _number(variants, "group"))))
+        stages.append(_select_clicks(trial, grown, parts, later, histories))
+    stages.append(_group(recipe, trial, grown, parts, later, max(histories, _number(variants, "group"))))
     looking = any(one.train.looks_at_pictures for one in variants.values())
     if trial.images and looking:
         images = len(trial.images) * grown.words
@@ -314,9 +347,7 @@ def _convert(recipe: Recipe, inputs: Inputs, trial: Trial, grown: Growth, worker
     size += (size_of(out, "vocab/") + size_of(out, "goods.parquet")) * grown.words
     behaviours = size_of(engine.folder, "behaviours-")
     temporary = behaviours * grown.behaviours + (size_of(engine.folder) - behaviours) * grown.impressions
-    rows = sum(
-        one.sample.rows_in_all for name, one in inputs.seen.items() if name in ("impressions", "clicks", "behaviours")
-    )
+    rows = sum(one.sample.rows_in_all for name, one in inputs.seen.items() if name in LOGS)
     return Stage("convert", f"{rows:,} rows of logs, {grown.samples:,.0f} samples", seconds, size, temporary)
 
 
@@ -328,11 +359,37 @@ def _is_plain(log: Log | None, inputs: Inputs) -> bool:
     return all(plain_csv.is_plain(table, i, log.texts(), log.needed) for i in range(len(table.files)))
 
 
-def _select_clicks(trial: Trial, grown: Growth, workers: int, times: int) -> Stage:
-    counts = trial.counts["select-clicks"]
-    read, picked = counts["behaviours read"], counts["goods picked"]
-    more = (read * grown.behaviours + grown.picked) / max(read + picked, 1)
-    seconds = trial.engines["select-clicks"].seconds(lambda _: more, workers) + (START_SECONDS if workers > 1 else 0)
+def _carried(
+    trial: Trial,
+    stage: str,
+    phase: str,
+    rows: Callable[[Trial], float],
+    in_all: float,
+    parts: int,
+    workers: int,
+) -> float:
+    """Return the time of a stage's phase that is done for each partition: what goes with the rows, of which there are
+    `in_all`, and what goes with the partition's files."""
+    took = trial.engines[stage].of(phase, workers)
+    each = took / max(rows(trial), 1.0)
+    if trial.smaller is not None and rows(trial) > rows(trial.smaller):
+        slope = (took - trial.smaller.engines[stage].of(phase, workers)) / (rows(trial) - rows(trial.smaller))
+        each = min(max(slope, LEAST_SHARE * each), each)
+    files = took - each * rows(trial)
+    return (parts * files + each * in_all) / workers + (START_SECONDS if workers > 1 else 0)
+
+
+def _select_clicks(trial: Trial, grown: Growth, parts: int, workers: int, times: int) -> Stage:
+    picked = trial.counts["select-clicks"]["goods picked"]
+    read = trial.counts["select-clicks"]["behaviours read"] * grown.behaviours
+
+    def rows(one: Trial) -> float:
+        counts = one.counts["select-clicks"]
+        pairs = counts["users and days with samples"]
+        return float(counts["behaviours read"] + counts["goods picked"] + PAIR_ROWS * pairs)
+
+    in_all = read + grown.picked + PAIR_ROWS * grown.days
+    seconds = _carried(trial, "select-clicks", "select", rows, in_all, parts, workers)
     columns = len(trial.encoded["behaviours"].columns) if "behaviours" in trial.encoded else 4
     each = size_of(trial.folder / "select-clicks") / picked if _tells(picked, grown) else columns * PICKED_BYTES
     amount = f"{grown.days:,.0f} users × days, {grown.picked:,.0f} behaviours picked"
@@ -348,7 +405,7 @@ def _times(n: int) -> str:
     return f", {n} times (variants)" if n > 1 else ""
 
 
-def _group(recipe: Recipe, trial: Trial, grown: Growth, workers: int, times: int) -> Stage:
+def _group(recipe: Recipe, trial: Trial, grown: Growth, parts: int, workers: int, times: int) -> Stage:
     counts = trial.counts["group"]
     groups = pl.concat([pl.read_parquet(p) for p in sorted((trial.folder / "group" / "train").glob("*.parquet"))])
     users = ["user", "day", "group_id", "common", *(n for n, f in recipe.features.items() if f.of == "user")]
@@ -360,8 +417,15 @@ def _group(recipe: Recipe, trial: Trial, grown: Growth, workers: int, times: int
     size = own * grown.samples + shared * grown.days + each * grown.picked
     size += size_of(trial.folder / "group", "counts/") * grown.words
     of_history = len(histories) / max(len(recipe.features) - len(histories), 1)  # what of a sample a behaviour costs
-    more = (grown.samples + of_history * grown.picked) / max(counts["train samples"] + of_history * picked, 1)
-    seconds = trial.engines["group"].seconds(lambda _: more, workers) + (START_SECONDS if workers > 1 else 0)
+
+    def rows(one: Trial) -> float:
+        counts = one.counts["group"]
+        behaviours = of_history * counts.get("train behaviours", 0)
+        return float(counts["train samples"] + behaviours + PAIR_ROWS * counts["train groups"])
+
+    in_all = grown.samples + of_history * grown.picked + PAIR_ROWS * grown.days
+    seconds = _carried(trial, "group", "group", rows, in_all, parts, workers)
+    seconds += trial.engines["group"].of("sum counts", workers) * grown.words
     amount = f"{grown.days:,.0f} groups of {grown.samples:,.0f} samples"
     return Stage("group", amount + _times(times), seconds * times, size * times, 1.3 * size)
 
@@ -398,6 +462,8 @@ def _models(variants: Mapping[str, Recipe], trial: Trial, grown: Growth, width: 
         train.size += size
         predict.seconds += START_SECONDS + scored * each * SCORING_SHARE
         predict.size += EMPTY_BYTES + scored * PREDICTION_BYTES
+    cores = min(os.cpu_count() or 1, TRAINING_CORES)
+    train.seconds, predict.seconds = train.seconds / cores, predict.seconds / cores
     n = len(variants)
     train.amount = f"{learned:,.0f} samples an epoch, {n} variant{'s' * (n != 1)}"
     predict.amount = f"{scored:,.0f} samples, {n} variant{'s' * (n != 1)}"

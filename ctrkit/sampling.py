@@ -27,6 +27,8 @@ ROWS, BYTES = 100_000, 32 << 20
 TABLE_ROWS, TABLE_BYTES = 2_000_000, 128 << 20
 """Of a table with a key, which says little unless it is read whole."""
 WINDOWS = 30
+STRETCHES = 5
+"""Longer windows, of as many rows in all: they tell how soon values come again."""
 PARQUET_WINDOWS = 8
 """In a file: each costs the decoding of a row group."""
 HEAD = 1 << 16
@@ -42,6 +44,8 @@ class Sample:
     table: RawTable
     frame: pl.DataFrame
     """As `RawTable.read` gives it, and WINDOW, the window that a row is of. ROW counts from 1 in the sample."""
+    stretches: pl.DataFrame
+    """Other rows, of longer windows; none of a table that is read whole."""
     rows: int
     """Rows of the sample before `where`."""
     rows_in_all: int
@@ -69,14 +73,11 @@ class Sample:
         """Rows of the whole table for which `where` holds."""
         return self.frame.height if self.whole else round(self.frame.height / max(self.share, 1e-12))
 
-    def held(self) -> "Held":
-        """Return the sample as a table."""
+    def held(self, every: int = 1) -> "Held":
+        """Return the sample as a table; or the rows of one in so many of its windows."""
         names = ("name", "source", "files", "headers", "names", "numeric", "label", "time_unit")
-        return Held(**{name: getattr(self.table, name) for name in names}, frame=self.frame.drop(WINDOW))
-
-    def distinct(self, values: pl.Series) -> float:
-        """Estimate how many distinct values the whole table has in a column of which `values` are the sample's."""
-        return distinct_in_all(values, self.frame[WINDOW], self.share)
+        frame = self.frame.filter(pl.col(WINDOW).rank("dense") % every == 0)
+        return Held(**{name: getattr(self.table, name) for name in names}, frame=frame.drop(WINDOW))
 
 
 @dataclass
@@ -101,13 +102,23 @@ class Held(RawTable):
         yield self.frame, self.frame.height
 
 
-def sample(table: RawTable, columns: Sequence[str], max_rows: int = ROWS, max_bytes: int = BYTES) -> Sample:
-    """Read some rows of a table: `columns` (our names), and the label if it has one."""
+def sample(
+    table: RawTable, columns: Sequence[str], max_rows: int = ROWS, max_bytes: int = BYTES, *, stretched: bool = True
+) -> Sample:
+    """Read some rows of a table: `columns` (our names), and the label if it has one. stretched: and longer windows."""
     table.prepare(columns)
+    taken = _sample(table, WINDOWS, max_rows, max_bytes, ends=True)
+    if stretched and not taken.whole:
+        taken.stretches = _sample(table, STRETCHES, max_rows, max_bytes, ends=False).frame
+    return taken
+
+
+def _sample(table: RawTable, count: int, max_rows: int, max_bytes: int, *, ends: bool) -> Sample:
+    """Read some rows in about so many windows. ends: whether the first and the last row are among them."""
     begun, cpu = time.perf_counter(), time.process_time()
-    chosen = _spread(len(table.files), WINDOWS)
+    chosen = _spread(len(table.files), count)
     budget = max(1, max_rows // len(chosen)), max(HEAD, max_bytes // len(chosen))
-    block = max(1, max_rows // WINDOWS)
+    block = max(1, max_rows // count)
     frames: list[pl.DataFrame] = []
     rows = 0
     in_files: dict[int, float] = {}
@@ -115,7 +126,8 @@ def sample(table: RawTable, columns: Sequence[str], max_rows: int = ROWS, max_by
     unknown = []
     for number in chosen:
         file = table.files[number]
-        windows, whole = _windows(file, *budget, max(1, WINDOWS // len(chosen)))
+        places = _places(max(1, count // len(chosen)), number, len(table.files), ends=ends)
+        windows, whole = _windows(file, *budget, places)
         seen = 0
         for piece in windows:
             for frame, n in _read(table, number, piece, budget[0]):
@@ -137,6 +149,7 @@ def sample(table: RawTable, columns: Sequence[str], max_rows: int = ROWS, max_by
     return Sample(
         table,
         frame,
+        frame.clear(),
         rows,
         max(rows, round(total)),
         counted,
@@ -166,13 +179,21 @@ def _read(table: RawTable, number: int, piece: Piece, limit: int) -> Iterator[tu
         yield frame, rows
 
 
-def _windows(file: File, rows: int, size: int, count: int) -> tuple[list[Piece], bool]:
+def _places(count: int, number: int, files: int, *, ends: bool) -> list[float]:
+    """Return where in a file, from 0 to 1, its windows lie. A single one moves on from file to file."""
+    if count == 1:
+        return [number / max(files - 1, 1) if ends else (number + 0.5) / files]
+    return [k / (count - 1) if ends else (k + 0.5) / count for k in range(count)]
+
+
+def _windows(file: File, rows: int, size: int, places: Sequence[float]) -> tuple[list[Piece], bool]:
     """Return windows of a file of about so many rows and bytes in all; and whether they are all of it."""
     if file.url or file.compression:
         return [Piece()], False
     try:
         if file.format == "parquet":
-            return _parquet_windows(sum(parquet_footer.row_groups(Path(file.path))), rows, min(count, PARQUET_WINDOWS))
+            in_all = sum(parquet_footer.row_groups(Path(file.path)))
+            return _parquet_windows(in_all, rows, places)
         data, _ = head(file, HEAD)
         length = min(size, int(rows * len(data) / max(data.count(b"\n"), 1)))
         in_all = _size(file)
@@ -182,8 +203,8 @@ def _windows(file: File, rows: int, size: int, count: int) -> tuple[list[Piece],
             if file.quoted and len(_row_ends(data)) < data.count(b"\n"):  # a line break may be inside a cell
                 data = f.read(length)
                 return [Piece(0, last_row_end(file, data) or data.rfind(b"\n") + 1)], False
-            each = max(1, length // count)
-            begins = [_row_begin(f, int(at)) for at in np.linspace(0, in_all - each, count)]
+            each = max(1, length // len(places))
+            begins = [_row_begin(f, int((in_all - each) * place)) for place in places]
             ends_of = [_row_begin(f, min(begin + each, in_all)) for begin in begins]
     except OSError as e:
         raise UserError(f"{file.path} cannot be read: {e.strerror}") from None
@@ -195,11 +216,14 @@ def _windows(file: File, rows: int, size: int, count: int) -> tuple[list[Piece],
     return pieces, False
 
 
-def _parquet_windows(in_all: int, rows: int, count: int) -> tuple[list[Piece], bool]:
+def _parquet_windows(in_all: int, rows: int, places: Sequence[float]) -> tuple[list[Piece], bool]:
     if in_all <= rows:
         return [Piece(0, in_all)], True
-    each = max(1, rows // count)
-    return [Piece(int(at), int(at) + each) for at in np.linspace(0, in_all - each, count)], False
+    if len(places) > PARQUET_WINDOWS:
+        places = [places[k] for k in _spread(len(places), PARQUET_WINDOWS)]
+    each = max(1, rows // len(places))
+    begins = [int((in_all - each) * place) for place in places]
+    return [Piece(begin, begin + each) for begin in begins], False
 
 
 def _row_ends(data: bytes) -> Any:
@@ -264,11 +288,29 @@ def _joined(frames: list[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat(frames)
 
 
+def share_of_visits(
+    values: pl.Series, windows: pl.Series, long: pl.Series, long_windows: pl.Series, rows: int
+) -> float:
+    """Return the part of a table's visits that a sample's windows see; a visit is a value's rows in one neighbourhood.
+
+    A window cuts visits at its ends, so that it sees more of them than its share of the rows. How many there are in all
+    is told by longer windows: towards the end of one, nearly every value that is new there begins a visit.
+
+    values, windows: of the sample's rows. long, long_windows: of the rows of longer windows. rows: of the whole table.
+    """
+    seen = pl.DataFrame({"value": values, "window": windows}).drop_nulls().n_unique()
+    frame = pl.DataFrame({"value": long, "window": long_windows}).drop_nulls()
+    place = pl.int_range(pl.len()).over("window") / pl.len().over("window")
+    ends = frame.with_columns(new=pl.struct("value", "window").is_first_distinct()).filter(place >= 0.75)
+    begun = (int(ends["new"].sum()) + 1) / max(ends.height, 1)
+    return min(1.0, seen / max(rows * begun, 1.0))
+
+
 def distinct_in_all(values: pl.Series, windows: pl.Series, share: float) -> float:
-    """Estimate how many distinct values a table has, from those in windows that are this share of its rows.
+    """Estimate how many distinct values a table has, from those in windows that are this share of its rows or visits.
 
     Chao's estimator by incidence, extrapolated (Chao et al., Ecological Monographs 84, 2014, equation 18): what is seen
-    in one window only tells how much is seen in none. Values that keep to a window grow with the rows; those that come
+    in one window only tells how much is seen in none. Values that keep to a window grow with the share; those that come
     everywhere are all known. Nulls do not count.
     """
     frame = pl.DataFrame({"value": values, "window": windows}).drop_nulls().unique()

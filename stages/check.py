@@ -18,7 +18,7 @@ from ctrkit.recipe import Recipe, load
 @click.command("check")
 @click.argument("recipe")
 @path_option("--raw", "Folder of the raw logs.")
-@click.option("--variant", metavar="NAME", help="Only this variant of the recipe, not all.")
+@click.option("--variant", metavar="NAME", help="Only this variant of the recipe, not all that a run makes.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key.")
 @path_option("--out", "Folder of all runs, whose disk must have room.", required=False, default=Path("runs"))
 def command(recipe: str, raw: Path, variant: str | None, sets: tuple[str, ...], out: Path) -> None:
@@ -35,7 +35,7 @@ def command(recipe: str, raw: Path, variant: str | None, sets: tuple[str, ...], 
     ctrkit check shop.toml --raw logs --set convert.time_unit=ms
     """
     base = load(recipe, variant, sets)
-    named = list(base.variants) if variant is None else []
+    named = [name for name in base.variants if not base.is_extra(name)] if variant is None else []
     variants = {name: load(recipe, name, sets) for name in named} or {variant or base.name: base}
     found = Findings()
     inputs = checking.look(base, raw, found)
@@ -51,7 +51,7 @@ def command(recipe: str, raw: Path, variant: str | None, sets: tuple[str, ...], 
     if needed is not None:
         console().print(_stages_table(needed))
         click.echo(
-            f"Figures are estimates from the sample; train, predict and eval from constants of one core. Disk in all: "
+            f"Figures are estimates from the sample; train, predict and eval from constants of two cores. Disk in all: "
             f"{_bytes(needed.disk)}. Peak memory of the data stages: about {_bytes(needed.memory)} ({needed.workers} "
             f"worker{'s' * (needed.workers != 1)}, {needed.partitions} partition{'s' * (needed.partitions != 1)} of "
             f"users; less with fewer workers or more convert.partitions)."

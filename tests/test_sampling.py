@@ -8,7 +8,7 @@ import zstandard
 
 from ctrkit.errors import UserError
 from ctrkit.recipe import Source
-from ctrkit.sampling import Sample, distinct_in_all, sample
+from ctrkit.sampling import Sample, distinct_in_all, sample, share_of_visits
 from ctrkit.tables import open_table
 
 ROWS = 20_000
@@ -121,6 +121,23 @@ def test_where_and_a_damaged_file(tmp_path: Path) -> None:
         taken(tmp_path, "cut.csv.gz", ROWS)
 
 
+def test_stretches_lie_within_a_table_and_hold_as_many_rows(tmp_path: Path) -> None:
+    rows_of().write_csv(tmp_path / "a.csv")
+    rows_of().write_parquet(tmp_path / "b.parquet")
+    for name in ("a.csv", "b.parquet"):
+        long = taken(tmp_path, name).stretches
+        numbers = long["n"].cast(pl.Int64)
+        assert long["__window"].n_unique() == 5
+        assert abs(long.height - 3000) < 300
+        of_windows = (
+            long.with_columns(numbers).group_by("__window").agg(pl.col("n").max() - pl.col("n").min(), pl.len())
+        )
+        assert (of_windows["n"] == of_windows["len"] - 1).all()  # whole runs of rows
+        assert numbers.min() > ROWS // 20
+        assert numbers.max() < ROWS - ROWS // 20
+    assert taken(tmp_path, "a.csv", 2 * ROWS).stretches.is_empty()
+
+
 def estimated(values: np.ndarray, windows: int = 30, share: float = 0.1) -> float:  # type: ignore[type-arg]
     """Estimate the distinct values from windows spread evenly over a column."""
     n = len(values)
@@ -145,3 +162,36 @@ def test_what_is_read_whole_is_counted() -> None:
     values = pl.Series(["a", "b", None, "a"])
     assert distinct_in_all(values, pl.Series([0, 0, 1, 1]), 1.0) == 2
     assert distinct_in_all(pl.Series(["a", "b"]), pl.Series([0, 0]), 0.5) == 2
+
+
+def in_all(values: np.ndarray, share: float = 0.02) -> float:  # type: ignore[type-arg]
+    """Estimate the distinct values of a column from windows and stretches."""
+
+    def cut(count: int, places: np.ndarray) -> tuple[pl.Series, pl.Series]:  # type: ignore[type-arg]
+        length = int(len(values) * share / count)
+        begins = (places * (len(values) - length)).astype(int)
+        rows = np.concatenate([np.arange(b, b + length) for b in begins])
+        return pl.Series(values[rows]), pl.Series(np.repeat(np.arange(count), length))
+
+    windows, stretches = cut(30, np.linspace(0, 1, 30)), cut(5, (np.arange(5) + 0.5) / 5)
+    visits = share_of_visits(*windows, *stretches, len(values))
+    return distinct_in_all(*windows, max(share, visits))
+
+
+def test_windows_that_cut_visits_do_not_make_more_of_them() -> None:
+    """The rows of a value lie in one neighbourhood, longer than a window: each window sees a little of many."""
+    rng = np.random.default_rng(2)
+    rows, visits = 1_000_000, 50_000
+    begin = rng.random(visits) * rows
+    of = rng.integers(0, visits, rows)
+    place = begin[of] + rng.random(rows) * 2000  # windows are 666 rows long, stretches 4,000
+    in_sessions = of[np.argsort(place)]
+    true = len(np.unique(of))
+    assert in_all(in_sessions) == pytest.approx(true, rel=0.15)
+    windows = np.repeat(np.arange(30), 666)
+    cut = np.concatenate([in_sessions[b : b + 666] for b in np.linspace(0, rows - 666, 30).astype(int)])
+    assert distinct_in_all(pl.Series(cut), pl.Series(windows), 0.02) > 2 * true
+    # What was right before is right still.
+    assert in_all(rng.integers(0, 300, 100_000)) == pytest.approx(300, rel=0.02)
+    assert in_all(np.repeat(np.arange(100_000), 10)) == pytest.approx(100_000, rel=0.15)
+    assert in_all(rng.permutation(100_000)) == pytest.approx(100_000, rel=0.05)

@@ -534,9 +534,10 @@ def test_a_stray_quote_forges_no_row(tmp_path: Path) -> None:
 
 def test_variants_and_overrides(tmp_path: Path) -> None:
     recipe = WITHOUT_PICTURES + '\n[variants.a.train]\nmodel = "lr"\n[variants.b.select-clicks]\nmin_dwell = 0.0\n'
+    recipe += "[variants.only-in-tables]\nextra = true\n[variants.only-in-tables.train]\nepochs = 9\n"
     write(tmp_path, recipe, **good_rows())
     result = check(tmp_path)
-    assert "2 variants" in result.output
+    assert "2 variants" in result.output  # what a run makes
     assert "2 times (variants)" in result.output
     one = ctrkit("check", tmp_path / "recipe.toml", "--raw", tmp_path / "raw", "--variant", "a")
     assert one.exit_code == 0
