@@ -14,11 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ctrkit.models import tiles
 from ctrkit.numba_loops import compiled_as_called
-
-FEW = 120
-"""Pairs that go through all layers together, so that what lies between the layers stays in the nearest cache."""
 
 
 @intrinsic
@@ -144,14 +140,6 @@ def prelu_back(h_CH: Any, bias_H: Any, a_H: Any, dy_CH: Any, y_CH: Any, sums_2H:
     sums_2H[1] += da_H
 
 
-@compiled_as_called()
-def _enter(h_SH: Any, h_BH: Any, q_SD: Any, k_BD: Any, sample: Any, behaviour: Any, w_DH: Any, qk: Any, h: Any) -> None:
-    """Layer 0 of some pairs, and q∘k."""
-    enter(h_SH, h_BH, sample, behaviour, h, False)
-    multiply(q_SD, k_BD, sample, behaviour, qk)
-    tiles.product(qk, w_DH, h, True)
-
-
 @compiled_as_called("reassoc")
 def dot(y_CH: Any, w_H: Any, bias: Any, out_C: Any) -> None:
     """out = y·w + bias."""
@@ -160,106 +148,6 @@ def dot(y_CH: Any, w_H: Any, bias: Any, out_C: Any) -> None:
         for j in range(len(y)):
             total += y[j] * w_H[j]
         out_C[i] = total
-
-
-@compiled_as_called()
-def prelu_net(
-    h_SH: Any,
-    h_BH: Any,
-    q_SD: Any,
-    k_BD: Any,
-    sample_P: Any,
-    behaviour_P: Any,
-    w_DH: Any,
-    layers: Any,
-    out: Any,
-    into: Any,
-    logit_P: Any,
-) -> None:
-    """The logits of pairs, by a network of PReLU alone whose widths `tiles.fits`.
-
-    Parameters
-    ----------
-    w_DH: the product's matrix, transposed.
-    layers: of each layer after the first its matrix, transposed, and bias and slopes of the activation before it.
-    out: [H] matrix and [1] bias of the logits, and bias and slopes of the activation before.
-    into: for each of `layers` [P, H], for what goes into the activation behind it, without the bias.
-    """
-    widest = h_SH.shape[1]
-    for layer in layers:
-        widest = max(widest, layer[0].shape[1])
-    h_0, qk = np.empty((FEW, h_SH.shape[1]), h_SH.dtype), np.empty((FEW, q_SD.shape[1]), h_SH.dtype)
-    y = np.empty(FEW * widest, h_SH.dtype)
-    for begin in range(0, len(sample_P), FEW):
-        end = min(begin + FEW, len(sample_P))
-        n = end - begin
-        h = h_0[:n]
-        _enter(h_SH, h_BH, q_SD, k_BD, sample_P[begin:end], behaviour_P[begin:end], w_DH, qk[:n], h)
-        for i in range(len(layers)):
-            w_HO, bias_H, a_H = layers[i]
-            y_CH = y[: h.size].reshape(h.shape)
-            prelu(h, bias_H, a_H, y_CH)
-            h = into[i][begin:end]
-            tiles.product(y_CH, w_HO, h, False)
-        y_CH = y[: h.size].reshape(h.shape)
-        prelu(h, out[2], out[3], y_CH)
-        dot(y_CH, out[0], out[1][0], logit_P[begin:end])
-
-
-@compiled_as_called()
-def prelu_net_back(
-    h_SH: Any,
-    h_BH: Any,
-    q_SD: Any,
-    k_BD: Any,
-    sample_P: Any,
-    behaviour_P: Any,
-    w_DH: Any,
-    w_HD: Any,
-    layers: Any,
-    into: Any,
-    dlogit_P1: Any,
-    dw: Any,
-    sums: Any,
-    dw_HD: Any,
-    dh_SH: Any,
-    dh_BH: Any,
-    dq_SD: Any,
-    dk_BD: Any,
-) -> None:
-    """Add the gradients of all that `prelu_net` reads.
-
-    Parameters
-    ----------
-    layers: of each layer after the first, the logits' too, its matrix, and bias and slopes of the activation before it.
-    dw: the gradients of these matrices.
-    sums: for each of `layers` what `prelu_back` sums up.
-    """
-    widest = h_SH.shape[1]
-    for layer in layers:
-        widest = max(widest, layer[0].shape[1])
-    h_0, qk = np.empty((FEW, h_SH.shape[1]), h_SH.dtype), np.empty((FEW, q_SD.shape[1]), h_SH.dtype)
-    three = tiles.rooms(3, FEW * widest, h_SH)
-    y, one, other = three[0], three[1], three[2]
-    for begin in range(0, len(sample_P), FEW):
-        end = min(begin + FEW, len(sample_P))
-        n = end - begin
-        sample, behaviour, few, h = sample_P[begin:end], behaviour_P[begin:end], qk[:n], h_0[:n]
-        _enter(h_SH, h_BH, q_SD, k_BD, sample, behaviour, w_DH, few, h)
-        dh = dlogit_P1[begin:end]
-        for i in range(len(layers) - 1, -1, -1):
-            w_OH, bias_H, a_H = layers[i]
-            h_CH = into[i - 1][begin:end] if i else h
-            y_CH, dx_CH = y[: h_CH.size].reshape(h_CH.shape), one[: h_CH.size].reshape(h_CH.shape)
-            tiles.product(dh, w_OH, dx_CH, False)
-            tiles.prelu_back(h_CH, bias_H, a_H, dx_CH, y_CH, sums[i])
-            tiles.product_t(dh, 0, y_CH, dw[i])
-            dh = dx_CH
-            one, other = other, one
-        enter_back(dh, sample, behaviour, dh_SH, dh_BH)
-        tiles.product_t(dh, 0, few, dw_HD)
-        tiles.product(dh, w_HD, few, False)
-        multiply_back(q_SD, k_BD, sample, behaviour, few, dq_SD, dk_BD)
 
 
 @compiled_as_called()

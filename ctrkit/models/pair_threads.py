@@ -100,10 +100,7 @@ class CompiledPairs:
         with torch.inference_mode(False):  # the threads, which write into these, are in none
             for part in self.parts:
                 n, inner = len(part.sample_T), self.widths[:-1]
-                if self.alike:  # one loop computes the first layer again on its way back
-                    part.into = [self._new(n if layer else 0, width) for layer, width in enumerate(inner)]
-                else:
-                    part.into = [self._new(n, width) for width in inner] if keep or waits else []
+                part.into = [self._new(n, width) for width in inner] if keep or waits else []
                 part.logit_T1 = self._new(n, 1)
         for begin, end in self.sweeps:
             threads.side_by_side(functools.partial(self._sweep, begin, end, w_P.numpy(), out_SE.numpy()), self.threads)
@@ -174,9 +171,6 @@ class CompiledPairs:
 
     def _sweep(self, begin: int, end: int, w_P: Any, out_SE: Any, number: int) -> None:
         """Compute layers begin to end for one part; then the moments of layer end, or the weights and sums."""
-        if self.alike:
-            self._net(w_P, out_SE, self.parts[number])
-            return
         run, part, room = self.run, self.parts[number], self._room()
         width = self.widths[end]
         part.n_1, part.mean_H, part.square_H = (np.zeros(n, self.scale_1.dtype) for n in (1, width, width))
@@ -210,9 +204,6 @@ class CompiledPairs:
 
     def _sweep_back(self, begin: int, end: int, w_P: Any, dout_SE: Any, found: list[Any], number: int) -> None:
         """Go from layer end back to begin, for one part."""
-        if self.alike:
-            self._net_back(w_P, dout_SE, found, self.parts[number])
-            return
         run, part, room = self.run, self.parts[number], self._room()
         dh_S, dh_B, dq, dk, dv = found
         if end == self.depth:
@@ -245,43 +236,6 @@ class CompiledPairs:
                 torch.mm(dh_CH, self.product_HD, out=product_CD)
                 q_SD, k_BD = self.q_SD.numpy(), self.k_BD.numpy()
                 run.multiply_back(q_SD, k_BD, sample_C, behaviour_C, product_CD.numpy(), dq, dk)
-
-    @property
-    def alike(self) -> bool:
-        """Whether one loop takes pairs through all layers: two or more, all with PReLU and matrices that it can
-        multiply."""
-        inner = [x is not None and self.run.tiles.fits(*x.shape) for x in self.matrices[:-1]]
-        return self.depth > 1 and all(inner) and all(isinstance(act, CompiledPReLU) for act in self.acts)
-
-    @property
-    def _slopes(self) -> list[Any]:
-        return [act.a_H for act in self.acts if isinstance(act, CompiledPReLU)]
-
-    def _net(self, w_P: Any, out_SE: Any, part: Part) -> None:
-        """Compute the weights and sums of one part."""
-        inputs = (x.numpy() for x in (self.h_SH, self.h_BH, self.q_SD, self.k_BD))
-        ids = part.sample_T, part.behaviour_T
-        w_DH, *others = (np.ascontiguousarray(x.numpy().T) for x in self.matrices)
-        *layers, (w_H1, bias_H, a_H) = zip(others, self.biases, self._slopes, strict=False)
-        logit_T = part.logit_T1.numpy().reshape(-1)
-        into = tuple(x.numpy() for x in part.into[1:])
-        out = w_H1.reshape(-1), self.biases[-1], bias_H, a_H
-        self.run.prelu_net(*inputs, *ids, w_DH, tuple(layers), out, into, logit_T)
-        self.run.pool(logit_T, self.scale_1, self.softmax, *ids, self.v_BE.numpy(), w_P[part.place], out_SE)
-
-    def _net_back(self, w_P: Any, dout_SE: Any, found: list[Any], part: Part) -> None:
-        """Add up the gradients of one part."""
-        *into_layers, dv = found
-        ids, v_BE, dlogit_T1 = (part.sample_T, part.behaviour_T), self.v_BE.numpy(), part.logit_T1.numpy()
-        weights = w_P[part.place], self.scale_1, self.softmax
-        self.run.pool_back(*weights, *ids, v_BE, dout_SE, dlogit_T1.reshape(-1), dv)
-        inputs = (x.numpy() for x in (self.h_SH, self.h_BH, self.q_SD, self.k_BD))
-        w_HD, *matrices = (x.numpy() for x in self.matrices)
-        layers = tuple(zip(matrices, self.biases, self._slopes, strict=False))
-        into, w_DH = tuple(x.numpy() for x in part.into[1:]), np.ascontiguousarray(w_HD.T)
-        dw_HD, *dw = (x.numpy() for x in part.matrices)
-        sums = tuple(dw), tuple(part.sums)
-        self.run.prelu_net_back(*inputs, *ids, w_DH, w_HD, layers, into, dlogit_T1, *sums, dw_HD, *into_layers)
 
     def _products(self, room: Room, sample_C: Any, behaviour_C: Any) -> Tensor:
         """Return q∘k of a block's pairs."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ctrkit.models.compiled_layers import loops
 from ctrkit.models.layers import Dice, PReLU, activation, linear, mlp, segment_softmax, segment_sum
 from ctrkit.models.pair_blocks import Attend, Pairs
+from ctrkit.models.pair_net import attend_by_net, net_loops
 from ctrkit.models.pair_threads import CompiledPairs
 
 
@@ -35,11 +36,14 @@ class PairMLP(nn.Module):
         self.act = activation(act, hidden[0])
         self.rest = mlp([*hidden, 1], act)
 
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Return ([H, D], [H, D]): the first layer's matrices of q and of k."""
+        w_q, w_k = self.weight["q"], self.weight["k"]
+        return (w_q + self.weight["d"], w_k - self.weight["d"]) if "d" in self.parts else (w_q, w_k)
+
     def project(self, q_SD: Tensor, k_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return ([S, H], [B, H]): the queries' and the keys' part of the first layer."""
-        w_q, w_k = self.weight["q"], self.weight["k"]
-        if "d" in self.parts:
-            w_q, w_k = w_q + self.weight["d"], w_k - self.weight["d"]
+        w_q, w_k = self.first()
         return linear(q_SD, w_q, self.bias), linear(k_BD, w_k)
 
     def forward(self, q_SD: Tensor, k_BD: Tensor, sample_P: Tensor, behaviour_P: Tensor) -> Tensor:
@@ -65,11 +69,13 @@ def attend(
 ) -> Tensor:
     """Return [S, E]: Σ w·v over the pairs of each sample, w = scale·unit(q, k), or its softmax over them.
 
-    A sample without pairs has the zero vector. In blocks (`ctrkit.models.pair_threads` where Numba is installed, else
+    A sample without pairs has the zero vector. In blocks (with Numba `ctrkit.models.pair_net` or `pair_threads`, else
     `pair_blocks`), without second derivatives; under torch.compile and autocast as `attend_plain`.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(q_SD.device.type):
         return attend_plain(unit, q_SD, k_BD, v_BE, sample_P, behaviour_P, softmax=softmax, scale=scale)
+    if (run := net_loops(unit, q_SD)) is not None:
+        return attend_by_net(run, unit, q_SD, k_BD, v_BE, (sample_P, behaviour_P), softmax, scale)
     activations = [unit.act, *list(unit.rest)[1::2]]
     product_HD = unit.weight["p"] if "p" in unit.parts else None
     # The loops know nothing of other ranks' rows, which Dice's statistics are to be of.

@@ -9,11 +9,15 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import torch
 
+SWITCH = 0.0005
+"""Seconds after which a thread that waits for the interpreter is let in, 0.005 otherwise: so that one that is to do its
+share of a step does not wait long for the one that prepares batches."""
 _here = threading.local()
 """`threads`: of ours, for work that this thread shares out."""
 
@@ -21,12 +25,14 @@ _here = threading.local()
 @contextlib.contextmanager
 def own(threads: int) -> Iterator[None]:
     """Have operations of this thread run alone within the block, and `side_by_side` by so many threads."""
-    before, outer = torch.get_num_threads(), owned()
+    before, outer, patience = torch.get_num_threads(), owned(), sys.getswitchinterval()
     torch.set_num_threads(1)
     _here.threads = threads
+    sys.setswitchinterval(SWITCH)
     try:
         yield
     finally:
+        sys.setswitchinterval(patience)
         _here.threads = outer
         torch.set_num_threads(before)
 

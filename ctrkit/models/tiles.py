@@ -177,6 +177,76 @@ def _prelu_strip(
 prelu_strip: Any = intrinsic(prefer_literal=True)(_prelu_strip)
 
 
+def _scaled_row(typing: Any, a: Any, q: Any, b: Any, c: Any, n: Any) -> Any:
+    """C = A + q·B of n·LANES numbers; q: where one number lies."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        a, q, b, c, n = values
+        code = _Code(context, builder, signature.args[0].dtype)
+        scale = code.spread(q)
+
+        def turn(k: Any, _: Sequence[Any]) -> list[Any]:
+            row = builder.mul(k, code.int64(LANES))
+            value = code.multiply_add(scale, code.load(code.place(b, row, 0)), code.load(code.place(a, row, 0)))
+            code.store(value, code.place(c, row, 0))
+            return []
+
+        code.sums(n, 0, turn)
+        return context.get_dummy_value()
+
+    return types.void(a, q, b, c, n), code
+
+
+scaled_row: Any = intrinsic(_scaled_row)
+
+
+def _pair_matrix(typing: Any, q: Any, wk: Any, wp: Any, dw: Any, w: Any, dwk: Any, dwp: Any, n: Any) -> Any:
+    """`pair_matrix_back` of n·LANES numbers."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        *bases, n = values
+        code = _Code(context, builder, signature.args[0].dtype)
+
+        def turn(k: Any, _: Sequence[Any]) -> list[Any]:
+            row = builder.mul(k, code.int64(LANES))
+            places = [code.place(base, row, 0) for base in bases]
+            q, wk, wp, dw, _w, dwk, dwp = (code.load(place) for place in places)
+            made = {
+                3: builder.fmul(dw, wp),
+                4: code.multiply_add(q, wp, wk),
+                5: builder.fadd(dwk, dw),
+                6: code.multiply_add(q, dw, dwp),
+            }
+            for i, value in made.items():
+                code.store(value, places[i])
+            return []
+
+        code.sums(n, 0, turn)
+        return context.get_dummy_value()
+
+    return types.void(q, wk, wp, dw, w, dwk, dwp, n), code
+
+
+pair_matrix: Any = intrinsic(_pair_matrix)
+
+
+@compiled_as_called()
+def scaled_sum(a_KN: Any, q_K: Any, b_KN: Any, c_KN: Any) -> None:
+    """C = A + diag(q)·B. N a multiple of LANES."""
+    width = c_KN.shape[1]
+    for k in range(len(q_K)):
+        at = k * width
+        scaled_row(pointer(a_KN, at), pointer(q_K, k), pointer(b_KN, at), pointer(c_KN, at), width // LANES)
+
+
+@compiled_as_called()
+def pair_matrix_back(q: Any, wk: Any, wp: Any, dw: Any, w: Any, dwk: Any, dwp: Any) -> None:
+    """W = W_k + q∘W_p, and its gradients: add dW to dW_k and q∘dW to dW_p, put W into `w` and dW∘W_p, q's gradient at
+    each place, into `dw`. All of one shape, of a multiple of LANES numbers."""
+    starts = pointer(q, 0), pointer(wk, 0), pointer(wp, 0), pointer(dw, 0), pointer(w, 0), pointer(dwk, 0)
+    pair_matrix(*starts, pointer(dwp, 0), w.size // LANES)
+
+
 @compiled_as_called()
 def rooms(count: int, size: int, like: Any) -> Any:
     """Return [count, size or more], rows that are buffers of `size` numbers, a third of a page apart in their pages.
@@ -198,6 +268,12 @@ def product_t(a_KM: Any, first: int, b_KN: Any, c_MN: Any) -> None:
     """C + Aᵀ·B, where A's column `first` is that of C's first row. N a multiple of LANES."""
     for k in range(0, len(b_KN), BLOCK):
         _strips(a_KM[k : k + BLOCK], first, len(c_MN), 1, a_KM.shape[1], b_KN[k : k + BLOCK], c_MN, True)
+
+
+@compiled_as_called()
+def product_of(a_KM: Any, b_KN: Any, c_MN: Any) -> None:
+    """C = Aᵀ·B, K at most some hundred. N a multiple of LANES."""
+    _strips(a_KM, 0, len(c_MN), 1, a_KM.shape[1], b_KN, c_MN, False)
 
 
 @compiled_as_called()

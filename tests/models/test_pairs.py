@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrkit import numba_loops
-from ctrkit.models import pair_blocks, pair_threads
+from ctrkit.models import pair_blocks, pair_net, pair_threads
 from ctrkit.models.layers import Dice, PReLU
 from ctrkit.models.pairs import PairMLP, attend, attend_plain
 
@@ -187,11 +187,12 @@ def test_without_gradients_and_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("width", [4, 8])
 @pytest.mark.parametrize("act", ["prelu", "dice"])
-def test_the_same_bits_every_time(act: str) -> None:
+def test_the_same_bits_every_time(act: str, width: int) -> None:
     """With two threads, and pairs for several blocks."""
-    pairs, leaves = pairs_of([60] * 6, [60] * 6), inputs(360, 360, torch.float32)
-    unit = random_unit(4, (16, 8), act, "qkdp", torch.float32).train()
+    pairs, leaves = pairs_of([60] * 6, [60] * 6), inputs(360, 360, torch.float32, width)
+    unit = random_unit(width, (16, 8), act, "qkdp", torch.float32).train()
     assert len(pairs[0]) > 2 * pair_blocks.BLOCK["cpu"] > 2 * pair_threads.ROWS
     found = []
     for _ in range(3):
@@ -208,17 +209,32 @@ def test_which_way_is_taken(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, cls in (("torch", pair_blocks.Pairs), ("compiled", pair_threads.CompiledPairs)):
         take = cls.take
         monkeypatch.setattr(cls, "take", lambda *x, name=name, take=take: (taken.append(name), take(*x)))
-    pairs, leaves = pairs_of(*LENGTHS["mixed"]), inputs(9, 77, torch.float32)
-    attend(random_unit(4, (6, 4), "prelu", "qkdp", torch.float32), *leaves, *pairs, softmax=True)
-    assert taken == [way]
+    net = pair_net._Attend.apply
+    monkeypatch.setattr(pair_net._Attend, "apply", lambda *x: (taken.append("one loop"), net(*x))[1])
+    pairs = pairs_of(*LENGTHS["mixed"])
+    for width, act in ((4, "prelu"), (8, "dice"), (8, "prelu")):
+        leaves = inputs(9, 77, torch.float32, width)
+        attend(random_unit(width, (16, 8), act, "qkdp", torch.float32), *leaves, *pairs, softmax=True)
+    assert taken == [way, way, "one loop" if way == "compiled" else way]
 
 
-@pytest.mark.parametrize("act", ["prelu", "dice", "sigmoid"])
 @pytest.mark.parametrize("softmax", [True, False])
-def test_what_is_not_finite_stays_so(act: str, softmax: bool) -> None:
+def test_pairs_that_dropout_left_out(softmax: bool) -> None:
+    """Behaviours of a sample are then not neighbours, and some samples and behaviours have no pair."""
+    sample_P, behaviour_P = pairs_of([2, 1, 3, 1, 0, 2], [3, 0, 5, 1, 2, 66])
+    kept = torch.rand(len(sample_P), generator=torch.Generator().manual_seed(1)) < 0.6
+    for width, act in ((4, "prelu"), (8, "prelu"), (8, "dice")):
+        unit, leaves = random_unit(width, (16, 8), act, "qkdp", torch.float64), inputs(9, 77, torch.float64, width)
+        for one, other in zip(*both(unit, leaves, (sample_P[kept], behaviour_P[kept]), softmax), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("act", "width"), [("prelu", 4), ("prelu", 8), ("dice", 4), ("sigmoid", 4)])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_what_is_not_finite_stays_so(act: str, width: int, softmax: bool) -> None:
     """A NaN in one behaviour reaches the vectors of its samples, and the gradients."""
-    pairs, (q, k, v) = pairs_of([2, 1], [3, 4]), inputs(3, 7, torch.float32)
-    unit = random_unit(4, (6, 4), act, "qkdp", torch.float32).eval()
+    pairs, (q, k, v) = pairs_of([2, 1], [3, 4]), inputs(3, 7, torch.float32, width)
+    unit = random_unit(width, (16, 8), act, "qkdp", torch.float32).eval()
     with torch.no_grad():
         k[1, 2] = torch.nan
     out = attend(unit, q, k, v, *pairs, softmax=softmax)
@@ -234,6 +250,12 @@ def test_any_number_of_threads(threads: int) -> None:
     for lengths in ([[2, 1, 3, 1, 0, 2], [3, 0, 5, 1, 2, 66]], [[1] * 9, [4] * 9], [[3], [5]]):
         pairs, leaves = pairs_of(*lengths), inputs(sum(lengths[0]), sum(lengths[1]), torch.float64)
         unit = random_unit(4, (6, 4), "dice", "qkdp", torch.float64).train()
+        for one, other in zip(*both(unit, leaves, pairs, True), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        unit, leaves = (
+            random_unit(8, (16, 8), "prelu", "qkdp", torch.float64),
+            inputs(len(leaves[0]), len(leaves[1]), torch.float64, 8),
+        )
         for one, other in zip(*both(unit, leaves, pairs, True), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 

@@ -1,5 +1,7 @@
 """Threads of ours: products that they share out are torch's, and each does its operations alone."""
 
+import sys
+
 import pytest
 import torch
 
@@ -69,3 +71,13 @@ def test_what_fails_in_a_thread_fails_here(number: int) -> None:
 
     with threads.own(2), pytest.raises(ZeroDivisionError, match=str(number)):
         threads.side_by_side(work, 2)
+
+
+def test_what_the_interpreter_was_told_is_told_back() -> None:
+    before = sys.getswitchinterval(), torch.get_num_threads()
+    with pytest.raises(KeyError), threads.own(2):
+        assert sys.getswitchinterval() == pytest.approx(threads.SWITCH)
+        assert (torch.get_num_threads(), threads.owned()) == (1, 2)
+        raise KeyError
+    assert (sys.getswitchinterval(), torch.get_num_threads()) == before
+    assert threads.owned() == 0

@@ -37,6 +37,25 @@ def test_products_of_a_transposed_matrix(rows: int, dtype: Any) -> None:
     np.testing.assert_allclose(out, c + a[:, 4:].T @ b, atol=10 * CLOSE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("width", [8, 24])
+def test_a_matrix_scaled_by_columns_and_its_gradients(width: int, dtype: Any) -> None:
+    """W = W_k + W_p·diag(q), whose gradient dW = dXᵀ·K is a product over a few rows."""
+    q, k, dx = random(dtype, width), random(dtype, 6, width), random(dtype, 6, 16)
+    wk, wp, dwk, dwp = (random(dtype, i + 16, width)[i:].copy() for i in range(4))
+    turned = np.empty((width, 16), dtype)
+    tiles.scaled_sum(np.ascontiguousarray(wk.T), q, np.ascontiguousarray(wp.T), turned)
+    np.testing.assert_allclose(turned, (wk + q * wp).T, atol=CLOSE[dtype])
+    dw, w = np.full((16, width), np.nan, dtype), np.full((16, width), np.nan, dtype)
+    tiles.product_of(dx, k, dw)
+    np.testing.assert_allclose(dw, dx.T @ k, atol=CLOSE[dtype])
+    expected = dwk + dw, dwp + dw * q, dw * wp
+    tiles.pair_matrix_back(np.tile(q, (16, 1)), wk, wp, dw, w, dwk, dwp)
+    for found, other in zip((dwk, dwp, dw), expected, strict=True):
+        np.testing.assert_allclose(found, other, atol=CLOSE[dtype])
+    np.testing.assert_allclose(w, turned.T, atol=CLOSE[dtype])
+
+
 def test_without_numbers_to_sum_a_product_is_zero() -> None:
     out = np.ones((3, 8), np.float32)
     tiles.product(np.empty((3, 0), np.float32), np.empty((0, 8), np.float32), out, False)
