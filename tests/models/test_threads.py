@@ -74,10 +74,14 @@ def test_what_fails_in_a_thread_fails_here(number: int) -> None:
 
 
 def test_what_the_interpreter_was_told_is_told_back() -> None:
+    def fail() -> None:
+        with threads.own(2):
+            assert sys.getswitchinterval() == pytest.approx(threads.SWITCH)
+            assert (torch.get_num_threads(), threads.owned()) == (1, 2)
+            raise KeyError
+
     before = sys.getswitchinterval(), torch.get_num_threads()
-    with pytest.raises(KeyError), threads.own(2):
-        assert sys.getswitchinterval() == pytest.approx(threads.SWITCH)
-        assert (torch.get_num_threads(), threads.owned()) == (1, 2)
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail()
     assert (sys.getswitchinterval(), torch.get_num_threads()) == before
     assert threads.owned() == 0
