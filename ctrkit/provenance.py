@@ -448,8 +448,7 @@ def code_digest(stage: str) -> str:
     waiting = ["ctrkit.stages." + stage.replace("-", "_")]
     while waiting:
         name = waiting.pop()
-        path = _source(name)
-        if path is None or name in sources:
+        if name in sources or (path := _source(name)) is None:
             continue
         source = _read_source(path)
         sources[name] = source.text
@@ -460,7 +459,11 @@ def code_digest(stage: str) -> str:
 
 
 def _source(module: str) -> Path | None:
-    package = Path(__file__).parent
+    return _source_in(Path(__file__).parent, module)
+
+
+@functools.cache
+def _source_in(package: Path, module: str) -> Path | None:
     parts = module.split(".")[1:]
     homes = [package, package.parent]  # an installed package, a checkout (stages/ beside ctrkit/)
     for home in homes if parts[:1] == ["stages"] else homes[:1]:
@@ -511,6 +514,11 @@ _WORD = re.compile(r"""(["'])([A-Za-z0-9_-][A-Za-z0-9_.-]*)\1""")
 
 def _data_files(name: str) -> list[Path]:
     """Return the package's file called `name`, or the files of its folder called so, that are not Python."""
-    path = Path(__file__).parent / name
+    return _data_files_in(Path(__file__).parent, name)
+
+
+@functools.cache
+def _data_files_in(package: Path, name: str) -> list[Path]:
+    path = package / name
     found = path.iterdir() if path.is_dir() else [path]
     return [p for p in found if p.is_file() and p.suffix not in (".py", ".pyc")]
