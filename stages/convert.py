@@ -42,16 +42,18 @@ def command(recipe: Recipe, raw: Path, out: Path, extend: Path | None, today: da
     recipe = for_day(recipe, day if extend else None)
     inputs = {**raw_inputs(recipe, raw), "previous": extend}
     modules = ("ctrkit.convert", "ctrkit.compiled", "ctrkit.compiled_take")
-    with start_early(recipe.engine, recipe.workers, _pieces(inputs.values()), modules) as pool:
+    with (
+        start_early(recipe.engine, recipe.workers, _pieces(inputs.values()), modules) as pool,
+        provenance.output("convert", recipe, inputs, out, {"today": str(day)} if day else None) as work,
+    ):
         from ctrkit.convert import SMALL_BYTES, convert, input_bytes
         from ctrkit.tables import open_tables
 
-        with provenance.output("convert", recipe, inputs, out, {"today": str(day)} if day else None) as work:
-            tables = open_tables(recipe, raw, *SOURCES)
-            small = input_bytes(recipe, tables) < SMALL_BYTES
-            with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
-                work.counts = convert(recipe, tables, work.begin(), tasks, day, extend)
-            work.end()
+        tables = open_tables(recipe, raw, *SOURCES)
+        small = input_bytes(recipe, tables) < SMALL_BYTES
+        with engine(recipe.engine, recipe.workers, work.parts, small=small, pool=pool) as tasks:
+            work.counts = convert(recipe, tables, work.begin(), tasks, day, extend)
+        work.end()
     notes = _identity(work.counts)
     if extend is not None:
         notes["duplicate impressions dropped"] = "found among the rows of the day alone"

@@ -12,7 +12,6 @@ from ctrkit.errors import UsageError
 from ctrkit.options import path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
-from ctrkit.world import simulate
 
 
 @click.command("simulate")
@@ -31,6 +30,8 @@ def command(recipe: Recipe, out: Path) -> None:
     if recipe.simulate is None:
         raise UsageError(f"recipe {recipe.name!r} has no [simulate] table; give its raw data with --raw instead")
     with provenance.output("simulate", recipe, {}, out) as work:
+        from ctrkit.world import simulate
+
         work.counts.update(simulate(recipe.simulate, work.path))
     counts = ", ".join(f"{n:,} {name}" for name, n in work.counts.items())
     say(f"simulate: {counts} -> {out} (simulated data)")

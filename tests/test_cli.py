@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -36,6 +37,31 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert "ctrkit.cli" in loaded
     assert [m for m in loaded if m in HEAVY or m.startswith("ctrkit.stages")] == []
+
+
+def test_a_process_ends_with_its_status_after_all_is_written_and_closed(tmp_path: Path) -> None:
+    code = "import atexit, sys\nfrom ctrkit import __main__, cli\n"
+    code += "main = cli.main\n"
+    code += "def act():\n    atexit.register(print, 'closed', flush=False)\n    main()\n"
+    code += "__main__.main = act\n__main__.run()"
+
+    def end(*words: str, code: str = code, **more: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, text=True, check=False, **more)
+
+    done = end("--version", capture_output=True)
+    assert (done.returncode, done.stdout) == (0, f"ctrkit, version {__version__}\nclosed\n")
+    done = end("convrt", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "closed\n")
+    assert done.stderr.endswith("there is no command 'convrt'; did you mean 'convert' or 'report'?\n")
+    with open("/dev/full", "w") as full:
+        assert end("--version", stdout=full, stderr=subprocess.PIPE).returncode != 0
+    fails = code.replace("    main()", "    sys.exit('the reason')")
+    done = end(code=fails, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "closed\n", "the reason\n")
+    fails = code.replace("    main()", "    raise ZeroDivisionError")
+    done = end(code=fails, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("\nZeroDivisionError\n")
 
 
 def test_planning_imports_no_torch(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Keys, freshness and sidecars."""
 
+import ast
 import contextlib
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -315,6 +317,32 @@ def test_a_checkout_and_an_installed_package_have_the_same_digests(package: Path
     installed = code_digests()
     provenance.__file__ = str(CHECKOUT / "ctrkit" / "provenance.py")
     assert code_digests() == installed
+
+
+def test_the_names_in_a_module_are_those_of_its_syntax_tree() -> None:
+    paths = [*(CHECKOUT / "ctrkit").rglob("*.py"), *(CHECKOUT / "stages").glob("*.py")]
+    for path in paths:
+        text = path.read_text()
+        imports, words = set(), set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                imports |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imports |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words.add(node.value)
+        ours = {name for name in imports | words if name and re.fullmatch(r"ctrkit(\.\w+)*", name)} - {"ctrkit"}
+        found_imports, found_words = provenance._names(text)
+        assert set(found_imports) - {"", "ctrkit"} == ours | {name.rpartition(".")[0] for name in ours} - {"ctrkit"}, (
+            path
+        )
+        names = {word for word in words if re.fullmatch(r"[\w-][\w.-]*", word)}
+        assert data_files(found_words) == data_files(names), path
+    assert len(paths) > 100
+
+
+def data_files(names: Iterable[str]) -> set[Path]:
+    return {file for name in names for file in provenance._data_files(name)}
 
 
 def test_code_counts_as_far_as_it_is_imported(package: Path) -> None:

@@ -91,10 +91,21 @@ def build_wheel(folder: Path) -> Path:
 
 
 def install(folder: Path) -> Path:
-    """Unpack the wheel; return the folder to put on Python's path."""
+    """Unpack the wheel; return the folder to put on Python's path.
+
+    Its modules are the checkout's, and what Python and Numba have compiled of these serves them: times, which Python
+    goes by, become the same.
+    """
+    site = folder / "site"
     with zipfile.ZipFile(build_wheel(folder)) as wheel:
-        wheel.extractall(folder / "site")
-    return folder / "site"
+        wheel.extractall(site)
+    for package in ("ctrkit", "ctrkit/models"):
+        for source in (CHECKOUT / package).glob("*.py"):
+            shutil.copystat(source, site / package / source.name)
+        compiled = CHECKOUT / package / "__pycache__"
+        compiled.mkdir(exist_ok=True)
+        (site / package / "__pycache__").symlink_to(compiled)
+    return site
 
 
 @dataclass(frozen=True)
