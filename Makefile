@@ -41,6 +41,13 @@ format: $(READY) ## write the code in its usual form
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+WORKERS ?= 1
+.PHONY: tune
+tune: $(READY) ## search the ranges in [tune] of DATA, by WORKERS processes; VARIANT=… searches around that one
+	.venv/bin/ctrkit tune '$(DATA)' --out '$(OUT)' --workers $(WORKERS) $(if $(RAW),--raw '$(RAW)') \
+		$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(VARIANT),--variant '$(VARIANT)') $(if $(MLFLOW),--mlflow '$(MLFLOW)') \
+		$(foreach set,$(SET),--set '$(set)')
+
 include benchmarks/bench.mk
 
 # The folder of a recipe's outputs has the recipe's name, or its file's.

@@ -65,6 +65,12 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def mlflow_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--mlflow`."""
+    option = click.option("--mlflow", metavar="URI", help="Record it at MLflow too: sqlite:///FILE or http://SERVER.")
+    return option(command)
+
+
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--nproc` and `--max-restarts`."""
     number = click.IntRange(min=1, max=1024)
