@@ -85,6 +85,14 @@ class Store:
         """MLflow's own."""
         return self._client
 
+    def known(self, run_id: str | None) -> str | None:
+        """Return the id of a run if the store has it, else None."""
+        if run_id is not None and not self.rests:
+            with contextlib.suppress(Exception):  # another store's
+                found: str = self._client.get_run(run_id).info.run_id
+                return found
+        return None
+
     @property
     def rests(self) -> bool:
         """Whether it is too early for the next try."""

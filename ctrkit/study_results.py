@@ -85,10 +85,10 @@ def best_recipe(data: Mapping[str, Any], name: str, best: Row, own: Mapping[str,
             untuned = merge(untuned, parse_set(override(key, own[key])))
         elif key == "select-clicks.window_days":  # None stands for all
             untuned = merge(untuned, parse_set(override(key, "all")))
-    for name in ("daily", "report", "eval"):
-        if isinstance(tables.get(name), Mapping):
-            gone = ("variants", "gallery_variant", "activation_variant", "map_variant", "baseline", "compare")
-            tables[name] = {key: value for key, value in tables[name].items() if key not in gone}
+    gone = ("variants", "gallery_variant", "activation_variant", "map_variant", "baseline", "compare")
+    for table in ("daily", "report", "eval"):
+        if isinstance(tables.get(table), Mapping):
+            tables[table] = {key: value for key, value in tables[table].items() if key not in gone}
     tables["name"] = name
     tables = merge(tables, {"eval": {"baseline": UNTUNED, "compare": [[BEST, UNTUNED]]}})
     tables["variants"] = {BEST: {}, UNTUNED: untuned}
