@@ -227,8 +227,8 @@ def _client(uri: str) -> Any:
         from mlflow.tracking import MlflowClient
     except ImportError:
         raise UsageError("--mlflow needs MLflow, which is not installed: pip install 'ctrkit[mlflow]'") from None
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("mlflow", "alembic", "urllib3"):  # which tell what is told below
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return MlflowClient(tracking_uri=uri)
     except ImportError as e:

@@ -254,9 +254,7 @@ class Study:
                 continue
             attempt = trial.user_attrs.get("attempt", 1)
             values = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            known: dict[str, Any] = {
-                name: trial.user_attrs[name] for name in ("recipe", "folder") if name in trial.user_attrs
-            }
+            known = {"folder": self._folder(trial).name, "recipe": trial.user_attrs.get("recipe", False)}
             study_id = self._storage.get_study_id_from_name(self._study.study_name)
             trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
             if attempt < ATTEMPTS:
@@ -266,6 +264,7 @@ class Study:
             else:
                 self._storage.set_trial_user_attr(trial_id, "why", f"its process was killed {attempt} times")
             self._study.tell(trial.number, state=TrialState.FAIL)
+            files.tidy(self._folder(trial))
 
     def _enqueue(self, parameters: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
         self._study.enqueue_trial(dict(parameters), user_attrs=dict(notes))

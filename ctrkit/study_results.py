@@ -46,7 +46,9 @@ def as_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
 
 def table(title: str, rows: Sequence[Row], keys: Sequence[str]) -> Table:
     """Return the best trials as a table."""
-    heads = ["trial", "validation GAUC", "state", *keys, "seconds"]
+    short = [key.rpartition(".")[2] for key in keys]
+    named = [name if short.count(name) == 1 else key for name, key in zip(short, keys, strict=True)]
+    heads = ["trial", "validation GAUC", "state", *named, "seconds"]
     told = [row for row in by_value(rows) if row.state != "interrupted"]
     return text_table(title, heads, [_cells(row, keys) for row in told[:SHOWN]])
 
@@ -54,7 +56,7 @@ def table(title: str, rows: Sequence[Row], keys: Sequence[str]) -> Table:
 def _cells(row: Row, keys: Sequence[str]) -> list[str]:
     state = row.state
     if row.state == "pruned":
-        state = f"pruned at validation {row.notes.get('validations')}"
+        state = f"pruned (validation {row.notes.get('validations')})"
     elif "same_as" in row.notes:
         state = f"as trial {row.notes['same_as']}"
     recipe = " (the recipe)" if row.notes.get("recipe") else ""

@@ -214,8 +214,8 @@ def test_killed_in_the_middle_of_a_trial(study: Run, run: Run) -> None:
     for trial in (2, 5):
         process = start(run)
         until = time.monotonic() + 60
-        lock = run.home / "tune" / "trials" / f".{trial:04}.lock"
-        while not lock.exists() and process.is_alive() and time.monotonic() < until:
+        begun = run.home / "tune" / "trials" / f"{trial:04}"
+        while not begun.exists() and process.is_alive() and time.monotonic() < until:
             time.sleep(0.001)
         process.kill()
         process.join()
