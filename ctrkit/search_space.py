@@ -48,10 +48,10 @@ class Dimension:
             texts = {_text(choice): choice for choice in self.choices}
             return texts[trial.suggest_categorical(self.key, list(texts))]
         low, high, step, log = self.range.low, self.range.high, self.range.step, self.range.log
-        if self.whole:
-            return trial.suggest_int(self.key, int(low), int(high), step=int(step or 1), log=log)
         if step is not None:  # Optuna wants a whole number of steps
             high = low + math.floor((high - low) / step + 1e-9) * step
+        if self.whole:
+            return trial.suggest_int(self.key, int(low), int(high), step=int(step or 1), log=log)
         return trial.suggest_float(self.key, low, high, step=step, log=log)
 
     def parameter(self, value: Any) -> Any:

@@ -150,6 +150,12 @@ class Study:
         """Return a complete trial with the same values, if there is one."""
         return next((r for r in self.rows() if r.state == "complete" and r.values == begun.values), None)
 
+    def report(self, begun: Begun, value: float, validation: int) -> bool:
+        """Tell what a validation gave; say whether the trial is to be stopped."""
+        with self._told():
+            begun.trial.report(value, validation)
+            return begun.trial.should_prune()
+
     def complete(self, begun: Begun, value: float, **notes: Any) -> None:
         """Tell a trial's value; `notes` are for the tables."""
         self._tell(begun, notes, values=value)
@@ -211,8 +217,6 @@ class Study:
                     files.sidecar_path(model).unlink(missing_ok=True)
                     files.remove(model)
                     files.tidy(model)
-                    for left in model.parent.glob(f".{model.name}.checkpoints-*"):
-                        files.remove(left)
 
     def importances(self) -> dict[str, float]:
         """Return how much of the values' variance each key explains (fANOVA over the complete trials); empty where
@@ -232,14 +236,20 @@ class Study:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        with files.locked(self.path, quiet=True):
-            try:
-                yield
-            except (sqlite3.Error, optuna.exceptions.StorageInternalError) as e:
-                raise Resumable(
-                    f"{self.path}: {e}. If the disk is full, make room and run the same command again: it goes on "
-                    "from what was done"
-                ) from None
+        with files.locked(self.path, quiet=True), self._told():
+            yield
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within the block errors of the database are the user's, who may mend them."""
+        try:
+            yield
+        except (sqlite3.Error, optuna.exceptions.StorageInternalError) as e:
+            why = str(e.__cause__ or e).splitlines()[0]
+            raise Resumable(
+                f"{self.path}: {why}. If the disk is full, make room and run the same command again: it goes on from "
+                "what was done"
+            ) from None
 
     def _running(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

