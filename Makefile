@@ -12,7 +12,7 @@ JOBS ?= 2
 
 READY := .venv/.ready
 STAGES := simulate convert select-clicks tune-backbone extract-images import-features group train predict eval report tables daily
-# DATA, RAW, WEIGHTS, SET, TODAY, FROM, TO and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
+# DATA, RAW, WEIGHTS, SET, TODAY, FROM, TO, MLFLOW and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
 PIPELINE = $(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) -f ctrkit/pipeline.mk CTRKIT=.venv/bin/ctrkit
 
 .PHONY: all
@@ -41,6 +41,13 @@ format: $(READY) ## write the code in its usual form
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+WORKERS ?= 1
+.PHONY: tune
+tune: $(READY) ## search the ranges in [tune] of DATA, by WORKERS processes; VARIANT=… searches around that one
+	.venv/bin/ctrkit tune '$(DATA)' --out '$(OUT)' --workers $(WORKERS) $(if $(RAW),--raw '$(RAW)') \
+		$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(VARIANT),--variant '$(VARIANT)') $(if $(MLFLOW),--mlflow '$(MLFLOW)') \
+		$(foreach set,$(SET),--set '$(set)')
+
 include benchmarks/bench.mk
 
 # The folder of a recipe's outputs has the recipe's name, or its file's.
@@ -56,7 +63,7 @@ clean: ## remove the outputs of DATA
 
 .PHONY: help
 help: ## show this list
-	@echo "make [TARGET] [DATA=recipe] [RAW=folder] [WEIGHTS=file] [SET='table.key=value …'] [TODAY=YYYY-MM-DD | FROM=… TO=…] [OUT=runs] [JOBS=2]"
+	@echo "make [TARGET] [DATA=recipe] [RAW=folder] [WEIGHTS=file] [SET='table.key=value …'] [TODAY=YYYY-MM-DD | FROM=… TO=…] [MLFLOW=uri] [OUT=runs] [JOBS=2]"
 	@echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)$$/\1\t\2/p' Makefile benchmarks/bench.mk | while IFS=$$'\t' read -r name text; do \
 		printf '  %-15s %s\n' "$$name" "$$text"; done

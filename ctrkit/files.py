@@ -194,15 +194,15 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, quiet: bool = False) -> Iterator[None]:
     """Hold the lock of an output, `.NAME.lock` beside it, so that two processes never make it at once.
 
-    Waits for the one that holds it. A process that dies loses its locks.
+    Waits for the one that holds it, and says so unless `quiet`. A process that dies loses its locks.
     """
     lock = _lock_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = _lock(lock)
+        fd = _lock(lock, quiet)
     except OSError as e:
         raise cannot_write(path, e) from e
     try:
@@ -231,9 +231,9 @@ def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _lock(lock: Path) -> int:
+def _lock(lock: Path, quiet: bool) -> int:
     """Return a descriptor that holds the lock. Whoever held it before has removed the file, so look again."""
-    waiting = False
+    waiting = quiet
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:

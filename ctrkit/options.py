@@ -41,15 +41,17 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
         today: datetime.datetime | None,
         since: datetime.datetime | None,
         until: datetime.datetime | None,
+        mlflow: str | None,
         **rest: Any,
     ) -> Any:
         days = {"today": today, "since": since, "until": until}
         dates = {name: day.date() if day else None for name, day in days.items()}
-        return command(asked={"sets": sets, "raw": raw, "weights": weights, **dates}, **rest)
+        return command(asked={"sets": sets, "raw": raw, "weights": weights, "mlflow": mlflow, **dates}, **rest)
 
     wrapped.__doc__ = command.__doc__
     wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
+        mlflow_option,
         click.option("--to", "until", type=DAY, help="The last of these days. Default: the first."),
         click.option(
             "--from", "since", type=DAY, help="Days from this one to --to, each from the model of the day before."
@@ -63,6 +65,12 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         wrapped = option(wrapped)
     return wrapped
+
+
+def mlflow_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--mlflow`."""
+    option = click.option("--mlflow", metavar="URI", help="Record it at MLflow too: sqlite:///FILE or http://SERVER.")
+    return option(command)
 
 
 def rank_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,5 @@
 # From raw data to report, file to file. The rules of a recipe come from `ctrkit rules`, which decides by content,
-# never by time, what is stale. Variables: DATA, RAW, WEIGHTS, SET, TODAY, FROM, TO, OUT, CTRKIT; or CTRKIT_RULES, where they are written already.
+# never by time, what is stale. Variables: DATA, RAW, WEIGHTS, SET, TODAY, FROM, TO, MLFLOW, OUT, CTRKIT; or CTRKIT_RULES, where they are written already.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules --no-print-directory
@@ -20,6 +20,7 @@ SET ?=
 TODAY ?=
 FROM ?=
 TO ?=
+MLFLOW ?=
 
 .PHONY: all
 all:
@@ -33,8 +34,8 @@ endif
 endif
 CTRKIT_ARGUMENTS := --recipe '$(DATA)' --out '$(OUT)' $(if $(RAW),--raw '$(RAW)') \
 	$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(TODAY),--today '$(TODAY)') $(foreach set,$(SET),--set '$(set)') \
-	$(if $(FROM),--from '$(FROM)') $(if $(TO),--to '$(TO)') $(if $(filter tables,$(MAKECMDGOALS)),--tables)
-ifneq ($(findstring ',$(DATA)$(OUT)$(RAW)$(WEIGHTS)$(TODAY)$(FROM)$(TO)$(SET)),)
+	$(if $(FROM),--from '$(FROM)') $(if $(TO),--to '$(TO)') $(if $(MLFLOW),--mlflow '$(MLFLOW)') $(if $(filter tables,$(MAKECMDGOALS)),--tables)
+ifneq ($(findstring ',$(DATA)$(OUT)$(RAW)$(WEIGHTS)$(TODAY)$(FROM)$(TO)$(MLFLOW)$(SET)),)
 $(error DATA, OUT, RAW, WEIGHTS and SET cannot hold an apostrophe; `ctrkit run` takes any path and value)
 endif
 CTRKIT_RULES := $(shell CTRKIT_DIGESTS='$(CTRKIT_DIGESTS)' $(CTRKIT) rules $(CTRKIT_ARGUMENTS))

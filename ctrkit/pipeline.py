@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from ctrkit import files, provenance
+from ctrkit import digests, files, provenance
 from ctrkit.cli import main as ctrkit_command
 from ctrkit.errors import UsageError, nearest
 from ctrkit.recipe import NO_CURVE, Recipe, load
@@ -49,6 +49,8 @@ DAY_SPLIT = ("split.test=1", "split.valid=0")
 """Of the days of `make daily`: a day tests, and all before it in the window may train."""
 NO_WARM_START = ("train.warm_start=", "train.warm_from=")
 """Of a day's model from scratch, whatever the variant says."""
+TUNE = "tune"
+"""Folder of the study of `ctrkit tune`."""
 SCRATCH = "scratch"
 """Folder, beside a day's model, of the same one trained from scratch."""
 
@@ -90,6 +92,8 @@ class Setting:
     since: datetime.date | None = None
     """Plan the days from this one to `until`, each from the model of the day before, and nothing else."""
     until: datetime.date | None = None
+    mlflow: str | None = None
+    """Where trainings, evaluation and report are recorded besides."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Graph:
         self._chains: dict[str | None, Chain] = {}
         self._begun: list[str | None] = []
         self._day: datetime.date | None = None
+        self._apart: Path | None = None
         if setting.until is not None and setting.since is None:
             raise UsageError(
                 f"the days up to {setting.until} begin where? Give FROM=… (make) or --from (ctrkit run) too"
@@ -142,8 +147,9 @@ class Graph:
         data = self._data(None, base)
         chains = {name or "model": self._chain(name) for name in self._names}
         scored = [f"{name}={chain.predict.output}" for name, chain in chains.items()]
-        metrics = self._add("eval", None, base, ("--gauc", *scored), [c.predict for c in chains.values()])
-        options = ["--metrics", str(metrics.output)]
+        evaluated = ("--gauc", *scored, *self._mlflow)
+        metrics = self._add("eval", None, base, evaluated, [c.predict for c in chains.values()])
+        options = ["--metrics", str(metrics.output), *self._mlflow]
         needs = [metrics, data["convert"], data["group"]]
         for name, chain in chains.items():
             options += ["--model", f"{name}={chain.model.output}", "--predictions", f"{name}={chain.predict.output}"]
@@ -195,6 +201,31 @@ class Graph:
         if recipe.simulate != self._base.simulate:
             raise UsageError(f"variant {name!r} overrides [simulate]: all variants of a recipe share one world")
         return recipe
+
+    def tuned(self, variant: str | None) -> Chain:
+        """Return the steps of what a study starts from. Adds them if they are not of this run."""
+        return self._chain(variant if variant in self._base.variants else None)
+
+    def trial(self, variant: str | None, folder: str, sets: tuple[str, ...]) -> tuple[list[Step], Step]:
+        """Return a trial's data steps and its training, which get these overrides besides the user's.
+
+        folder: of the model and its TensorBoard, in `tune/` below the variant's folder. A data step that does what one
+        of the recipe's does is that one; the others lie in `tune/data/`, where trials of the same settings share them.
+        """
+        recipe = self._load(variant, sets)
+        self._apart = self.study_home(variant) / "data"
+        data = self._data(variant, recipe, sets=sets)
+        self._apart = None
+        chain = self._model(variant, recipe, data, None, sets, f"{TUNE}/{folder}")
+        return list(data.values()), chain.model
+
+    def study_home(self, variant: str | None) -> Path:
+        """Return the folder of a study."""
+        return self.whole / (variant or "") / TUNE
+
+    @property
+    def _mlflow(self) -> list[str]:
+        return ["--mlflow", self.setting.mlflow] if self.setting.mlflow else []
 
     def _tables(self) -> None:
         """Add the papers' tables and curves, after the variants in them."""
@@ -377,7 +408,7 @@ class Graph:
                 warm += [] if "--convert" in options else ["--convert", str(data["convert"].output)]
                 earlier += [step for step in (data["convert"], *before.steps) if step not in (*needs, *earlier)]
         logs = self.home / (variant or "") / below / "tensorboard"
-        options_ = (*options, *warm, "--tensorboard", str(logs))
+        options_ = (*options, *warm, "--tensorboard", str(logs), *self._mlflow)
         model = self._add("train", variant, recipe, options_, [*needs, *earlier], own=True, below=below, sets=sets)
         options_ = (*options, "--model", str(model.output))
         predict = self._add("predict", variant, recipe, options_, [*needs, model], own=True, below=below, sets=sets)
@@ -400,6 +431,8 @@ class Graph:
         same = json.dumps([stage, tables, list(options), variant if own else None], sort_keys=True)
         if same not in self._made:
             home = self.whole if stage == "simulate" else self.home / (variant or "") / below
+            if self._apart is not None and stage != "simulate":
+                home = self._apart / digests.text(same)[:12]
             output = home / OUTPUTS[stage]
             self._made[same] = Step(stage, output, variant, tuple(options), tuple(needs), sets)
             self.steps.append(self._made[same])
@@ -440,7 +473,7 @@ def _check_names(home: Path, recipe: Recipe) -> None:
             f"outputs would go to {str(home)!r}, and Make cannot work with {bad.group()!r} in their path; give OUT=… "
             f"(make) or --out (ctrkit run) without it, perhaps relative to where you are"
         )
-    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS, CHAIN, FIGURES}
+    taken = {name + end for name in OUTPUTS.values() for end in ("", ".json")} | {DAYS, CHAIN, FIGURES, TUNE}
     if clash := sorted(taken & set(recipe.variants)):
         raise UsageError(f"a variant cannot be called {clash[0]!r}, which is the name of an output; rename it")
 

@@ -676,6 +676,76 @@ class Eval(Table):
         return resamples
 
 
+class Range(Table):
+    """A range of numbers in `[tune.space]`; of whole numbers where `low`, `high` and `step` are."""
+
+    low: int | float
+    high: int | float
+    step: int | float | None = None
+    """Between the values. Default: 1 of whole numbers, none of others."""
+    log: bool = False
+    """Draw evenly by the logarithm."""
+
+    @model_validator(mode="after")
+    def _can_be_drawn_from(self) -> "Range":
+        if self.low >= self.high:
+            raise ValueError(f"low has to be below high (given: {self.low} and {self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log = true needs a low above 0 (given: {self.low})")
+        if self.step is not None and (self.log or not 0 < self.step <= self.high - self.low):
+            raise ValueError(f"step has to lie between 0 and high - low, and does not go with log (given: {self.step})")
+        return self
+
+
+class Tune(Table):
+    """`[tune]`: the search of `ctrkit tune`."""
+
+    trials: Annotated[int, Field(ge=1, le=100_000)] = 20
+    """In all, of all processes; those that are pruned or fail count."""
+    timeout_minutes: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """After so many minutes of a command no trial is begun; 0: no limit."""
+    seed: Seed = 0
+    """Of the sampler."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["median", "halving", "none"] = "median"
+    """Who stops a trial early: `median`, where its validation GAUC is below the median of the earlier trials at the
+    same validation; `halving`, where it is not among the best quarter (asynchronous successive halving)."""
+    startup_trials: Annotated[int, Field(ge=1)] = 5
+    """Trials drawn at random, and never pruned by the median, before the others learn from them."""
+    warm_up: Annotated[int, Field(ge=0)] = 0
+    """Of the median: validations of a trial before it may be pruned."""
+    space: dict[str, Any] = {}
+    """Key, as `--set` takes it → a range, such as { low = 1e-4, high = 1e-2, log = true }, or a list of choices."""
+
+    @field_validator("space")
+    @classmethod
+    def _dimensions(cls, space: dict[str, Any]) -> dict[str, Any]:
+        for key, asked in space.items():
+            if isinstance(asked, Mapping):
+                _check_range(key, asked)
+            elif not isinstance(asked, list) or len(asked) < 2:
+                raise ValueError(
+                    f"{key!r} has to be a range, such as {{ low = 1e-4, high = 1e-2, log = true }}, or a list of at "
+                    f"least two choices (given: {json.dumps(asked, default=str)})"
+                )
+            elif twice := [one for n, one in enumerate(asked) if one in asked[:n]]:
+                raise ValueError(f"{key!r} has the choice {json.dumps(twice[0], default=str)} twice")
+        return space
+
+
+def _check_range(key: str, asked: Mapping[str, Any]) -> None:
+    known = list(Range.model_fields)
+    for name, value in asked.items():
+        if name not in known and isinstance(value, Mapping | list):
+            raise ValueError(f'{key!r} is a table: write the whole name in quotes, "{key}.{name}" = …')
+        if name not in known:
+            raise ValueError(f"the range of {key!r} has no key {name!r}{nearest(name, known)}")
+    try:
+        Range.model_validate(asked)
+    except ValidationError as e:
+        raise ValueError(f"the range of {key!r}: {_explain(e).removesuffix('.')}") from None
+
+
 class Report(Table):
     """`[report]`."""
 
@@ -815,6 +885,7 @@ class Recipe(Table):
     predict: Predict = Predict()
     eval: Eval = Eval()
     report: Report = Report()
+    tune: Tune = Tune()
     variants: dict[VariantName, dict[str, dict[str, Any] | bool | str]] = {}
     """Overrides, table by table, on top of those of the variant that `like` names. With `extra = true`, its own or that
     one's, a variant that only `make tables` makes."""
@@ -952,24 +1023,34 @@ def load(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = (
 
     Raises UsageError for a file that is not TOML, an unknown key, a wrong value or an unknown variant.
     """
+    return _validate(read(recipe, variant, sets), str(find(recipe)))
+
+
+def read(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the plain tables of a recipe, as they stand in the file, with all that `load` lays over them."""
     path = find(recipe)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not a TOML file: {e}") from None
     data.setdefault("name", path.resolve().parent.name if path.name == "recipe.toml" else path.stem)
-    overrides = [_parse_set(text) for text in sets]
+    overrides = [parse_set(text) for text in sets]
     for override in overrides:
-        data = _merge(data, override)
+        data = merge(data, override)
     _check_variants(data, str(path))
     if variant is not None:
         variants = data.get("variants", {})
         if variant not in variants:
             raise UsageError(f"{path} has no variant {variant!r}{nearest(variant, variants)}")
-        data = _merge(data, _overrides(variants, variant, str(path)))
+        data = merge(data, _overrides(variants, variant, str(path)))
         for override in overrides:
-            data = _merge(data, override)
-    return _validate(data, str(path))
+            data = merge(data, override)
+    return data
+
+
+def check_alone(data: Mapping[str, Any], where: str) -> Recipe:
+    """Check a recipe's plain tables without those that name variants."""
+    return _validate({k: v for k, v in data.items() if k not in NAMING_VARIANTS}, where)
 
 
 def _validate(data: dict[str, Any], where: str) -> Recipe:
@@ -992,7 +1073,7 @@ def _check_variants(data: dict[str, Any], where: str) -> None:
     variants = _validate(data, where).variants
     for name in variants:
         try:
-            Recipe.model_validate(_merge(base, _overrides(variants, name, where)))
+            Recipe.model_validate(merge(base, _overrides(variants, name, where)))
         except ValidationError as e:
             raise UsageError(f"{where}, variant {name!r}: {_explain(e)}") from None
     _checked.add(key)
@@ -1008,15 +1089,16 @@ def _overrides(variants: Mapping[str, Any], name: str, where: str) -> dict[str, 
         chain.append(like)
     out: dict[str, Any] = {}
     for one in reversed(chain):
-        out = _merge(out, {k: v for k, v in variants[one].items() if k not in ("extra", "like")})
+        out = merge(out, {k: v for k, v in variants[one].items() if k not in ("extra", "like")})
     return out
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables with others laid over them, key by key."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        out[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return out
 
 
@@ -1025,7 +1107,8 @@ NAMING_VARIANTS = ("variants", "tables", "curves", "daily")
 TOP_LEVEL = ("engine", "workers")
 
 
-def _parse_set(text: str) -> dict[str, Any]:
+def parse_set(text: str) -> dict[str, Any]:
+    """Return `table.key=value` as nested tables."""
     key, equals, value = text.partition("=")
     parts = re.findall(r'"([^"]*)"|([^."]+)', key.strip())
     names = [quoted or bare for quoted, bare in parts]
@@ -1079,6 +1162,7 @@ def _model_at(loc: Sequence[str]) -> type[Table] | None:
         "predict": Predict,
         "eval": Eval,
         "report": Report,
+        "tune": Tune,
     }
     if loc[0] == "convert" and len(loc) > 1:
         return Source

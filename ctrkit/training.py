@@ -39,6 +39,7 @@ from ctrkit.progress import Meter, say
 from ctrkit.ranks import ALONE, ToldByFirst
 from ctrkit.scoring import all_scores
 from ctrkit.tensorboard import Board
+from ctrkit.watching import Watch, nobody
 
 CHECK_STEPS = 50
 """Steps on a GPU between looks at whether loss and gradient were finite, each of which waits for the device."""
@@ -95,6 +96,8 @@ class Trainer:
     """The lines of metrics.jsonl."""
     output: Path | None = None
     """Whose curves they are: those of an earlier training of the same output give way."""
+    watch: Watch = nobody
+    """Is told each record; of a training that goes on from a checkpoint, the earlier ones too. Rank 0 does it."""
 
     def __post_init__(self) -> None:
         self.config = self.model.plan.train
@@ -168,6 +171,8 @@ class Trainer:
             self._saved = time.monotonic()
             self._told = self._saved, self.samples
             self._uses = self.model.pictures.cache.uses() if self.model.pictures else Uses()
+            for record in self.records:
+                self._tell(record)
             while not self.finished:
                 for batch in self._batches():
                     self._count(self.step(batch), batch.n_total)
@@ -348,6 +353,7 @@ class Trainer:
             "learning_rate": self.adam.param_groups[0]["lr"],
         }
         self.records.append(record)
+        self._tell(record)
         self.logged.clear()
         meter.add(0, f"loss {record['loss']:.4f}")
         point = {"train/loss": record["loss"], "train/learning_rate": record["learning_rate"]}
@@ -355,6 +361,10 @@ class Trainer:
         rate = (self.samples - samples_then) / max(now - then, 1e-9)
         board.add(self.steps, {**point, "train/samples_per_second": rate, **self._feature_points()})
         self._told = now, self.samples
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        if self._first:
+            self.watch(record)
 
     def _feature_points(self) -> dict[str, float | None]:
         """Return points of TensorBoard on how picture features were read since the last ones, here."""
@@ -382,6 +392,7 @@ class Trainer:
             self.model.network.train()
         self.loss.clear()
         self.records.append(record)
+        self._tell(record)
         board.add(self.steps, {"valid/loss": record["valid_loss"], "valid/gauc": record["valid_gauc"]})
         value = record["valid_gauc"]
         if value is None:

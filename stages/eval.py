@@ -21,7 +21,7 @@ from ctrkit.metric_tables import (
     slice_tables,
     statement,
 )
-from ctrkit.options import path_option
+from ctrkit.options import mlflow_option, path_option
 from ctrkit.predictions import SEPARATORS
 from ctrkit.progress import console, say
 from ctrkit.recipe import Eval, Recipe, load
@@ -57,6 +57,7 @@ from ctrkit.recipe import Eval, Recipe, load
 @click.option("--bootstrap", type=click.IntRange(min=0), help="Resamples of users, at least 2; 0: no intervals.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), help="Of the resamples.")
 @path_option("--json", "Write metrics.json here.", required=False)
+@mlflow_option
 @click.option("--recipe", "recipe_name", metavar="NAME|FILE", help="Take [eval] from a recipe.")
 @click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the recipe.")
 def command(
@@ -67,6 +68,7 @@ def command(
     score: str,
     slices: tuple[str, ...],
     json: Path | None,
+    mlflow: str | None,
     recipe_name: str | None,
     sets: tuple[str, ...],
     **flags: Any,
@@ -78,6 +80,7 @@ def command(
     columns unseen_ad, history_length and day allow; writes them as JSON with --json. Options override the
     recipe's [eval]. A file is called by its stem, or by its folder if it is a predictions.parquet. Parquet files
     may be larger than memory; with --bootstrap 0, a single one in memory that does not grow with the users either.
+    With --mlflow the figures of a predictions.parquet go to the run of the model that lies beside it.
 
     \b
     ctrkit eval --gauc predictions.csv
@@ -102,9 +105,25 @@ def command(
             metrics = evaluate(paths, settings, user=user, label=label, score=score, slices=slices)
             files.write_json(work.path, metrics)
             work.counts.update({name: v["all"]["impressions"] for name, v in metrics["variants"].items()})
+    if mlflow is not None:
+        _record(mlflow, given.name, paths, metrics)
     show(metrics, slices)
     if json is not None:
         say(f"eval: {len(paths)} file{'s' if len(paths) > 1 else ''} -> {json}")
+
+
+def _record(uri: str, experiment: str, paths: dict[str, Path], metrics: dict[str, Any]) -> None:
+    """Record each file's metrics at MLflow: in the run of the training that made its model, where that is known, else
+    in one of their own."""
+    from ctrkit import mlflow_records
+
+    store = mlflow_records.Store(uri, experiment, "eval")
+    for name, path in paths.items():
+        trained = provenance.read_sidecar(path.with_name("model")).get("counts", {}).get("mlflow run")
+        run = mlflow_records.Run(store, name, {}, {"ctrkit.stage": "eval"}, run_id=store.known(trained))
+        values = metrics["variants"][name]["all"]
+        run.add({f"eval/{key}": value for key, value in values.items() if isinstance(value, int | float)})
+        run.end()
 
 
 def name_files(arguments: tuple[str, ...]) -> dict[str, Path]:

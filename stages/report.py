@@ -10,7 +10,7 @@ import click
 
 from ctrkit import provenance, report_inputs
 from ctrkit.errors import UsageError
-from ctrkit.options import path_option, recipe_options
+from ctrkit.options import mlflow_option, path_option, recipe_options
 from ctrkit.progress import say
 from ctrkit.recipe import Recipe
 from ctrkit.report import write_report
@@ -27,6 +27,7 @@ from ctrkit.sources import picture_inputs
 @path_option("--groups", "groups/, for what models attend to and the map of goods.", required=False)
 @path_option("--features", "features.h5, for models that look at pictures and for pictures alike.", required=False)
 @path_option("--pictures", "Where pictures are, as for extract-images.", required=False)
+@mlflow_option
 @path_option("--out", "HTML file to write; the figures go to a folder beside it, NAME-figures.")
 def command(
     recipe: Recipe,
@@ -37,6 +38,7 @@ def command(
     groups: Path | None,
     features: Path | None,
     pictures: Path | None,
+    mlflow: str | None,
     out: Path,
 ) -> None:
     """Write one HTML file of tables, figures and pictures.
@@ -74,6 +76,12 @@ def command(
         report_inputs.check(metrics, sources.models, sources.predictions, convert, groups)
         work.counts.update(write_report(recipe, sources, work.path, work.beside))
     say(f"report: {out}, with its figures as PNG and CSV in {beside}")
+    if mlflow is not None:
+        from ctrkit import mlflow_records
+
+        store = mlflow_records.Store(mlflow, recipe.name, "report")
+        run = mlflow_records.Run(store, "report", {}, {"ctrkit.stage": "report"})
+        run.end(artefacts=[(out, ""), (metrics, ""), (beside, beside.name)])
 
 
 def figures_folder(out: Path) -> Path:

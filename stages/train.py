@@ -3,18 +3,24 @@
 Reads groups/, and for models that look at pictures features.h5 and convert/. Writes a model folder.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ctrkit import launch, provenance
 from ctrkit.errors import UsageError
-from ctrkit.options import path_option, rank_options, recipe_options
+from ctrkit.options import mlflow_option, path_option, rank_options, recipe_options
 from ctrkit.progress import console, say
 from ctrkit.ranks import Ranks
 from ctrkit.recipe import RANKS, Recipe
+from ctrkit.watching import Looking, Watch, nobody, several
+
+if TYPE_CHECKING:
+    from ctrkit.mlflow_records import Run
 
 SMALLER = "Make [train] batch smaller, or extractor, tower, attention, or the features' width"
 
@@ -27,6 +33,7 @@ SMALLER = "Make [train] batch smaller, or extractor, tower, attention, or the fe
 @path_option("--warm-start", "Model folder to start from, as train.warm_start says.", required=False)
 @path_option("--warm-convert", "Folder of `ctrkit convert` with that model's vocabulary, if another.", required=False)
 @path_option("--tensorboard", "Folder for TensorBoard scalars, written while training goes on.", required=False)
+@mlflow_option
 @rank_options
 @path_option("--out", "Model folder to write.")
 def command(
@@ -37,6 +44,7 @@ def command(
     warm_start: Path | None,
     warm_convert: Path | None,
     tensorboard: Path | None,
+    mlflow: str | None,
     nproc: int | None,
     max_restarts: int,
     out: Path,
@@ -59,6 +67,9 @@ def command(
     Features of pictures may be larger than memory: as many as fit into train.device_cache_gib of each GPU and
     train.host_cache_gib of the machine are held, the others read ahead of time; a table says at the end how often
     each was asked and how long training waited. The model is the same whatever is held.
+
+    With --mlflow the settings, the metrics by step and the model folder are recorded there too (docs/tuning.md); a
+    server that does not answer stops nothing.
 
     \b
     ctrkit train --recipe demo --variant din --groups runs/demo/groups --out runs/demo/din/model
@@ -98,15 +109,24 @@ def command(
     if launch.wanted(nproc or config.processes):
         raise click.exceptions.Exit(launch.launch(nproc or config.processes, max_restarts))
     bad_batch = out.with_name(f"{out.name}.bad-batch.parquet")
-    job = Job(recipe, groups, features, convert, warm_start, vocabularies, tensorboard, out, bad_batch)
+    looking = click.get_current_context().find_object(Looking)
+    watch = looking.watch if looking else nobody
+    job = Job(recipe, groups, features, convert, warm_start, vocabularies, tensorboard, out, bad_batch, mlflow, watch)
     ranks = Ranks.of_environment()
     with ranks.joined():
         if ranks.rank > 0:
             if ranks.follow():
                 _train(job, ranks, None, lambda: None)
             return
-        with ranks.leading() as leader, provenance.output("train", recipe, inputs, out) as work:
-            told = _train(job, ranks, work, leader.start)
+        with (
+            ranks.leading() as leader,
+            provenance.output("train", recipe, inputs, out) as work,
+            _recorded(job, work) as (record, watch),
+        ):
+            told = _train(replace(job, watch=watch), ranks, work, leader.start)
+            if record is not None:
+                record.end(artefacts=[(work.path, "model")])
+                work.counts["mlflow run"] = record.run_id
     from ctrkit import checkpoints
 
     checkpoints.remove(out)
@@ -128,6 +148,22 @@ class Job:
     tensorboard: Path | None
     out: Path
     bad_batch: Path
+    mlflow: str | None
+    watch: Watch
+
+
+@contextlib.contextmanager
+def _recorded(job: Job, work: provenance.Work) -> "Iterator[tuple[Run | None, Watch]]":
+    """Yield the run at MLflow, where one is asked for, and who is to look on."""
+    if job.mlflow is None:
+        yield None, job.watch
+        return
+    from ctrkit import mlflow_records
+
+    store = mlflow_records.Store(job.mlflow, job.recipe.name, "train")
+    tags = {"ctrkit.stage": "train", "ctrkit.output": str(job.out)}
+    with mlflow_records.Run(store, job.out.parent.name, mlflow_records.params_of(job.recipe), tags) as record:
+        yield record, several(record.watch, job.watch)
 
 
 def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable[[], None]) -> str:
@@ -213,6 +249,7 @@ def _train(job: Job, ranks: Ranks, work: provenance.Work | None, start: Callable
     with devices.lock(device), devices.memory_told(SMALLER):
         trainer = training.Trainer(model, counts, train, valid, users, kept, job.tensorboard, job.bad_batch)
         trainer.output = out
+        trainer.watch = job.watch
         if last is not None:
             trainer.resume(last)
         elif source is not None and config.warm_optimiser:

@@ -28,6 +28,7 @@ LONGEST = [
     "test_report.py",
     "test_kill_data.py",
     "test_daily.py",
+    "test_tune.py",
 ]
 """Files to begin with, so that no process is still at a long one when the others have finished."""
 
