@@ -493,7 +493,7 @@ def make_rules(graph: Graph, command: str) -> str:
         lines += ["", f".PHONY: {stage}", f"{stage}: {' '.join(str(s.target) for s in steps)}"]
         if not any(s.output in stale for s in steps):
             made = "nothing to do" if steps else "this recipe has no such step"
-            made += f", see {steps[0].output}" if steps and stage in ("tables", "daily") else ""
+            made += f", see {steps[0].output}" if steps and stage in ("tables", "daily", "replay") else ""
             lines.append("\t@" + _shell(["echo", f"{stage}: {made}"]))
     return "\n".join(lines) + "\n"
 

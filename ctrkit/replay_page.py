@@ -58,7 +58,7 @@ def arm_cells(found: Found) -> tuple[list[str], list[list[str]]]:
         rows.append([*row, percent(found["unseen_ads"][name], 1, sign=False)])
     best = found["by_the_truth"]
     ends = [percent(best["ctr"], sign=False), number(best["ecpm"], 1), ""]
-    rows.append(["(ranked by the true probability)", *[""] * 6, *ends])
+    rows.append(["(ranked by bid × the true probability)", *[""] * 6, *ends])
     return heads, rows
 
 
