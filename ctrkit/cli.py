@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tables": ("ctrkit.stages.tables", "Put variants beside the papers' tables and figures."),
     "daily": ("ctrkit.stages.daily", "Put days, each trained from the day before, into one table."),
     "tune": ("ctrkit.stages.tune", "Search a recipe's settings for the best validation GAUC."),
+    "replay": ("ctrkit.stages.replay", "Simulate the A/B test of two or more models in the demo world."),
     "run": ("ctrkit.stages.run", "Run a recipe from raw data to report, through Make."),
     "inspect": ("ctrkit.stages.inspect", "Show what is in any file or folder that ctrkit wrote."),
     "rules": ("ctrkit.stages.rules", "Write the Make rules of a recipe (used by the Makefile)."),

@@ -36,6 +36,7 @@ OUTPUTS = {
     "report": "report.html",
     "tables": "tables",
     "daily": "daily",
+    "replay": "replay",
 }
 
 
@@ -163,6 +164,8 @@ class Graph:
         self._add("report", None, base, options, needs)
         if setting.tables and (base.paper_tables or base.curves):
             self._tables()
+        if base.replay.arms:
+            self._replay(data)
 
     def _chain(self, name: str | None) -> Chain:
         """Return a variant's steps, after those of the variant that it starts from."""
@@ -244,6 +247,24 @@ class Graph:
             options += ["--model", f"{name}={self._chain(name).model.output}"]
             needs.append(self._chain(name).model)
         self._add("tables", None, self._base, options, needs)
+
+    def _replay(self, data: dict[str, Step]) -> None:
+        """Add the simulated A/B test of `replay.arms`, which read the same groups and features."""
+        options = ["--raw", str(self._raw())]
+        needs = [data[stage] for stage in ("simulate", "convert", "group", "extract-images") if stage in data]
+        for stage, option in (("convert", "--convert"), ("group", "--groups"), ("extract-images", "--features")):
+            options += [option, str(data[stage].output)] if stage in data else []
+        for name in self._base.replay.arms:
+            chain = self._chain(name)
+            for stage in ("convert", "group", "extract-images"):
+                if chain.data.get(stage) != data.get(stage):
+                    raise UsageError(
+                        f"replay.arms: variant {name!r} has {OUTPUTS[stage]} of its own, and the arms of a replay read "
+                        f"the same ones; name variants that differ in [train] only"
+                    )
+            options += ["--arm", f"{name}={chain.model.output}"]
+            needs.append(chain.model)
+        self._add("replay", None, self._base, options, needs)
 
     def _by_day(self, since: datetime.date, until: datetime.date) -> None:
         """Add the days of a range, each with the models that start from the day before, and the table of all."""
@@ -505,7 +526,7 @@ def make_rules(graph: Graph, command: str) -> str:
         lines += ["", f".PHONY: {stage}", f"{stage}: {' '.join(str(s.target) for s in steps)}"]
         if not any(s.output in stale for s in steps):
             made = "nothing to do" if steps else "this recipe has no such step"
-            made += f", see {steps[0].output}" if steps and stage in ("tables", "daily") else ""
+            made += f", see {steps[0].output}" if steps and stage in ("tables", "daily", "replay") else ""
             lines.append("\t@" + _shell(["echo", f"{stage}: {made}"]))
     return "\n".join(lines) + "\n"
 

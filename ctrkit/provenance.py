@@ -52,10 +52,13 @@ TABLES: dict[str, tuple[str, ...]] = {
     "report": ("report", "name", "about", "simulate", "extract-images", "predict"),
     "tables": ("tables", "curves", "eval", "name", "about"),
     "daily": ("daily", "eval", "name"),
+    "replay": ("replay", "simulate", "convert", "features", "predict.batch", "name", "about"),
 }
 ROUNDING: dict[str, frozenset[str]] = {"train": RANKS, "predict": frozenset(["processes"])}
 """Of these tables, keys that change no more than the last bits of an output, and so do not make it stale."""
-FOLDERS = frozenset(["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "tables", "daily"])
+FOLDERS = frozenset(
+    ["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "tables", "daily", "replay"]
+)
 """Stages whose output is a folder; that of the others is a file."""
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
 """Input → the stage that makes such a folder. Where it has a sidecar, it must be as that stage left it."""

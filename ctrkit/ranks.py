@@ -19,6 +19,8 @@ from ctrkit.errors import Resumable, UsageError, UserError
 
 PATIENCE = datetime.timedelta(days=30)
 """How long ranks wait for each other while all of them live. One that is gone is noticed at once."""
+JOINING = datetime.timedelta(minutes=10)
+"""How long a rank tries to reach the first one, which waits as long for all."""
 GLOO_THREAD, TASKS = "pt_gloo_runloop", Path("/proc/self/task")
 THREAD_SECONDS = 3.0
 """How long to wait for gloo's threads to end."""
@@ -82,6 +84,11 @@ class Ranks:
             raise UsageError(
                 "RANK, WORLD_SIZE, LOCAL_RANK or LOCAL_WORLD_SIZE in the environment is no number; use torchrun"
             ) from None
+        if not 0 <= rank < count:
+            raise UsageError(
+                f"RANK = {rank} and WORLD_SIZE = {count} in the environment do not fit: ranks are numbered from 0 to "
+                "WORLD_SIZE - 1; use torchrun"
+            )
         return cls(rank, count, local, max(1, here)) if count > 1 else cls()
 
     @property
@@ -103,17 +110,19 @@ class Ranks:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        with _told_to_stop(self):
-            try:
-                store, rank, count = next(rendezvous("env://", timeout=PATIENCE))
-                # torchrun's store outlives a restart, with the addresses of those that have ended.
-                store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-                dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
-            except (RuntimeError, ValueError) as e:
-                raise UsageError(
-                    f"rank {self.rank} of {self.count} cannot reach the others at MASTER_ADDR "
-                    f"{os.environ.get('MASTER_ADDR')!r}: {_first_line(e)}. Start all of them with torchrun"
-                ) from None
+        try:
+            store, rank, count = next(rendezvous("env://", timeout=JOINING))
+            store.set_timeout(PATIENCE)
+            # torchrun's store outlives a restart, with the addresses of those that have ended.
+            store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as e:
+            where = ":".join(os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UsageError(
+                f"rank {self.rank} of {self.count} cannot reach the others at MASTER_ADDR:MASTER_PORT, {where}: "
+                f"{_first_line(e)}. Start all of them with torchrun"
+            ) from None
+        with _told_to_stop(self):  # not before: who waits for the others hears no signal that Python has to handle
             try:
                 yield
             except RuntimeError as e:

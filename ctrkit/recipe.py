@@ -776,6 +776,36 @@ class Report(Table):
     """Of the draw of the pictures, by how often training shows them."""
 
 
+class Replay(Table):
+    """`[replay]`: the simulated A/B test in the demo world (docs/replay.md)."""
+
+    arms: tuple[str, ...] = ()
+    """Variants that `make replay` compares; the first is the control. Empty: none, `make replay` has nothing to do."""
+    candidates: Annotated[int, Field(ge=2, le=10_000)] = 50
+    """Ads that compete for a page view, drawn from those alive that day as the shop draws what it shows."""
+    slots: Annotated[int, Field(ge=1, le=6)] = 1
+    """Ads shown on a page view: the best of the candidates, at positions 0, 1, …"""
+    price: Literal["second", "first"] = "second"
+    """What a click costs: the least bid that would have kept the slot (generalised second price), or the bid."""
+    bid_median: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Of the log-normal that each ad's bid for a click is drawn from, in units of money."""
+    bid_sigma: Annotated[float, Field(ge=0, le=5)] = 0.5
+    """Standard deviation of the bid's logarithm; 0: all bid the same."""
+    seed: Seed = 0
+    """Of candidates, bids, the split of the users and clicks."""
+    splits: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    """Other splits of the users in which the control is tested against itself."""
+
+    @model_validator(mode="after")
+    def _can_compete(self) -> "Replay":
+        """Check that somebody loses, and that there is something to compare."""
+        if self.candidates <= self.slots:
+            raise ValueError(f"candidates has to be more than slots, which is {self.slots} (given: {self.candidates})")
+        if len(self.arms) == 1 or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms has to name at least two different variants (given: {json.dumps(self.arms)})")
+        return self
+
+
 class TableRow(Table):
     """A row of `[tables.NAME]`: a variant, and what the paper has for it."""
 
@@ -886,6 +916,7 @@ class Recipe(Table):
     eval: Eval = Eval()
     report: Report = Report()
     tune: Tune = Tune()
+    replay: Replay = Replay()
     variants: dict[VariantName, dict[str, dict[str, Any] | bool | str]] = {}
     """Overrides, table by table, on top of those of the variant that `like` names. With `extra = true`, its own or that
     one's, a variant that only `make tables` makes."""
@@ -939,6 +970,9 @@ class Recipe(Table):
     def _known_variants(self) -> "Recipe":
         """Check that what names a variant names one that there is."""
         named = [("daily.variants", v) for v in self.daily.variants]
+        named += [("replay.arms", v) for v in self.replay.arms]
+        if self.replay.arms and self.simulate is None:
+            raise ValueError("replay.arms needs [simulate]: only a simulated world knows the true click probabilities")
         for name, table in self.paper_tables.items():
             rows = [row.variant for row in table.rows]
             named += [(f"tables.{name}", v) for v in rows]
@@ -1102,7 +1136,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-NAMING_VARIANTS = ("variants", "tables", "curves", "daily")
+NAMING_VARIANTS = ("variants", "tables", "curves", "daily", "replay")
 """Tables that name variants, and are not looked at where a single one is checked."""
 TOP_LEVEL = ("engine", "workers")
 
@@ -1163,6 +1197,7 @@ def _model_at(loc: Sequence[str]) -> type[Table] | None:
         "eval": Eval,
         "report": Report,
         "tune": Tune,
+        "replay": Replay,
     }
     if loc[0] == "convert" and len(loc) > 1:
         return Source

@@ -77,6 +77,15 @@ def build(
     return _indexed(rows_all), [_restore(index[c], v, f) for c, v, f in zip(parts[1:], values, flat, strict=True)]
 
 
+def look_up(values: pl.Series, feature: Feature, known: pl.DataFrame) -> pl.Series:
+    """Return the UInt32 index of each value (String, or List(String) if multi-hot) of a feature in a vocabulary that is
+    there, as convert gives them: 0 for null (a list: empty), 1 for a value that the vocabulary does not have."""
+    nowhere = [np.full(len(values), -1, np.int64)]
+    if feature.kind == "number":
+        return build_numbers([values], nowhere, feature, known)[1][0]
+    return build([values], nowhere, feature, known)[1][0]
+
+
 def _flatten(values: pl.Series) -> pl.DataFrame:
     """Return `row` and `value`, a row a value; lists exploded, empty ones left out."""
     frame = values.to_frame("value").with_row_index("row")

@@ -8,6 +8,7 @@ short clicks, long-tailed popularity and new ads every day. `picture_signal = 0`
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,19 +76,10 @@ def simulate(config: Simulate, out: Path) -> dict[str, int]:
     Parts of the world draw from generators of their own, so that a setting changes only what it is about.
     """
     out.mkdir(parents=True)
-    streams = iter(np.random.default_rng(s) for s in np.random.SeedSequence(config.seed).spawn(8))
-    goods = _items(next(streams), config.goods, config)
-    ads = _ads(next(streams), goods, config)
-    users = next(streams)
-    tastes = _tastes(users, config)
-    profile = pl.DataFrame(
-        {
-            "user": _names("u", config.users),
-            "gender": users.choice(["f", "m"], config.users),
-            "age": users.choice(["18-24", "25-34", "35-44", "45-59", "60+"], config.users),
-        }
-    )
-    impressions, clicks, truth = _impressions(next(streams), ads, tastes, profile, config)
+    streams = _streams(config)
+    shop, profile = _shop(streams, config)
+    goods, ads, tastes = shop.goods, shop.ads, shop.tastes
+    impressions, clicks, truth = _impressions(next(streams), shop, config)
     behaviours = _behaviours(next(streams), goods, tastes, config)
     tables = {
         "users": profile,
@@ -113,10 +105,129 @@ def simulate(config: Simulate, out: Path) -> dict[str, int]:
     return {**{name: table.height for name, table in tables.items()}, "pictures": len(drawn)}
 
 
+@dataclass(frozen=True)
+class _Shop:
+    """Who and what there is."""
+
+    goods: Items
+    ads: Items
+    tastes: Tastes
+    people: Ints
+    """[users] the number of each user's gender and age."""
+
+
+def _streams(config: Simulate) -> Iterator[np.random.Generator]:
+    return iter([np.random.default_rng(s) for s in np.random.SeedSequence(config.seed).spawn(8)])
+
+
+def _shop(streams: Iterator[np.random.Generator], config: Simulate) -> tuple[_Shop, pl.DataFrame]:
+    """Return the shop and the users' profiles, by the first three streams."""
+    goods = _items(next(streams), config.goods, config)
+    ads = _ads(next(streams), goods, config)
+    users = next(streams)
+    tastes = _tastes(users, config)
+    profile = pl.DataFrame(
+        {
+            "user": _names("u", config.users),
+            "gender": users.choice(["f", "m"], config.users),
+            "age": users.choice(["18-24", "25-34", "35-44", "45-59", "60+"], config.users),
+        }
+    )
+    people = profile.select(pl.concat_str("gender", "age").rank("dense").cast(pl.Int64) - 1).to_series().to_numpy()
+    return _Shop(goods, ads, tastes, people), profile
+
+
+@dataclass(frozen=True)
+class World:
+    """What decides a click, which no log tells. Users and ads by their number: user 3 is `u3`, ad 3 `a3`."""
+
+    config: Simulate
+    ads: Items
+    tastes: Tastes
+    first_taste: Ints
+    """[users + 1] where each user's tastes begin."""
+    people: Ints
+    """[users] the number of each user's gender and age."""
+    interested: npt.NDArray[np.bool_]
+    """[users, categories] whether a taste of the user's is of the category."""
+    quality: Floats
+    """[ads] in logits, the general appeal of the look included."""
+    affinity: Floats
+    """[people, categories] in logits."""
+
+    def alive(self, day: int) -> Ints:
+        """Return the ads that are shown on a day, 0 being the first."""
+        new = self.config.new_ads_per_day
+        return np.arange(day * new, self.config.ads + day * new)
+
+    def wanted(self, user_R: Ints, ad_A: Ints) -> Floats:
+        """Return [R, A]: the logarithm of how much likelier each ad is to be shown to each user."""
+        return np.asarray(
+            np.log(self.ads.popularity[ad_A]) + TARGETING * self.interested[user_R][:, self.ads.category[ad_A]]
+        )
+
+    def candidates(self, rng: np.random.Generator, user_R: Ints, day: int, n: int) -> Ints:
+        """Return [R, n] different ads that are alive on a day, drawn for each user as those that the shop shows are."""
+        alive = self.alive(day)
+        wanted = self.wanted(user_R, alive)
+        return alive[np.argsort(-(wanted + rng.gumbel(size=wanted.shape)), axis=1, kind="stable")[:, :n]]
+
+    def probability(self, user: Ints, ad: Ints, position: Ints) -> Floats:
+        """Return the click probability of ads shown to users at positions (0 is the first); the arrays broadcast."""
+        user, ad, position = np.broadcast_arrays(user, ad, position)
+        match = np.full(user.shape, -np.inf)
+        for n in range(self.config.tastes):
+            taste = np.minimum(self.first_taste[user] + n, self.first_taste[user + 1] - 1)
+            of_taste = _suits(self.tastes, taste, self.ads, ad, self.config)
+            np.maximum(match, of_taste, out=match)
+        return self.of_match(match, user, ad, position)
+
+    def of_match(self, match: Floats, user: Ints, ad: Ints, position: Ints) -> Floats:
+        """Return the click probability, given how well each ad suits the best of the user's tastes."""
+        logit = (
+            INTERCEPT
+            + MATCH * match
+            + POSITION * position
+            + self.quality[ad]
+            + self.affinity[self.people[user], self.ads.category[ad]]
+        )
+        return np.asarray(1.0 / (1.0 + np.exp(-logit)))
+
+
+def world(config: Simulate) -> World:
+    """Return the world that `simulate` writes the logs of, made again from its settings."""
+    streams = _streams(config)
+    shop, _ = _shop(streams, config)
+    return _truth(next(streams), shop, config)
+
+
+def _truth(rng: np.random.Generator, shop: _Shop, config: Simulate) -> World:
+    """Draw what else decides a click, by the stream of the impressions, of which these are the first draws."""
+    ads, tastes = shop.ads, shop.tastes
+    n_taste = np.bincount(tastes.user, minlength=config.users)
+    interested = np.zeros((config.users, config.categories), bool)
+    interested[tastes.user, tastes.category] = True
+    appeal = config.picture_signal * APPEAL * (np.cos(ads.hue - 1.0) + 0.5 * (ads.texture == 1))
+    quality = appeal + rng.normal(0.0, QUALITY, len(ads))
+    affinity = rng.normal(0.0, AFFINITY, (shop.people.max() + 1, config.categories))
+    first = np.concatenate([[0], np.cumsum(n_taste)])
+    return World(config, ads, tastes, first, shop.people, interested, quality, affinity)
+
+
 def look_match(hue_a: Floats, shape_a: Ints, hue_b: Floats, shape_b: Ints) -> Floats:
     """Return how alike two looks are, in [0, 1]; arguments broadcast. Hue decides, shape refines, texture is noise."""
     hue = np.exp(HUE_SHARPNESS * (np.cos(hue_a - hue_b) - 1.0))
     return np.asarray(hue * np.where(shape_a == shape_b, 1.0, OTHER_SHAPE))
+
+
+def number_of(names: pl.Series) -> Ints:
+    """Return the numbers of users or ads in the world: 3 of `u3`."""
+    return np.asarray(names.str.slice(1).cast(pl.Int64).to_numpy())
+
+
+def ad_names(number: Ints) -> pl.Series:
+    """Return the names of ads: `a3` of 3."""
+    return pl.Series(number).to_frame("n").select(pl.format("a{}", "n").alias("ad")).to_series()
 
 
 def _names(prefix: str, n: int) -> list[str]:
@@ -190,52 +301,39 @@ def _tastes(rng: np.random.Generator, config: Simulate) -> Tastes:
 
 def _match(tastes: Tastes, rows: Ints, items: Items, config: Simulate) -> Floats:
     """Return [len(rows), n]: how well each item suits each of the given tastes."""
-    category = tastes.category[rows, None] == items.category
-    look = look_match(
-        tastes.hue[rows, None],
-        tastes.shape[rows, None],
-        items.hue,
-        items.shape,
-    )
+    return _suits(tastes, rows[:, None], items, np.arange(len(items)), config)
+
+
+def _suits(tastes: Tastes, taste: Ints, items: Items, item: Ints, config: Simulate) -> Floats:
+    """Return how well items suit tastes, both by number; the arrays broadcast."""
+    category = tastes.category[taste] == items.category[item]
+    look = look_match(tastes.hue[taste], tastes.shape[taste], items.hue[item], items.shape[item])
     return np.asarray(CATEGORY * config.category_signal * category + config.picture_signal * look)
 
 
 def _impressions(
-    rng: np.random.Generator, ads: Items, tastes: Tastes, profile: pl.DataFrame, config: Simulate
+    rng: np.random.Generator, shop: "_Shop", config: Simulate
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    n_taste = np.bincount(tastes.user, minlength=config.users)
-    first_taste = np.concatenate([[0], np.cumsum(n_taste)])
-    interested = np.zeros((config.users, config.categories), bool)
-    interested[tastes.user, tastes.category] = True
-    appeal = config.picture_signal * APPEAL * (np.cos(ads.hue - 1.0) + 0.5 * (ads.texture == 1))
-    quality = appeal + rng.normal(0.0, QUALITY, len(ads))
-    people = profile.select(pl.concat_str("gender", "age").rank("dense").cast(pl.Int64) - 1).to_series().to_numpy()
-    affinity = rng.normal(0.0, AFFINITY, (people.max() + 1, config.categories))
+    ads, tastes = shop.ads, shop.tastes
+    world = _truth(rng, shop, config)
     midnight = _epoch(config)
     columns: dict[str, list[npt.NDArray[np.generic]]] = {
         k: [] for k in ("time", "user", "ad", "position", "p", "click")
     }
     for day in range(config.days):
-        alive = np.arange(day * config.new_ads_per_day, config.ads + day * config.new_ads_per_day)
+        alive = world.alive(day)
         shown = Items(**{f: getattr(ads, f)[alive] for f in Items.__dataclass_fields__})
         active = np.flatnonzero(rng.random(config.users) < config.active_share)
         match = _match(tastes, np.arange(len(tastes.user)), shown, config)
-        best = np.maximum.reduceat(match, first_taste[:-1], axis=0)[active]
-        wanted = np.log(shown.popularity) + TARGETING * interested[active][:, shown.category]
+        best = np.maximum.reduceat(match, world.first_taste[:-1], axis=0)[active]
+        wanted = world.wanted(active, alive)
         order = np.argsort(-(wanted + rng.gumbel(size=wanted.shape)), axis=1, kind="stable")
         length = np.minimum(1 + rng.poisson(config.impressions_per_user_day - 1.0, len(active)), len(alive))
         who = np.repeat(np.arange(len(active)), length)
         place = np.concatenate([np.arange(k) for k in length]) if len(active) else np.zeros(0, np.int64)
         ad = order[who, place]
         position = place % 6
-        logit = (
-            INTERCEPT
-            + MATCH * best[who, ad]
-            + POSITION * position
-            + quality[alive[ad]]
-            + affinity[people[active[who]], shown.category[ad]]
-        )
-        p = 1.0 / (1.0 + np.exp(-logit))
+        p = world.of_match(best[who, ad], active[who], alive[ad], position)
         start = midnight + day * DAY_SECONDS + rng.integers(0, DAY_SECONDS - 1800, len(active))
         columns["time"].append(start[who] + 20 * place // 6)
         columns["user"].append(active[who])

@@ -36,9 +36,15 @@ def must(*words: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of the small shop, all variants."""
+    return make(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="session")
+def shop(home: Path) -> Metrics:
     """The metrics of the small shop, all variants."""
-    metrics: Metrics = json.loads((make(tmp_path_factory.mktemp("shop")) / "metrics.json").read_text())
+    metrics: Metrics = json.loads((home / "metrics.json").read_text())
     return metrics
 
 
@@ -107,3 +113,31 @@ def test_shuffled_pictures_gain_nothing_beyond_an_id(shop: Metrics) -> None:
 def test_pictures_gain_nothing_where_looks_decide_nothing(null_shop: Metrics) -> None:
     assert gain(null_shop, "whole", "basic+ad_id+user_ids")["high"] < 0.005
     assert gain(null_shop, "whole", "basic+ad_id+user_ids", UNSEEN)["low"] <= 0
+
+
+def replay(home: Path, control: str, arm: str) -> Any:
+    """Return what a simulated A/B test of two variants finds."""
+    reads = ["--raw", home / "raw", "--convert", home / "convert", "--groups", home / "groups"]
+    arms = [word for name in (control, arm) for word in ("--arm", f"{name}={home / name / 'model'}")]
+    out = home.parent / f"replay of {arm}"
+    must("replay", "--recipe", WORLD, *reads, "--features", home / "features.h5", *arms, "--out", out)
+    found = json.loads((out / "replay.json").read_text())
+    for metric in ("ctr", "ecpm"):
+        assert found["a_a"][metric]["low"] < 0 < found["a_a"][metric]["high"]
+        assert 0.03 <= found["a_a"][f"{metric}_excludes_zero"] <= 0.075
+    return found["comparisons"][0]
+
+
+@pytest.mark.known_answers
+def test_pictures_win_a_simulated_test(home: Path) -> None:
+    found = replay(home, "basic+ad_id", "whole")
+    for how in ("test", "all_traffic"):
+        assert found[how]["ctr"]["low"] > 0
+        assert found[how]["ecpm"]["low"] > 0
+
+
+@pytest.mark.known_answers
+def test_shuffled_pictures_win_no_simulated_test(home: Path) -> None:
+    found = replay(home, "basic+ad_id+user_ids", "shuffled-pictures")
+    assert found["test"]["ctr"]["low"] < 0
+    assert found["all_traffic"]["ctr"]["high"] < 0
