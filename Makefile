@@ -11,7 +11,7 @@ OUT ?= runs
 JOBS ?= 2
 
 READY := .venv/.ready
-STAGES := simulate convert select-clicks tune-backbone extract-images import-features group train predict eval report tables daily
+STAGES := simulate convert select-clicks tune-backbone extract-images import-features group train predict export eval report tables daily
 # DATA, RAW, WEIGHTS, SET, TODAY, FROM, TO and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
 PIPELINE = $(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) -f ctrkit/pipeline.mk CTRKIT=.venv/bin/ctrkit
 

@@ -32,6 +32,7 @@ OUTPUTS = {
     "group": "groups",
     "train": "model",
     "predict": "predictions.parquet",
+    "export": "export",
     "eval": "metrics.json",
     "report": "report.html",
     "tables": "tables",
@@ -87,6 +88,8 @@ class Setting:
     """Convert this day on top of the last one that was; outputs go to `OUT/NAME/days/DAY/`."""
     tables: bool = False
     """Plan the papers' tables too, with the variants that only they need."""
+    export: bool = False
+    """Plan the export of every variant's model too."""
     since: datetime.date | None = None
     """Plan the days from this one to `until`, each from the model of the day before, and nothing else."""
     until: datetime.date | None = None
@@ -155,6 +158,9 @@ class Graph:
                 options += ["--pictures", str(self._pictures(base))]
             needs.append(data["extract-images"])
         self._add("report", None, base, options, needs)
+        if setting.export:
+            for name in self._names:
+                self._export(name)
         if setting.tables and (base.paper_tables or base.curves):
             self._tables()
 
@@ -195,6 +201,13 @@ class Graph:
         if recipe.simulate != self._base.simulate:
             raise UsageError(f"variant {name!r} overrides [simulate]: all variants of a recipe share one world")
         return recipe
+
+    def _export(self, name: str | None) -> None:
+        """Add the export of a variant's model."""
+        chain = self._chain(name)
+        convert = chain.data["convert"]
+        options = ("--convert", str(convert.output), str(chain.model.output))
+        self._add("export", name, self._load(name), options, [convert, chain.model], own=True)
 
     def _tables(self) -> None:
         """Add the papers' tables and curves, after the variants in them."""

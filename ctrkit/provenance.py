@@ -49,6 +49,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "group": ("group", "split", "features"),
     "train": ("train", "features"),
     "predict": ("predict",),
+    "export": ("export", "select-clicks.max_behaviours"),
     "eval": ("eval",),
     "report": ("report", "name", "about", "simulate", "extract-images", "predict"),
     "tables": ("tables", "curves", "eval", "name", "about"),
@@ -56,7 +57,9 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 ROUNDING: dict[str, frozenset[str]] = {"train": RANKS, "predict": frozenset(["processes"])}
 """Of these tables, keys that change no more than the last bits of an output, and so do not make it stale."""
-FOLDERS = frozenset(["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "tables", "daily"])
+FOLDERS = frozenset(
+    ["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "export", "tables", "daily"]
+)
 """Stages whose output is a folder; that of the others is a file."""
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}
 """Input → the stage that makes such a folder. Where it has a sidecar, it must be as that stage left it."""

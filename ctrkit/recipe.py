@@ -653,6 +653,13 @@ class Predict(Table):
     """Processes that score together here, as `train.processes`."""
 
 
+class Export(Table):
+    """`[export]`: models as programs that serve them."""
+
+    format: Literal["onnx", "pt2"] = "onnx"
+    """ONNX, for onnxruntime and others, or torch.export's."""
+
+
 class Eval(Table):
     """`[eval]`."""
 
@@ -813,6 +820,7 @@ class Recipe(Table):
     group: Group = Group()
     train: Train = Train()
     predict: Predict = Predict()
+    export: Export = Export()
     eval: Eval = Eval()
     report: Report = Report()
     variants: dict[VariantName, dict[str, dict[str, Any] | bool | str]] = {}
@@ -1077,6 +1085,7 @@ def _model_at(loc: Sequence[str]) -> type[Table] | None:
         "group": Group,
         "train": Train,
         "predict": Predict,
+        "export": Export,
         "eval": Eval,
         "report": Report,
     }
