@@ -23,7 +23,7 @@ from ctrkit.errors import UserError
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.plan import Plan
 from ctrkit.picture_vectors import CONTROL_SEED, NORM
-from ctrkit.programs import Programs, lists_side_by_side, require
+from ctrkit.programs import Programs, as_inputs, lists_side_by_side, require
 from ctrkit.serving_network import Ads, Network, Pictures, User
 
 AXES = {
@@ -89,7 +89,7 @@ def export(model: Path, convert: Path, out: Path, format: str, max_behaviours: i
         "pictures": trained.get("pictures"),
         "picture_width": plan.picture_width - plan.train.has_picture,
         "shuffle_seed": CONTROL_SEED if plan.train.shuffle_pictures else None,
-        "reads": _reads(plan, parts),
+        "reads": reads(plan),
         "programs": programs,
         "files": {name: known.of(out / name) for name in there},
         "versions": provenance.versions(),
@@ -119,7 +119,7 @@ def serving_parts(plan: Plan, network: nn.Module, state: Mapping[str, Tensor]) -
     return parts
 
 
-def _reads(plan: Plan, parts: Mapping[str, Any]) -> dict[str, Any]:
+def reads(plan: Plan) -> dict[str, Any]:
     """Return which features each input holds, in its order."""
     features = plan.schema.features
 
@@ -142,7 +142,7 @@ def _reads(plan: Plan, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _examples(plan: Plan, parts: Mapping[str, Any], ads: int = 4, behaviours: int = 3) -> dict[str, Tensor]:
     """Return PROGRAM/INPUT → a tensor of the right kind, to trace the programs with."""
-    n = _reads(plan, parts)
+    n = reads(plan)
     raw_width = plan.picture_width - plan.train.has_picture
     d = plan.train.extractor[-1]
     ones: dict[str, Tensor] = {
@@ -238,16 +238,26 @@ def _copy_vocabularies(plan: Plan, convert: Path, out: Path) -> None:
             shutil.copyfile(convert / "vocab" / path.name, path)
 
 
-def check(plan: Plan, network: nn.Module, state: Mapping[str, Tensor], programs: Programs, seed: int = 0) -> float:
+USERS = ((0, 1), (1, 2), (2, 1), (3, 3), (7, 9), (40, 4))
+"""Behaviours and ads of the users that programs are checked on."""
+
+
+def check(
+    plan: Plan,
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    programs: Programs,
+    users: Sequence[tuple[int, int]] = USERS,
+) -> float:
     """Return the largest difference between the scores of the trained network and of the programs, on random users
-    with 0 to 40 behaviours and 1 to 9 ads."""
-    rng = np.random.default_rng(seed)
+    with so many behaviours and ads; infinite where one is no number."""
+    rng = np.random.default_rng(0)
     worst = 0.0
-    for behaviours, ads in ((0, 1), (1, 2), (2, 1), (3, 3), (7, 9), (40, 4)):
-        users = _Random(plan, state, rng, behaviours, ads)
+    for behaviours, ads in users:
+        one = _Random(plan, state, rng, behaviours, ads)
         with torch.inference_mode():
-            expected_A = users.trained(network, state)
-        found_A = users.exported(programs)
+            expected_A = one.trained(network, state)
+        found_A = one.exported(programs)
         worst = max(worst, float(np.abs(found_A - expected_A).max()))
         if not np.isfinite(found_A).all():
             return float("inf")
@@ -320,20 +330,20 @@ class _Random:
 
     def exported(self, programs: Programs) -> npt.NDArray[np.float32]:
         """Return [A], what the programs make of them."""
-        reads = programs.settings["reads"]
+        names = reads(self.plan)
         given: dict[str, npt.NDArray[Any]] = {}
         for key in ("user_ids", "behaviour_ids", "ad_ids"):
-            if reads[key]:
-                columns = np.stack([np.asarray(self.index[name]) for name in reads[key]], 1)
+            if names[key]:
+                columns = np.stack([np.asarray(self.index[name]) for name in names[key]], 1)
                 given[key] = columns[0] if key == "user_ids" else columns
         for owner in ("user", "ad"):
-            for name in reads[owner]:
+            for name in names[owner]:
                 lists = lists_side_by_side([list(values) for values in self.index[name]])
                 given[f"{owner}.{name}"] = lists[0] if owner == "user" else lists
-        for program, sort in (("ad_pictures", "ad"), ("user_pictures", "behaviour")):
-            if name := reads[program]:
+        for program in ("ad_pictures", "user_pictures"):
+            if name := names[program]:
                 found = programs.pictures(program, self.vectors[name], self.there[name])
-                given |= {f"{sort}_{'vectors' if k == 'centred' else 'pictures'}": x for k, x in found.items()}
+                given |= as_inputs(found, program)
         state = programs.user({k: x for k, x in given.items() if not k.startswith("ad")}, self.behaviours)
         ads = {k: x for k, x in given.items() if k.startswith("ad")}
         return programs.score(state, ads, self.ads, self.behaviours)[0]

@@ -159,8 +159,8 @@ class Graph:
             needs.append(data["extract-images"])
         self._add("report", None, base, options, needs)
         if setting.export:
-            for name in self._names:
-                self._export(name)
+            for variant in self._names:
+                self._export(variant)
         if setting.tables and (base.paper_tables or base.curves):
             self._tables()
 

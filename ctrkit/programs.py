@@ -17,6 +17,8 @@ from ctrkit.errors import UserError
 Arrays = dict[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
 FORMATS = ("onnx", "pt2")
+KEYS = {"programs": dict, "files": dict, "reads": dict, "schema": dict, "max_behaviours": int, "picture_width": int}
+"""Of the settings, those that are read here and in `ctrkit.scorer`, and what they are."""
 PAIRS = 1 << 17
 """(ad, behaviour) pairs that are scored at once: what bounds the memory for long histories."""
 LEAST = 2
@@ -109,12 +111,29 @@ def read_settings(folder: Path) -> dict[str, Any]:
         fault = "has no settings.json" if folder.is_dir() else "is not there"
         raise UserError(f"{folder} is not an exported model: it {fault}. Make one with `ctrkit export`.")
     settings = files.read_json(path)
-    if not isinstance(settings, dict) or settings.get("format") not in FORMATS or "programs" not in settings:
+    if not isinstance(settings, dict) or settings.get("format") not in FORMATS:
         raise UserError(
-            f"{folder} is not an exported model: {path.name} names no programs (a model of `ctrkit train`, perhaps). "
+            f"{folder} is not an exported model: {path.name} names no format (a model of `ctrkit train`, perhaps). "
             "Make one with `ctrkit export`."
         )
+    if lacks := [key for key, kind in KEYS.items() if not isinstance(settings.get(key), kind)]:
+        raise of_another_version(folder, f"{lacks[0]} is missing or of another kind")
     return settings
+
+
+def of_another_version(folder: Path, why: object) -> UserError:
+    """Return the error for settings that cannot be understood."""
+    told = (str(why).splitlines() or [""])[0]
+    return UserError(
+        f"{folder / 'settings.json'} is not what this version of ctrkit writes ({told}). Export the model again."
+    )
+
+
+def as_inputs(found: Mapping[str, npt.NDArray[Any]], program: str) -> Arrays:
+    """Return what a program of pictures gave, by the names under which those of users and ads know it."""
+    owner = {"ad_pictures": "ad", "user_pictures": "behaviour"}[program]
+    names = {"extracted": f"{owner}_pictures", "centred": f"{owner}_vectors"}
+    return {names[key]: value for key, value in found.items()}
 
 
 def lists_side_by_side(lists: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:

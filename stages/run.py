@@ -51,8 +51,8 @@ def command(
     if asked["since"] is not None and target == "all":
         target = "daily"
     path = target not in ("all", *pipeline.OUTPUTS)
-    extra = {name: path or target == name for name in ("tables", "export")}
-    graph = pipeline.Graph(pipeline.Setting(recipe=recipe, out=out, **extra, **asked))
+    tables, export = path or target == "tables", path or target == "export"
+    graph = pipeline.Graph(pipeline.Setting(recipe=recipe, out=out, tables=tables, export=export, **asked))
     target = pipeline.find_target(graph, target)
     package = Path(ctrkit.__file__).parent
     # -P keeps the current folder off Python's path, unless it is where ctrkit lies.
