@@ -34,8 +34,12 @@ class PReLU(nn.Module):
     def __init__(self, trained: TrainedPReLU) -> None:
         super().__init__()
         self.slope_H = _fixed(trained.weight)
+        self.is_maximum = bool((self.slope_H <= 1.0).all())
+        """Then the larger of y and slope·y is the same, which onnxruntime computes in a fraction of PRelu's time."""
 
     def forward(self, y: Tensor) -> Tensor:
+        if self.is_maximum:
+            return torch.maximum(y, self.slope_H * y)
         return nn.functional.prelu(y, self.slope_H)
 
 
