@@ -11,8 +11,8 @@ OUT ?= runs
 JOBS ?= 2
 
 READY := .venv/.ready
+STAGES := simulate convert select-clicks tune-backbone extract-images import-features group train predict export eval report tables daily replay
 # DATA, RAW, WEIGHTS, SET, TODAY, FROM, TO, MLFLOW and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
-STAGES := simulate convert select-clicks tune-backbone extract-images import-features group train predict eval report tables daily replay
 PIPELINE = $(MAKE) $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS)) -f ctrkit/pipeline.mk CTRKIT=.venv/bin/ctrkit
 
 .PHONY: all

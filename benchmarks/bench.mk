@@ -1,5 +1,5 @@
 # Benchmarks: make bench-NAME [N=impressions] [BENCH='further options'] [BENCH_DATA=runs/bench, where logs are kept]
-.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc bench-train bench-service
+.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc bench-train bench-service bench-export
 
 bench-logs: $(READY) ## the raw logs that the benchmarks of the data stages read
 	.venv/bin/python benchmarks/logs.py $(N:%=--impressions %) $(BENCH)
@@ -24,3 +24,6 @@ bench-train: $(READY) ## training DIN against DeepCTR-Torch and FuxiCTR, install
 
 bench-service: $(READY) ## ranks that train DICM: bytes sent against shipping features, what merging saves, samples/s (N: impressions)
 	.venv/bin/python benchmarks/service.py $(N:%=--impressions %) $(BENCH)
+
+bench-export: $(READY) ## an exported model against predict: samples/s and the largest difference on 10,000 samples (N: samples), of a run that is there
+	.venv/bin/python benchmarks/export.py $(N:%=--samples %) $(BENCH)

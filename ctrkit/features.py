@@ -8,7 +8,7 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -202,6 +202,27 @@ class FeatureStore:
     def _check(self, rows: Int) -> None:
         if len(rows) and not -1 <= rows.min() <= rows.max() < self.rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()} asked of a file with {self.rows}")
+
+
+MADE_ALIKE = ("backbone", "layer", "weights", "preprocessing")
+"""Attributes in which two files of features have to agree to mean the same."""
+
+
+def check_made_alike(store: FeatureStore, attributes: Mapping[str, str], width: int, model: Path) -> None:
+    """Refuse picture vectors that were made in another way than those that a model was trained on, of which these are
+    the attributes and the width."""
+    if store.width != width:
+        raise UserError(
+            f"{model} was trained on picture vectors of width {width}, but {store.path} has width {store.width}: use "
+            "the features it was trained with"
+        )
+    for key in MADE_ALIKE:
+        then, now = attributes.get(key), store.attributes.get(key)
+        if then != now:
+            raise UserError(
+                f"{model} was trained on picture vectors with {key} = {then}, but {store.path} has {key} = {now}: use "
+                "the features it was trained with"
+            )
 
 
 def runs(rows: Int, row_bytes: int) -> Iterator[tuple[int, int]]:

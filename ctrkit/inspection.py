@@ -16,6 +16,7 @@ from ctrkit.errors import UserError
 from ctrkit.features import FeatureStore
 from ctrkit.parquet_footer import row_groups
 from ctrkit.partitions import ARROW
+from ctrkit.programs import FORMATS, read_settings
 
 FIRST_ROWS = 5
 SAMPLE_ROWS = 1000
@@ -33,7 +34,7 @@ def show(path: Path, console: Console) -> None:
     if describe is None:
         raise UserError(
             f"{path} is nothing that ctrkit writes. It shows Parquet files, features.h5, the folders of convert, "
-            "select-clicks, group and train, metrics.json, and anything with a sidecar NAME.json beside it."
+            "select-clicks, group, train and export, metrics.json, and anything with a sidecar NAME.json beside it."
         )
     console.rule(f"[bold]{escape(str(path))}", align="left")
     describe(path, console)
@@ -50,6 +51,8 @@ def _describer(path: Path) -> Callable[[Path, Console], None] | None:
     if path.is_dir():
         if (path / "model.pt").is_file():
             return _show_model
+        if any((path / f"ads.{format}").is_file() for format in FORMATS):
+            return _show_export
         if (path / "schema.json").is_file() and (path / "train").is_dir():
             return _show_groups
         if (path / "samples").is_dir() and (path / "vocab").is_dir():
@@ -207,6 +210,14 @@ def _show_features(path: Path, console: Console) -> None:
         facts.append(("values that are 0", f"{float((sample == 0).mean()):.1%}"))
     _pairs(console, "picture features", [*facts, *sorted(store.attributes.items())])
     _frame(console, "first pictures", store.pictures.head(FIRST_ROWS))
+
+
+def _show_export(path: Path, console: Console) -> None:
+    settings = read_settings(path)
+    told = [(key, settings.get(key)) for key in ("model", "format", "max_behaviours", "picture_width", "days")]
+    _pairs(console, "exported model", told)
+    rows = [[p["file"], ", ".join(p["inputs"]), ", ".join(p["outputs"])] for p in settings["programs"].values()]
+    _print(console, "programs", ["file", "inputs", "outputs"], rows)
 
 
 def _show_model(path: Path, console: Console) -> None:

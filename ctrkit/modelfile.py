@@ -16,6 +16,7 @@ from ctrkit.batches import Schema
 from ctrkit.embedding import Table
 from ctrkit.errors import UserError
 from ctrkit.feature_cache import GIB
+from ctrkit.features import check_made_alike
 from ctrkit.id_masks import most_frequent, with_unknown
 from ctrkit.models import make_model
 from ctrkit.models.plan import Plan, make_plan
@@ -254,20 +255,46 @@ def load(
     vocabulary.require_of_groups(convert, here.vocab_digest, groups)
     pictures = open_pictures(train, features, convert, ranks)
     if pictures is not None:
-        _check_pictures(pictures, settings, folder)
+        width = settings["picture_width"] - pictures.has_picture
+        check_made_alike(pictures.store, settings["pictures"], width, folder)
     nothing = {v: np.zeros(n, np.int64) for v, n in schema.vocab_sizes.items()}
     model = build(train, schema, nothing, pictures, ranks=ranks)
     state, expected = _read_tensors(folder / "model.pt"), model.tensors()
     # Of a table that is spread over ranks only a share is here.
     expected |= {f"table.{w}": torch.empty(t.n_rows, w, device="meta") for w, t in model.tables.items() if t.sharded}
+    _check_shapes(folder, state, expected)
+    model.load_state(state)
+    return model
+
+
+def read_network(folder: Path) -> tuple[Plan, nn.Module, dict[str, torch.Tensor]]:
+    """Return a model's inputs, its network in evaluation, and all its tensors by name: without groups or pictures."""
+    settings, train, schema = read_settings(folder)
+    plan = make_plan(train, schema, int(settings["picture_width"]))
+    network = make_model(plan).to(DTYPES[train.precision]).eval()
+    state = _read_tensors(folder / "model.pt")
+    expected = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    for width, vocabs in plan.vocabularies().items():
+        expected[f"table.{width}"] = torch.empty(1 + sum(schema.vocab_sizes[v] for v in vocabs), width, device="meta")
+    if train.looks_at_pictures:
+        raw_width = plan.picture_width - train.has_picture
+        expected |= {"pictures.mean": torch.empty(raw_width, device="meta"), "pictures.scale": torch.empty(())}
+    for name in state.keys() - expected.keys():
+        if name.startswith("frequent.") and (vocab := name.removeprefix("frequent.")) in schema.vocab_sizes:
+            expected[name] = torch.empty(schema.vocab_sizes[vocab], device="meta")
+    _check_shapes(folder, state, expected)
+    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
+    return plan, network, state
+
+
+def _check_shapes(folder: Path, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that are not those that the settings ask for."""
     wrong = sorted(k for k in expected.keys() | state.keys() if _shape(state, k) != _shape(expected, k))
     if wrong:
         raise UserError(
             f"{folder / 'model.pt'} does not fit {folder / 'settings.json'}: {wrong[0]!r} is "
             f"{_shape(state, wrong[0])}, not {_shape(expected, wrong[0])}. Train the model again."
         )
-    model.load_state(state)
-    return model
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -292,24 +319,6 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Train, Schema]:
             f"{path} is not the settings of a model of this version of ctrkit ({str(e).splitlines()[0]}). Train the "
             "model again."
         ) from None
-
-
-def _check_pictures(pictures: PictureVectors, settings: dict[str, Any], folder: Path) -> None:
-    """Refuse picture vectors that were made in another way than those that the model was trained on."""
-    path = pictures.store.path
-    then_width = settings["picture_width"] - pictures.has_picture
-    if pictures.store.width != then_width:
-        raise UserError(
-            f"{folder} was trained on picture vectors of width {then_width}, but {path} has width "
-            f"{pictures.store.width}: use the features it was trained with"
-        )
-    for key in ("backbone", "layer", "weights", "preprocessing"):
-        then, now = settings["pictures"].get(key), pictures.store.attributes.get(key)
-        if then != now:
-            raise UserError(
-                f"{folder} was trained on picture vectors with {key} = {then}, but {path} has {key} = {now}: use the "
-                "features it was trained with"
-            )
 
 
 def _shape(tensors: dict[str, torch.Tensor], name: str) -> str:

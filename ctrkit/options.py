@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ctrkit.errors import UsageError
 from ctrkit.recipe import load
 
 DAY = click.DateTime(["%Y-%m-%d"])
@@ -25,6 +26,25 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key."),
         click.option("--variant", metavar="NAME", help="Lay this variant's overrides over the recipe."),
         click.option("--recipe", required=True, metavar="NAME|FILE", help="A shipped recipe's name, or a file."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def maybe_recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--recipe`, `--variant` and `--set`, none of them required; `recipe` is None where none is named."""
+
+    def wrapped(recipe: str | None, variant: str | None, sets: tuple[str, ...], **rest: Any) -> Any:
+        if recipe is None and (variant or sets):
+            raise UsageError("--variant and --set lay something over a recipe: name it with --recipe")
+        return command(recipe=None if recipe is None else load(recipe, variant, sets), **rest)
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in (
+        click.option("--set", "sets", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a recipe key."),
+        click.option("--variant", metavar="NAME", help="Lay this variant's overrides over the recipe."),
+        click.option("--recipe", metavar="NAME|FILE", help="A shipped recipe's name, or a file."),
     ):
         wrapped = option(wrapped)
     return wrapped

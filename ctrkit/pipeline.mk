@@ -34,7 +34,8 @@ endif
 endif
 CTRKIT_ARGUMENTS := --recipe '$(DATA)' --out '$(OUT)' $(if $(RAW),--raw '$(RAW)') \
 	$(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(TODAY),--today '$(TODAY)') $(foreach set,$(SET),--set '$(set)') \
-	$(if $(FROM),--from '$(FROM)') $(if $(TO),--to '$(TO)') $(if $(MLFLOW),--mlflow '$(MLFLOW)') $(if $(filter tables,$(MAKECMDGOALS)),--tables)
+	$(if $(FROM),--from '$(FROM)') $(if $(TO),--to '$(TO)') $(if $(MLFLOW),--mlflow '$(MLFLOW)') $(if $(filter tables,$(MAKECMDGOALS)),--tables) \
+	$(if $(filter export,$(MAKECMDGOALS)),--export)
 ifneq ($(findstring ',$(DATA)$(OUT)$(RAW)$(WEIGHTS)$(TODAY)$(FROM)$(TO)$(MLFLOW)$(SET)),)
 $(error DATA, OUT, RAW, WEIGHTS and SET cannot hold an apostrophe; `ctrkit run` takes any path and value)
 endif

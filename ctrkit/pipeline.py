@@ -32,6 +32,7 @@ OUTPUTS = {
     "group": "groups",
     "train": "model",
     "predict": "predictions.parquet",
+    "export": "export",
     "eval": "metrics.json",
     "report": "report.html",
     "tables": "tables",
@@ -90,6 +91,8 @@ class Setting:
     """Convert this day on top of the last one that was; outputs go to `OUT/NAME/days/DAY/`."""
     tables: bool = False
     """Plan the papers' tables too, with the variants that only they need."""
+    export: bool = False
+    """Plan the export of every variant's model too."""
     since: datetime.date | None = None
     """Plan the days from this one to `until`, each from the model of the day before, and nothing else."""
     until: datetime.date | None = None
@@ -162,6 +165,9 @@ class Graph:
                 options += ["--pictures", str(self._pictures(base))]
             needs.append(data["extract-images"])
         self._add("report", None, base, options, needs)
+        if setting.export:
+            for variant in self._names:
+                self._export(variant)
         if setting.tables and (base.paper_tables or base.curves):
             self._tables()
         if base.replay.arms:
@@ -229,6 +235,13 @@ class Graph:
     @property
     def _mlflow(self) -> list[str]:
         return ["--mlflow", self.setting.mlflow] if self.setting.mlflow else []
+
+    def _export(self, name: str | None) -> None:
+        """Add the export of a variant's model."""
+        chain = self._chain(name)
+        convert = chain.data["convert"]
+        options = ("--convert", str(convert.output), str(chain.model.output))
+        self._add("export", name, self._load(name), options, [convert, chain.model], own=True)
 
     def _tables(self) -> None:
         """Add the papers' tables and curves, after the variants in them."""

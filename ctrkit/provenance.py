@@ -48,6 +48,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "group": ("group", "split", "features"),
     "train": ("train", "features"),
     "predict": ("predict",),
+    "export": ("export", "select-clicks.max_behaviours"),
     "eval": ("eval",),
     "report": ("report", "name", "about", "simulate", "extract-images", "predict"),
     "tables": ("tables", "curves", "eval", "name", "about"),
@@ -57,7 +58,10 @@ TABLES: dict[str, tuple[str, ...]] = {
 ROUNDING: dict[str, frozenset[str]] = {"train": RANKS, "predict": frozenset(["processes"])}
 """Of these tables, keys that change no more than the last bits of an output, and so do not make it stale."""
 FOLDERS = frozenset(
-    ["simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "tables", "daily", "replay"]
+    [
+        *("simulate", "convert", "select-clicks", "tune-backbone", "group", "train", "export", "tables", "daily"),
+        "replay",
+    ]
 )
 """Stages whose output is a folder; that of the others is a file."""
 MADE_BY = {"convert": "convert", "previous": "convert", "behaviours": "select-clicks", "groups": "group"}

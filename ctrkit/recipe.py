@@ -653,6 +653,13 @@ class Predict(Table):
     """Processes that score together here, as `train.processes`."""
 
 
+class Export(Table):
+    """`[export]`: models as programs that serve them."""
+
+    format: Literal["onnx", "pt2"] = "onnx"
+    """ONNX, for onnxruntime and others, or torch.export's."""
+
+
 class Eval(Table):
     """`[eval]`."""
 
@@ -913,6 +920,7 @@ class Recipe(Table):
     group: Group = Group()
     train: Train = Train()
     predict: Predict = Predict()
+    export: Export = Export()
     eval: Eval = Eval()
     report: Report = Report()
     tune: Tune = Tune()
@@ -1194,6 +1202,7 @@ def _model_at(loc: Sequence[str]) -> type[Table] | None:
         "group": Group,
         "train": Train,
         "predict": Predict,
+        "export": Export,
         "eval": Eval,
         "report": Report,
         "tune": Tune,

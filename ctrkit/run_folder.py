@@ -48,6 +48,33 @@ def find(run: Path, variant: str | None) -> VariantFiles:
     )
 
 
+def of_model(model: Path) -> VariantFiles:
+    """Return the files of a model in the folder of a run, as `find` does."""
+    run, variant = _run_of(model)
+    return find(run, variant)
+
+
+def max_behaviours(model: Path) -> int:
+    """Return how many behaviours a history had at most, in the run that trained a model."""
+    run, _ = _run_of(model)
+    groups = of_model(model).groups
+    behaviours = _made(run, "behaviours", provenance.read_sidecar(groups)["inputs"]["behaviours"], groups)
+    return int(provenance.read_sidecar(behaviours)["config"]["select-clicks"]["max_behaviours"])
+
+
+def _run_of(model: Path) -> tuple[Path, str | None]:
+    """Return the run and the variant of a model that lies in RUN/VARIANT/model, or in RUN/model."""
+    folder = model.absolute().parent
+    if (folder / "convert").is_dir() and (folder / "groups").is_dir():
+        return folder, None
+    if not (folder.parent / "convert").is_dir():
+        raise UsageError(
+            f"{model} does not lie in the folder of a run, RUN/VARIANT/model, that says what it was made from: give "
+            "--recipe and --convert"
+        )
+    return folder.parent, folder.name
+
+
 def picture_settings(features: Path) -> ExtractImages:
     """Return how the ids in a features.h5 name pictures, as its sidecar has it; the defaults where it does not say."""
     told: Mapping[str, Any] = provenance.read_sidecar(features).get("config", {}).get("extract-images", {})

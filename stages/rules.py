@@ -16,11 +16,13 @@ from ctrkit.options import path_option, setting_options
 @click.option("--recipe", required=True, metavar="NAME|FILE", help="A shipped recipe's name, or a file.")
 @setting_options
 @click.option("--tables", is_flag=True, help="Plan the papers' tables too, and the variants that only they need.")
+@click.option("--export", is_flag=True, help="Plan the export of the models too.")
 @path_option("--out", "Folder of all runs.")
 def command(
     recipe: str,
     asked: dict[str, Any],
     tables: bool,
+    export: bool,
     out: Path,
 ) -> None:
     """Write the Make rules of a recipe (used by the Makefile).
@@ -32,5 +34,5 @@ def command(
     \b
     make -f "$(ctrkit rules --recipe demo --out runs)" CTRKIT=ctrkit all
     """
-    graph = pipeline.Graph(pipeline.Setting(recipe=recipe, out=out, tables=tables, **asked))
+    graph = pipeline.Graph(pipeline.Setting(recipe=recipe, out=out, tables=tables, export=export, **asked))
     click.echo(pipeline.write_rules(graph, "$(CTRKIT)"))

@@ -41,6 +41,7 @@ def command(
     ctrkit run demo
     ctrkit run demo --set train.epochs=3
     ctrkit run demo --target tables
+    ctrkit run demo --target export
     ctrkit run demo --from 2024-03-06 --to 2024-03-08
     ctrkit run movielens --raw ml-latest-small --weights squeezenet1_1.pth
     """
@@ -49,11 +50,9 @@ def command(
         raise UserError("`ctrkit run` works through GNU Make, and there is no `make` on the PATH: install it")
     if asked["since"] is not None and target == "all":
         target = "daily"
-    graph = pipeline.Graph(
-        pipeline.Setting(
-            recipe=recipe, out=out, tables=target == "tables" or target not in ("all", *pipeline.OUTPUTS), **asked
-        )
-    )
+    path = target not in ("all", *pipeline.OUTPUTS)
+    tables, export = path or target == "tables", path or target == "export"
+    graph = pipeline.Graph(pipeline.Setting(recipe=recipe, out=out, tables=tables, export=export, **asked))
     target = pipeline.find_target(graph, target)
     package = Path(ctrkit.__file__).parent
     # -P keeps the current folder off Python's path, unless it is where ctrkit lies.

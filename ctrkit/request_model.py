@@ -1,0 +1,138 @@
+"""What a request to a model may say: field names, kinds and limits, from the model's own features."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from typing_extensions import TypedDict
+
+from ctrkit.recipe import Feature
+
+LONGEST = 2_000
+"""Characters of a text."""
+MOST_VALUES = 1_000
+"""Values of a multi-hot feature."""
+MOST_BEHAVIOURS = 100_000
+MOST_ADS = 10_000
+LARGEST = 65_504.0
+"""Of the numbers of a picture vector: features.h5 holds float16."""
+
+Text = Annotated[StrictStr, Field(max_length=LONGEST)]
+Whole = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
+Value = Text | Whole | StrictFloat | StrictBool | None
+Number = Whole | StrictFloat | Text | None
+OF_TABLES = ConfigDict(extra="forbid", allow_inf_nan=False)
+OWNERS = {"user": ("user",), "scene": ("scene",), "behaviours": ("behaviour",), "ads": ("ad", "scene")}
+"""Part of a request → whose features it has."""
+
+
+class Request(BaseModel):
+    """One user, one scene, any number of candidate ads; raw values, as in the logs."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    user: Any
+    scene: Any
+    behaviours: list[Any]
+    ads: list[Any]
+
+
+def request_model(
+    features: Mapping[str, Feature], read: Sequence[str], picture_width: int, *, names: bool
+) -> type[Request]:
+    """Return the type of a model's requests.
+
+    Parameters
+    ----------
+    features: all of the recipe's, by name.
+    read: those that the model reads; others may be given, and are not looked at.
+    picture_width: numbers of a picture vector, W.
+    names: whether pictures may be given by name.
+    """
+
+    def field(name: str) -> Any:
+        feature = features[name]
+        if feature.kind == "image":
+            vector = Annotated[
+                list[Annotated[float, Field(ge=-LARGEST, le=LARGEST)]],
+                Field(min_length=picture_width, max_length=picture_width),
+            ]
+            kind: Any = (Text | Whole | None) if name not in read else (Text | Whole | vector | None)
+            if name in read and not names:
+                kind = vector | None
+        elif feature.multi_hot:
+            kind = Annotated[list[Value], Field(max_length=MOST_VALUES)] | Value
+        else:
+            kind = Number if feature.kind == "number" else Value
+        return Annotated[kind, Field(description=_description(feature, name in read, names))]
+
+    def part(key: str) -> Any:
+        fields = {name: field(name) for name, feature in features.items() if feature.of in OWNERS[key]}
+        make: Any = TypedDict
+        return pydantic.with_config(OF_TABLES)(make(key.title(), fields, total=False))
+
+    def parts(key: str, text: str, **limits: Any) -> Any:
+        kind: Any = list
+        return Annotated[kind[part(key)], Field(description=text, **limits)]
+
+    fields: dict[str, Any] = {"user": (part("user"), {}), "scene": (part("scene"), {})}
+    history = parts("behaviours", "The user's history, oldest first.", max_length=MOST_BEHAVIOURS)
+    fields["behaviours"] = (history, [])
+    fields["ads"] = (parts("ads", "Candidates, in any order.", min_length=1, max_length=MOST_ADS), ...)
+    return pydantic.create_model("Request", __base__=Request, **fields)
+
+
+def _description(feature: Feature, is_read: bool, names: bool) -> str:
+    if not is_read:
+        return "Not read by this model."
+    if feature.kind == "image":
+        by_name = "A picture's name in features.h5, or its" if names else "A picture's"
+        return f"{by_name} vector as `ctrkit extract-images` gives it; null: no picture."
+    if feature.multi_hot:
+        return f"A list of values, or text split at {feature.separator!r}."
+    if feature.kind == "number":
+        return "A number; null: missing."
+    return "A value as in the logs; null: missing."
+
+
+def complaint(error: pydantic.ValidationError, features: Mapping[str, Feature], picture_width: int) -> str:
+    """Return what is wrong with a request, in a sentence: the first fault, where it is, and how many more there are."""
+    faults: dict[tuple[int | str, ...], list[Any]] = {}
+    for one in error.errors(include_url=False, include_context=False):
+        place = _place(one["loc"], features)
+        faults.setdefault(place, []).append(one)
+    place, first = next(iter(faults.items()))
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    name = next((str(p) for p in reversed(place) if p in features), "")
+    where = ".".join(map(str, place)) or "the request"
+    return f"{where}: {_fault(first, features.get(name), picture_width)}{more}"
+
+
+def _place(loc: tuple[int | str, ...], features: Mapping[str, Feature]) -> tuple[int | str, ...]:
+    """Return where a fault is, without what pydantic adds of the kinds that a value may have."""
+    keep = 3 if loc[:1] in (("ads",), ("behaviours",)) else 2
+    return loc[:keep]
+
+
+def _fault(errors: Sequence[Any], feature: Feature | None, picture_width: int) -> str:
+    first = errors[0]
+    kinds = [e["type"] for e in errors]
+    if "extra_forbidden" in kinds:
+        return "there is no such field in this model's requests"
+    if feature is None or (len(errors) == 1 and not kinds[0].endswith("_type")):
+        return _lower(first["msg"])
+    for one in errors:
+        if one["type"] in ("string_too_long", "too_long", "too_short", "less_than_equal", "greater_than_equal"):
+            return _lower(one["msg"])
+    if feature.kind == "image":
+        return f"has to be a picture's name, a list of {picture_width} numbers, or null"
+    if feature.multi_hot:
+        return "has to be a list of texts or numbers, or null"
+    if feature.kind == "number":
+        return "has to be a number, or null"
+    return "has to be text, a number, true, false or null"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,101 @@
+"""Pictures of requests, by name or as vectors: what an exported model makes of each of them alone.
+
+A picture of features.h5 goes through the extractor when it is first asked for, and never again: what comes out is a
+dozen numbers, and stays in memory.
+"""
+
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ctrkit.features import FeatureStore
+from ctrkit.programs import Arrays, Programs
+from ctrkit.raw_values import as_text_of
+
+Ints = npt.NDArray[np.int64]
+NONE = -1
+"""The row of a picture that has no vector."""
+
+
+class Names:
+    """Names of pictures to rows of features.h5."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+
+    @cached_property
+    def row(self) -> dict[str, int]:
+        """Name → row, of pictures that have one."""
+        known = self.store.pictures
+        return {
+            name: row for name, row in zip(known["image"].to_list(), known["row"].to_list(), strict=True) if row >= 0
+        }
+
+
+class Pictures:
+    """What `ad_pictures` or `user_pictures` makes of pictures.
+
+    Parameters
+    ----------
+    programs: of the exported model.
+    name: which of the two.
+    names: where names are looked up; None: there are none.
+    width: numbers of a picture vector, W.
+    """
+
+    def __init__(self, programs: Programs, name: str, names: Names | None, width: int) -> None:
+        self._programs, self._name, self._names, self._width = programs, name, names, width
+        self._keeps = programs.outputs(name) == ["extracted"]
+        self._lock = threading.Lock()
+        if self._keeps:
+            rows = names.store.rows if names is not None else 0
+            missing = self._run(np.zeros((1, width), np.float32), np.zeros(1, np.bool_))["extracted"]
+            self._kept = np.zeros((rows + 1, missing.shape[1]), np.float32)
+            """[rows + 1, D], the last for those without a vector."""
+            self._kept[NONE] = missing
+            self._known = np.zeros(rows + 1, np.bool_)
+            self._known[NONE] = True
+
+    def of_request(self, values: Sequence[Any]) -> tuple[Arrays, int, int]:
+        """Return what the program makes of pictures, each a name, a vector or None; how many were missing; and how
+        many had a name that is not in features.h5, or has no vector there."""
+        if all(type(value) is not list for value in values):
+            rows, missing, unknown = self._rows(values)
+            return self.of_rows(rows), missing, unknown
+        rows, missing, unknown = self._rows([None if type(value) is list else value for value in values])
+        vectors, there = self._read(rows), rows >= 0
+        for i, value in enumerate(values):
+            if type(value) is list:
+                vectors[i], there[i], missing = value, True, missing - 1
+        return self._run(vectors, there), missing, unknown
+
+    def _rows(self, values: Sequence[Any]) -> tuple[Ints, int, int]:
+        row = self._names.row if self._names is not None else {}
+        texts = [value if type(value) is str and value else as_text_of(value) for value in values]
+        rows = np.array([NONE if text is None else row.get(text, NONE) for text in texts], np.int64)
+        missing = texts.count(None)
+        return rows, missing, int((rows == NONE).sum()) - missing
+
+    def of_rows(self, rows: Ints) -> Arrays:
+        """Return what the program makes of rows of features.h5 [N]; −1: no vector. Threads may share it."""
+        if not self._keeps:
+            return self._run(self._read(rows), rows >= 0)
+        if not self._known[rows].all():
+            with self._lock:
+                new = np.unique(rows[~self._known[rows]])
+                if len(new):
+                    self._kept[new] = self._run(self._read(new), np.ones(len(new), np.bool_))["extracted"]
+                    self._known[new] = True
+        return {"extracted": self._kept[rows]}
+
+    def _read(self, rows: Ints) -> npt.NDArray[np.float32]:
+        if self._names is None or not len(rows):
+            return np.zeros((len(rows), self._width), np.float32)
+        return self._names.store.read(rows)
+
+    def _run(self, vectors_NW: npt.NDArray[np.float32], there_N: npt.NDArray[np.bool_]) -> Arrays:
+        return self._programs.pictures(self._name, vectors_NW, there_N)
