@@ -29,7 +29,7 @@ def command(name: str) -> click.Command:
     return found
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["convrt"]])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["simulat"]])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = "import json, sys\nfrom ctrkit.cli import main\nsys.argv = ['ctrkit', *sys.argv[1:]]\n"
     code += "try: main()\nexcept SystemExit: print(); print(json.dumps(sorted(sys.modules)))"
@@ -50,9 +50,9 @@ def test_a_process_ends_with_its_status_after_all_is_written_and_closed(tmp_path
 
     done = end("--version", capture_output=True)
     assert (done.returncode, done.stdout) == (0, f"ctrkit, version {__version__}\nclosed\n")
-    done = end("convrt", capture_output=True)
+    done = end("simulat", capture_output=True)
     assert (done.returncode, done.stdout) == (2, "closed\n")
-    assert done.stderr.endswith("there is no command 'convrt'; did you mean 'convert' or 'report'?\n")
+    assert done.stderr.endswith("there is no command 'simulat'; did you mean 'simulate'?\n")
     with open("/dev/full", "w") as full:
         assert end("--version", stdout=full, stderr=subprocess.PIPE).returncode != 0
     fails = code.replace("    main()", "    sys.exit('the reason')")
@@ -131,7 +131,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_near_names_of_commands_and_options() -> None:
-    assert message(ctrkit("convrt")) == "there is no command 'convrt'; did you mean 'convert' or 'report' or 'export'?"
+    assert message(ctrkit("simulat")) == "there is no command 'simulat'; did you mean 'simulate'?"
     assert message(ctrkit("zzz")).startswith("there is no command 'zzz'; known: check, compare, convert, daily, eval")
     assert "'--recipe'" in message(ctrkit("convert", "--recpie", "demo"))
     assert "Missing option '--recipe'" in message(ctrkit("convert", "--raw", "raw"))
@@ -172,7 +172,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tiny
     def broken(*_: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("ctrkit.stages.simulate.simulate", broken)
+    monkeypatch.setattr("ctrkit.world.simulate", broken)
     result = ctrkit("simulate", "--recipe", tiny, "--out", tiny.parent / "raw")
     assert isinstance(result.exception, RuntimeError)
     assert [p.name for p in tiny.parent.iterdir()] == ["tiny.toml"]
