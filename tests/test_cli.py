@@ -172,7 +172,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tiny
     def broken(*_: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr("ctrkit.stages.simulate.simulate", broken)
+    monkeypatch.setattr("ctrkit.world.simulate", broken)
     result = ctrkit("simulate", "--recipe", tiny, "--out", tiny.parent / "raw")
     assert isinstance(result.exception, RuntimeError)
     assert [p.name for p in tiny.parent.iterdir()] == ["tiny.toml"]
