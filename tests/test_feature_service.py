@@ -1,6 +1,7 @@
 """Training by 2 and 4 real processes against the plain Trainer of one: the same losses, predictions and tables."""
 
 import functools
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def write(folder: Path) -> None:
 
 def before_forks() -> None:
     """Import once for all ranks what takes long and starts no thread."""
+    importlib.import_module("torch._dynamo")  # which DistributedDataParallel asks about its settings
     for module in ("ctrkit.compiled_rows", "ctrkit.models.pair_loops"):
         numba_loops.load(module)
 

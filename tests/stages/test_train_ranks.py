@@ -2,6 +2,7 @@
 the model of one process. And `ctrkit predict --nproc`."""
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 import ctrkit.training  # before ranks are forked
+from ctrkit import numba_loops, provenance
 from ctrkit.cli import main
 from ctrkit.ranks import Ranks
 from tests.ranks import ROUND, rounds
@@ -127,6 +129,16 @@ def killed(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "Traceback" not in told
     assert not out.exists()
     return out.parent
+
+
+def before_forks() -> None:
+    """Import once for all ranks what takes long and starts no thread."""
+    importlib.import_module("torch._dynamo")  # which DistributedDataParallel asks about its settings
+    for module in ("ctrkit.compiled_rows", "ctrkit.models.pair_loops"):
+        numba_loops.load(module)
+    importlib.import_module("ctrkit.stages.train")
+    importlib.import_module("ctrkit.stages.predict")
+    provenance.code_digest("train")
 
 
 def command(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
