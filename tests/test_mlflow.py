@@ -112,6 +112,14 @@ def test_a_study(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (run.folder / "mlruns").exists()
 
 
+def test_a_run_hands_the_uri_on(run: Run) -> None:
+    """To the stages that record; and what was made without it is as good as ever."""
+    assert run.plan("MLFLOW=sqlite:///mlflow.db") == set()
+    lines = run.make("-n", "MLFLOW=sqlite:///mlflow.db", "SET=train.epochs=2").splitlines()
+    stages = {line.split(" -m ctrkit ")[1].split()[0] for line in lines if "--mlflow sqlite:///mlflow.db" in line}
+    assert stages == {"train", "eval", "report"}
+
+
 class Silent:
     """A server that takes connections and never answers."""
 
