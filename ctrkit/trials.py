@@ -287,6 +287,9 @@ def make(graph: Graph, step: Step, *, quiet: bool = False) -> int:
 
     quiet: without its tables.
     """
+    if files.is_locked(step.output):  # somebody makes it: perhaps another process, for a trial like this one
+        with files.locked(step.output, quiet=True):
+            pass
     if graph.is_fresh(step):
         return 0
     package = Path(ctrkit.__file__).parent
