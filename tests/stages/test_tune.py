@@ -359,6 +359,7 @@ def test_a_trial_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
             assert begun.folder.name == "0000"
             assert study.someone_works()
         assert not study.someone_works()
+        assert study.unfinished()
     with study.begin(2) as begun:
         assert begun is not None
         study.complete(begun, 0.7)
