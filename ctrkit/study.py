@@ -183,6 +183,10 @@ class Study:
         rows = [row for row in self.rows() if row.state == "complete" and row.value is not None]
         return max(rows, key=lambda row: (row.value, -row.number), default=None)
 
+    def unfinished(self) -> bool:
+        """Say whether a trial is worked on, or was when its process was killed."""
+        return bool(self._running())
+
     def someone_works(self) -> bool:
         """Say whether a process works on a trial."""
         return any(files.is_locked(self._folder(t)) for t in self._running())

@@ -125,9 +125,9 @@ class Worker:
     def finish(self) -> None:
         """Work on trials until all are done, by other processes too, or time is up."""
         self.work()
-        while not self.late and self.study.someone_works():
+        while not self.late and self.study.unfinished():
             time.sleep(LOOK_SECONDS)
-            self.work()  # one that was killed leaves its trial to be done
+            self.work()  # a process that was killed leaves its trial to be done
         self.study.interrupted()
         if not self.asked.keep_models:
             self._remove_data()
@@ -164,7 +164,7 @@ class Worker:
         hears = _Hears(self.study, begun)
         with self._recorded(begun) as (record, watch):
             try:
-                best = self._train(begun, several(hears, watch))
+                best = self._train(begun, several(watch, hears))
             except Pruned:
                 self.study.prune(begun, validations=hears.validations, seconds=_since(began))
                 _end(record, "KILLED")
@@ -287,6 +287,9 @@ def make(graph: Graph, step: Step, *, quiet: bool = False) -> int:
 
     quiet: without its tables.
     """
+    if files.is_locked(step.output):  # somebody makes it: perhaps another process, for a trial like this one
+        with files.locked(step.output, quiet=True):
+            pass
     if graph.is_fresh(step):
         return 0
     package = Path(ctrkit.__file__).parent

@@ -112,6 +112,19 @@ def test_a_study(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (run.folder / "mlruns").exists()
 
 
+def test_a_run_hands_the_uri_on(run: Run) -> None:
+    """To the stages that record; and what was made without it is as good as ever."""
+    lines = run.make("-n", "MLFLOW=sqlite:///mlflow.db", "SET=train.epochs=2").splitlines()
+    stages = {line.split(" -m ctrkit ")[1].split()[0] for line in lines if "--mlflow sqlite:///mlflow.db" in line}
+    assert stages == {"train", "eval", "report"}
+    run.make("MLFLOW=sqlite:///mlflow.db", "SET=report.title=Shop")
+    uri = f"sqlite:///{run.folder}/mlflow.db"
+    [recorded] = runs(uri, "tiny")
+    assert (recorded.info.run_name, recorded.info.status) == ("report", "FINISHED")
+    names = {a.path for a in client(uri).list_artifacts(recorded.info.run_id)}
+    assert names == {"report.html", "report-figures", "metrics.json"}
+
+
 class Silent:
     """A server that takes connections and never answers."""
 
