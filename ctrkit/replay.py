@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from ctrkit import candidates
+from ctrkit import candidates, vocabulary
 from ctrkit.ab_test import Lift, Ratio, lift, split
 from ctrkit.auction import Sold, auction, bids
+from ctrkit.batches import Schema
 from ctrkit.candidates import Requests
 from ctrkit.errors import UsageError, UserError
 from ctrkit.recipe import Recipe
@@ -143,6 +144,8 @@ def replay(
     """
     settings = recipe.replay
     made = open_world(recipe, raw)
+    schema = Schema.read(groups).of_recipe(recipe.features, groups)
+    vocabulary.require_of_groups(convert, schema.vocab_digest, groups)
     views = candidates.page_views(recipe, raw, groups)
     if not views.height:
         raise UserError(f"{raw} has no page view on the test days of {groups}; were they made from other logs?")

@@ -155,6 +155,7 @@ def draw(found: Found, path: Path) -> None:
             axes.axvline(0, color="#5d6878", lw=0.8)
             axes.axvline(100 * found["paper"][metric], color="#009e73", lw=1, ls="--")
             axes.set_title(f"{name}: difference from the control, %\n(dashed: the paper's, live traffic)", fontsize=9)
+            axes.margins(y=0.15)
             axes.grid(axis="x", color="#dfe4ea", lw=0.6)
             for side in ("top", "right", "left"):
                 axes.spines[side].set_visible(False)

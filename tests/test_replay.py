@@ -353,3 +353,31 @@ def test_candidates_have_the_history_of_the_users_day_and_the_features_of_their_
     again = candidates.draw(made, views, 12, 0)
     assert (again.ad_RN == requests.ad_RN).all()
     assert (candidates.draw(made, views, 12, 1).ad_RN != requests.ad_RN).any()
+
+
+def test_ids_that_came_after_training_are_unknown_where_days_were_added_one_by_one(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(RECIPE.replace(", min_count = 20", ""), encoding="utf-8")
+    earlier, convert = tmp_path / "earlier", tmp_path / "convert"
+    for stage, words in (
+        ("convert", ("--raw", raw, "--today", "2024-03-02", "--out", earlier)),
+        ("convert", ("--raw", raw, "--today", "2024-03-03", "--extend", earlier, "--out", convert)),
+        ("select-clicks", ("--convert", convert, "--out", tmp_path / "behaviours")),
+        ("group", ("--convert", convert, "--behaviours", tmp_path / "behaviours", "--out", tmp_path / "groups")),
+    ):
+        result = ctrkit(stage, "--recipe", tmp_path / "small.toml", "--set", "split.valid=0", *words)
+        assert result.exit_code == 0, (result.output, result.exception)
+    indexer = Indexer(load(tmp_path / "small.toml"), raw, convert)
+    names = [name for name, f in indexer.recipe.features.items() if f.of in ("ad", "scene")]
+    lists = ["ad", "time", "unseen_ad", *names]
+    samples = pl.read_parquet(tmp_path / "groups" / "test" / "*.parquet").select("user", *lists).explode(lists)
+    logged = pl.read_csv(raw / "impressions.csv", infer_schema=False)
+    logged = logged.with_columns(time=1000 * pl.col("time").cast(pl.Int64)).unique(["user", "ad", "time"])
+    rows = samples.join(logged.select("user", "ad", "time", "position"), on=["user", "ad", "time"], suffix="_text")
+    assert rows.height == samples.height > 1000
+    given = rows.select("user", "ad", "time", position="position_text")
+    for name in names:
+        assert indexer.index(name, given).to_list() == rows[name].to_list(), name
+    unseen = rows.filter("unseen_ad")
+    assert unseen.height > 0
+    assert unseen["ad_id"].unique().to_list() == [1]
+    assert indexer.is_unseen(rows["ad"]).to_list() == rows["unseen_ad"].to_list()

@@ -86,8 +86,13 @@ def test_a_test_of_two_models(tiny_run: TinyRun, models: dict[str, Path], tmp_pa
 def test_other_settings(tiny_run: TinyRun, models: dict[str, Path], tmp_path: Path) -> None:
     sets = ["--set", "replay.slots=3", "--set", "replay.price=first", "--set", "replay.splits=0"]
     sets += ["--set", "replay.bid_sigma=0", "--set", "replay.bid_median=2", "--set", "replay.seed=4"]
-    tiny_run.must("replay", *words(tiny_run, models), *sets, "--out", tmp_path / "out")
+    hostile = {"<b>$x_1$|": models["lr"], "dicm": models["dicm"]}
+    tiny_run.must("replay", *words(tiny_run, hostile), *sets, "--out", tmp_path / "out")
     found = read(tmp_path / "out")
+    page, text = ((tmp_path / "out" / name).read_text(encoding="utf-8") for name in ("replay.html", "replay.md"))
+    assert "&lt;b&gt;$x_1$|" in page
+    assert "<b>" not in page
+    assert "<b>$x_1$\\|" in text
     assert found["settings"]["slots"] == 3
     assert sum(arm["test"]["impressions"] for arm in found["arms"].values()) == 3 * found["page_views"]
     assert found["a_a"]["ctr_excludes_zero"] is None
@@ -131,7 +136,12 @@ def test_what_cannot_be_replayed(tiny_run: TinyRun, models: dict[str, Path], tmp
     fails(
         tiny_run.call("replay", *good, "--set", "simulate.users=50", *out), 1, "was not simulated with the [simulate]"
     )
+    other = ["--set", "features.ad_id.min_count=5"]
+    fails(tiny_run.call("replay", *good, *other, *out), 1, "was made with features.ad_id.min_count = 1")
+    no_pictures = [word for word in good if word not in ("--features", tiny_run.features)]
+    fails(tiny_run.call("replay", *no_pictures, *out), 1, "this model looks at pictures: give --features")
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*candidates*"))
 
 
 def test_real_logs_have_no_true_probabilities(tiny_run: TinyRun, models: dict[str, Path], tmp_path: Path) -> None:
