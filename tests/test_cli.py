@@ -105,7 +105,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_near_names_of_commands_and_options() -> None:
-    assert message(ctrkit("convrt")) == "there is no command 'convrt'; did you mean 'convert' or 'report' or 'export'?"
+    assert message(ctrkit("convrt")) == "there is no command 'convrt'; did you mean 'convert' or 'score' or 'report'?"
     assert message(ctrkit("zzz")).startswith("there is no command 'zzz'; known: check, compare, convert, daily, eval")
     assert "'--recipe'" in message(ctrkit("convert", "--recpie", "demo"))
     assert "Missing option '--recipe'" in message(ctrkit("convert", "--raw", "raw"))
