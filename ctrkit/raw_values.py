@@ -4,6 +4,7 @@ By dictionaries and bisection, a column of few values at a time; what polars doe
 """
 
 import bisect
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from ctrkit.tables import as_text
 from ctrkit.vocabulary import FIRST, MISSING, UNKNOWN
 
 Value = str | int | float | bool | None
+TEXTS = frozenset([str, type(None)])
+"""Types of values that are texts as they are."""
 PLAIN = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")
 """Numbers that Python reads as polars does."""
 
@@ -33,6 +36,7 @@ class Indexer:
     def __init__(self, feature: Feature, vocab: Path) -> None:
         self.feature = feature
         self._look_up: Callable[[str], int]
+        self._known: dict[str | None, int] | None = None
         if feature.hash_buckets:
             buckets = feature.hash_buckets
             self._look_up = lambda text: FIRST + xxhash.xxh64_intdigest(text.encode()) % buckets
@@ -41,13 +45,17 @@ class Indexer:
         if feature.kind == "number":
             self._edges = [float(text.rpartition("< ")[2]) for text in table["value"][:-1]]
         else:
-            known = dict(zip(table["value"].to_list(), table["index"].to_list(), strict=True))
+            known: dict[str | None, int] = dict(zip(table["value"].to_list(), table["index"].to_list(), strict=True))
+            known |= {None: MISSING, "": MISSING}
+            self._known = known
             self._look_up = lambda text: known.get(text, UNKNOWN)
 
     def one(self, values: Sequence[Value]) -> list[int]:
         """Return the index of each value."""
         if self.feature.kind == "number":
             return [self._bucket(value) for value in values]
+        if self._known is not None and TEXTS.issuperset(map(type, values)):
+            return list(map(self._known.get, values, itertools.repeat(UNKNOWN)))  # type: ignore[arg-type]
         look_up = self._look_up
         return [
             MISSING if text is None else look_up(text)

@@ -22,6 +22,9 @@ from ctrkit.serving_pictures import Names, Pictures
 from ctrkit.vocabulary import MISSING, UNKNOWN
 
 Given = dict[str, npt.NDArray[Any]]
+Row = Mapping[str, Any]
+"""Raw values by feature."""
+NOTHING: Row = {}
 
 
 @dataclass
@@ -80,7 +83,9 @@ class Scorer:
     def _open(self, folder: Path, features: Path) -> Names:
         store = FeatureStore(features, shuffle_seed=self.settings["shuffle_seed"])
         check_made_alike(store, self.settings["pictures"], self.picture_width, folder)
-        return Names(store)
+        names = Names(store)
+        assert names.row is not None  # looked up now, not by the first request
+        return names
 
     def score(self, request: Request, attention: bool = False) -> Answer:
         """Return the click probability of each ad of a request, which is one of `self.request`."""
@@ -91,9 +96,9 @@ class Scorer:
         given |= self._ids("behaviour_ids", behaviours, answer)
         given |= self._look_at("user_pictures", behaviours, answer)
         state = self.programs.user(given, len(behaviours))
-        ads = [{**request.scene, **ad} for ad in request.ads] if request.scene else request.ads
-        given = self._ids("ad_ids", ads, answer) | self._look_at("ad_pictures", ads, answer)
-        given |= {f"ad.{name}": self._lists(name, ads, answer) for name in reads["ad"]}
+        ads, scene = request.ads, request.scene
+        given = self._ids("ad_ids", ads, answer, scene) | self._look_at("ad_pictures", ads, answer)
+        given |= {f"ad.{name}": self._lists(name, ads, answer, scene) for name in reads["ad"]}
         answer.scores_A, weights_AL = self.programs.score(state, given, len(ads), len(behaviours))
         answer.attention_AL = weights_AL if attention else None
         return answer
@@ -102,23 +107,27 @@ class Scorer:
     def _reads_behaviours(self) -> bool:
         return bool(self._reads["behaviour_ids"] or self._reads["user_pictures"])
 
-    def _ids(self, key: str, rows: Sequence[Mapping[str, Any]], answer: Answer) -> Given:
-        """Return [rows, features] indexes by the input's name, where the model reads such features."""
-        names = self._reads[key]
-        out = np.empty((len(rows), len(names)), np.int64)
-        for i, name in enumerate(names):
-            column = self._indexer[name].one([row.get(name) for row in rows])
-            out[:, i] = column
-            _count(answer, name, column.count(MISSING), column.count(UNKNOWN))
-        return {key: out} if names else {}
+    def _ids(self, key: str, rows: Sequence[Row], answer: Answer, scene: Row = NOTHING) -> Given:
+        """Return [rows, features] indexes by the input's name, where the model reads such features.
 
-    def _lists(self, name: str, rows: Sequence[Mapping[str, Any]], answer: Answer) -> npt.NDArray[np.int64]:
+        scene: values of rows that do not give their own.
+        """
+        columns = []
+        for name in self._reads[key]:
+            default = scene.get(name)
+            column = self._indexer[name].one([row.get(name, default) for row in rows])
+            _count(answer, name, column.count(MISSING), column.count(UNKNOWN))
+            columns.append(column)
+        return {key: np.ascontiguousarray(np.array(columns, np.int64).T)} if columns else {}
+
+    def _lists(self, name: str, rows: Sequence[Row], answer: Answer, scene: Row = NOTHING) -> npt.NDArray[np.int64]:
         """Return [rows, V] indexes of a multi-hot feature, filled up with 0."""
-        lists = [self._indexer[name].many(row.get(name)) for row in rows]
+        default = scene.get(name)
+        lists = [self._indexer[name].many(row.get(name, default)) for row in rows]
         _count(answer, name, lists.count([]), sum(some.count(UNKNOWN) for some in lists))
         return lists_side_by_side(lists)
 
-    def _look_at(self, key: str, rows: Sequence[Mapping[str, Any]], answer: Answer) -> Given:
+    def _look_at(self, key: str, rows: Sequence[Row], answer: Answer) -> Given:
         """Return what the model makes of the rows' pictures, where it looks at them."""
         if not (name := self._reads[key]):
             return {}

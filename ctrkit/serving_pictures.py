@@ -4,6 +4,7 @@ A picture of features.h5 goes through the extractor when it is first asked for, 
 dozen numbers, and stays in memory.
 """
 
+import itertools
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from ctrkit.features import FeatureStore
 from ctrkit.programs import Arrays, Programs
-from ctrkit.raw_values import as_text_of
+from ctrkit.raw_values import TEXTS, as_text_of
 
 Ints = npt.NDArray[np.int64]
 NONE = -1
@@ -63,7 +64,7 @@ class Pictures:
     def of_request(self, values: Sequence[Any]) -> tuple[Arrays, int, int]:
         """Return what the program makes of pictures, each a name, a vector or None; how many were missing; and how
         many had a name that is not in features.h5, or has no vector there."""
-        if all(type(value) is not list for value in values):
+        if list not in set(map(type, values)):
             rows, missing, unknown = self._rows(values)
             return self.of_rows(rows), missing, unknown
         rows, missing, unknown = self._rows([None if type(value) is list else value for value in values])
@@ -75,9 +76,9 @@ class Pictures:
 
     def _rows(self, values: Sequence[Any]) -> tuple[Ints, int, int]:
         row = self._names.row if self._names is not None else {}
-        texts = [value if type(value) is str and value else as_text_of(value) for value in values]
-        rows = np.array([NONE if text is None else row.get(text, NONE) for text in texts], np.int64)
-        missing = texts.count(None)
+        texts = values if TEXTS.issuperset(map(type, values)) else [as_text_of(value) for value in values]
+        rows = np.array(list(map(row.get, texts, itertools.repeat(NONE))), np.int64)
+        missing = texts.count(None) + texts.count("")
         return rows, missing, int((rows == NONE).sum()) - missing
 
     def of_rows(self, rows: Ints) -> Arrays:

@@ -303,3 +303,25 @@ def test_a_day_at_a_time(run: Run) -> None:
     assert run.leftovers() == []
     printed = run.make("TODAY=yesterday", fails=True)
     assert "'yesterday' does not match the format '%Y-%m-%d'" in printed
+
+
+def test_exports_of_all_variants(run: Run) -> None:
+    """`make export` exports every variant's model, and only then; what is as it would be made again is left alone."""
+    exports = {f"{variant}/export" for variant in ("basic", "pictures", "all-clicks")}
+    assert run.plan() == set()
+    assert run.plan("export") == exports
+    printed = run.make("export")
+    for name in exports:
+        assert f"-> runs/tiny/{name}, scores within" in printed
+        assert (run.home / name / "ads.onnx").is_file()
+    settings = json.loads((run.home / "pictures/export/settings.json").read_text())
+    assert settings["max_behaviours"] == 10
+    before = run.times()
+    assert run.make("export") == "export: nothing to do\n"
+    assert run.ctrkit("run", "tiny.toml", "--target", "export") == "export: nothing to do\n"
+    assert run.times() == before
+    assert run.make() == NOTHING
+    assert (
+        run.plan("export", "SET=select-clicks.max_behaviours=3 export.format=pt2")
+        == CLICKS | MODELS - {name for name in MODELS if name.endswith("predictions.parquet")} | exports
+    )
