@@ -7,6 +7,7 @@ import bisect
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import xxhash
@@ -32,6 +33,7 @@ class Indexer:
 
     def __init__(self, feature: Feature, vocab: Path) -> None:
         self.feature = feature
+        self._known: dict[Value, int] = {}
         self._look_up: Callable[[str], int]
         if feature.hash_buckets:
             buckets = feature.hash_buckets
@@ -41,18 +43,18 @@ class Indexer:
         if feature.kind == "number":
             self._edges = [float(text.rpartition("< ")[2]) for text in table["value"][:-1]]
         else:
-            known = dict(zip(table["value"].to_list(), table["index"].to_list(), strict=True))
-            self._look_up = lambda text: known.get(text, UNKNOWN)
+            self._known = dict(zip(table["value"].to_list(), table["index"].to_list(), strict=True))
+            self._look_up = lambda text: self._known.get(text, UNKNOWN)
 
     def one(self, values: Sequence[Value]) -> list[int]:
         """Return the index of each value."""
         if self.feature.kind == "number":
             return [self._bucket(value) for value in values]
-        look_up = self._look_up
-        return [
-            MISSING if text is None else look_up(text)
-            for text in (value if type(value) is str and value else as_text_of(value) for value in values)
-        ]
+        found: list[Any] = list(map(self._known.get, values))
+        if None not in found:  # all are texts of the vocabulary, as most are
+            return found
+        texts = map(as_text_of, values)
+        return [MISSING if text is None else self._look_up(text) for text in texts]
 
     def many(self, value: Value | list[Value]) -> list[int]:
         """Return the indexes of a multi-hot feature's values, a list or text that is split at the separator."""

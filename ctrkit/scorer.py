@@ -4,9 +4,11 @@ Letters as in `ctrkit.serving_network`.
 """
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from ctrkit.serving_pictures import Names, Pictures
 from ctrkit.vocabulary import MISSING, UNKNOWN
 
 Given = dict[str, npt.NDArray[Any]]
+Rows = Sequence[Mapping[str, Any]]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -91,9 +95,9 @@ class Scorer:
         given |= self._ids("behaviour_ids", behaviours, answer)
         given |= self._look_at("user_pictures", behaviours, answer)
         state = self.programs.user(given, len(behaviours))
-        ads = [{**request.scene, **ad} for ad in request.ads] if request.scene else request.ads
-        given = self._ids("ad_ids", ads, answer) | self._look_at("ad_pictures", ads, answer)
-        given |= {f"ad.{name}": self._lists(name, ads, answer) for name in reads["ad"]}
+        ads, scene = request.ads, request.scene
+        given = self._ids("ad_ids", ads, answer, scene) | self._look_at("ad_pictures", ads, answer)
+        given |= {f"ad.{name}": self._lists(name, ads, answer, scene) for name in reads["ad"]}
         answer.scores_A, weights_AL = self.programs.score(state, given, len(ads), len(behaviours))
         answer.attention_AL = weights_AL if attention else None
         return answer
@@ -102,19 +106,30 @@ class Scorer:
     def _reads_behaviours(self) -> bool:
         return bool(self._reads["behaviour_ids"] or self._reads["user_pictures"])
 
-    def _ids(self, key: str, rows: Sequence[Mapping[str, Any]], answer: Answer) -> Given:
-        """Return [rows, features] indexes by the input's name, where the model reads such features."""
-        names = self._reads[key]
-        out = np.empty((len(rows), len(names)), np.int64)
-        for i, name in enumerate(names):
-            column = self._indexer[name].one([row.get(name) for row in rows])
-            out[:, i] = column
-            _count(answer, name, column.count(MISSING), column.count(UNKNOWN))
-        return {key: out} if names else {}
+    def _ids(self, key: str, rows: Rows, answer: Answer, common: Mapping[str, Any] = NOTHING) -> Given:
+        """Return [rows, features] indexes by the input's name, where the model reads such features.
 
-    def _lists(self, name: str, rows: Sequence[Mapping[str, Any]], answer: Answer) -> npt.NDArray[np.int64]:
+        common: values of every row that does not have its own.
+        """
+        names = self._reads[key]
+        if not names:
+            return {}
+        out_NF = np.empty((len(rows), len(names)), np.int64)
+        for i, name in enumerate(names):
+            if rows and not any(name in row for row in rows):
+                out_NF[:, i] = self._indexer[name].one([common.get(name)])[0]
+            else:
+                out_NF[:, i] = self._indexer[name].one(_column_of(rows, name, common))
+        missing_F, unknown_F = ((out_NF == kind).sum(0).tolist() for kind in (MISSING, UNKNOWN))
+        for name, missing, unknown in zip(names, missing_F, unknown_F, strict=True):
+            _count(answer, name, missing, unknown)
+        return {key: out_NF}
+
+    def _lists(
+        self, name: str, rows: Rows, answer: Answer, common: Mapping[str, Any] = NOTHING
+    ) -> npt.NDArray[np.int64]:
         """Return [rows, V] indexes of a multi-hot feature, filled up with 0."""
-        lists = [self._indexer[name].many(row.get(name)) for row in rows]
+        lists = [self._indexer[name].many(value) for value in _column_of(rows, name, common)]
         _count(answer, name, lists.count([]), sum(some.count(UNKNOWN) for some in lists))
         return lists_side_by_side(lists)
 
@@ -178,6 +193,15 @@ def _lists(block: Block, name: str, start: int, stop: int) -> npt.NDArray[np.int
     assert isinstance(column, Ragged)
     some = column.slice(start, stop)
     return lists_side_by_side([values.tolist() for values in np.split(some.values, some.offsets[1:-1])])
+
+
+def _column_of(rows: Rows, name: str, common: Mapping[str, Any]) -> list[Any]:
+    """Return each row's own value, or that of `common`, or None."""
+    try:
+        return list(map(operator.itemgetter(name), rows))
+    except KeyError:
+        value = common.get(name)
+        return [row.get(name, value) for row in rows]
 
 
 def _count(answer: Answer, name: str, missing: int, unknown: int) -> None:
