@@ -1,5 +1,5 @@
 # Benchmarks: make bench-NAME [N=impressions] [BENCH='further options'] [BENCH_DATA=runs/bench, where logs are kept]
-.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc bench-train bench-service bench-export
+.PHONY: bench-logs bench-convert bench-group-size bench-feature-reads bench-extract bench-gauc bench-train bench-service bench-serve bench-export
 
 bench-logs: $(READY) ## the raw logs that the benchmarks of the data stages read
 	.venv/bin/python benchmarks/logs.py $(N:%=--impressions %) $(BENCH)
@@ -27,3 +27,6 @@ bench-service: $(READY) ## ranks that train DICM: bytes sent against shipping fe
 
 bench-export: $(READY) ## an exported model against predict: samples/s and the largest difference on 10,000 samples (N: samples), of a run that is there
 	.venv/bin/python benchmarks/export.py $(N:%=--samples %) $(BENCH)
+
+bench-serve: $(READY) ## ctrkit serve against its model in onnxruntime; BENCH='--soak 600' for ten minutes at 80% of the load
+	.venv/bin/python benchmarks/serve.py $(BENCH)

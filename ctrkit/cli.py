@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("ctrkit.stages.predict", "Score the impressions of a split with a trained model."),
     "export": ("ctrkit.stages.export", "Write a trained model as programs that serve it."),
     "score": ("ctrkit.stages.score", "Answer requests, JSON lines, with an exported model."),
+    "serve": ("ctrkit.stages.serve", "Answer requests for scores over HTTP."),
     "eval": ("ctrkit.stages.eval", "Compute GAUC and its kin from predictions, ours or anyone's."),
     "compare": ("ctrkit.stages.compare", "Lay the metrics of several runs side by side."),
     "report": ("ctrkit.stages.report", "Write one HTML file of tables, figures and pictures."),

@@ -20,7 +20,8 @@ LARGEST = 65_504.0
 
 Text = Annotated[StrictStr, Field(max_length=LONGEST)]
 Whole = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
-Value = Text | Whole | StrictFloat | StrictBool | None
+Value = Annotated[Text | Whole | StrictFloat | StrictBool | None, Field(union_mode="left_to_right")]
+"""None of the kinds takes a value of another, so the first that does is the one: half of the time of looking at all."""
 Number = Whole | StrictFloat | Text | None
 OF_TABLES = ConfigDict(extra="forbid", allow_inf_nan=False)
 OWNERS = {"user": ("user",), "scene": ("scene",), "behaviours": ("behaviour",), "ads": ("ad", "scene")}
@@ -96,20 +97,29 @@ def _description(feature: Feature, is_read: bool, names: bool) -> str:
     return "A value as in the logs; null: missing."
 
 
+Place = tuple[int | str, ...]
+
+
+def faults(
+    error: pydantic.ValidationError, features: Mapping[str, Feature], picture_width: int
+) -> list[tuple[Place, str]]:
+    """Return where each fault of a request is, such as ("ads", 3, "ad_id"), and what is wrong there."""
+    by_place: dict[Place, list[Any]] = {}
+    for one in error.errors(include_url=False, include_context=False, include_input=False):
+        by_place.setdefault(_place(one["loc"], features), []).append(one)
+    names = {place: next((str(p) for p in reversed(place) if p in features), "") for place in by_place}
+    return [(place, _fault(of, features.get(names[place]), picture_width)) for place, of in by_place.items()]
+
+
 def complaint(error: pydantic.ValidationError, features: Mapping[str, Feature], picture_width: int) -> str:
     """Return what is wrong with a request, in a sentence: the first fault, where it is, and how many more there are."""
-    faults: dict[tuple[int | str, ...], list[Any]] = {}
-    for one in error.errors(include_url=False, include_context=False):
-        place = _place(one["loc"], features)
-        faults.setdefault(place, []).append(one)
-    place, first = next(iter(faults.items()))
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    name = next((str(p) for p in reversed(place) if p in features), "")
+    (place, first), *others = faults(error, features, picture_width)
+    more = f" (and {len(others)} more)" if others else ""
     where = ".".join(map(str, place)) or "the request"
-    return f"{where}: {_fault(first, features.get(name), picture_width)}{more}"
+    return f"{where}: {first}{more}"
 
 
-def _place(loc: tuple[int | str, ...], features: Mapping[str, Feature]) -> tuple[int | str, ...]:
+def _place(loc: Place, features: Mapping[str, Feature]) -> Place:
     """Return where a fault is, without what pydantic adds of the kinds that a value may have."""
     keep = 3 if loc[:1] in (("ads",), ("behaviours",)) else 2
     return loc[:keep]

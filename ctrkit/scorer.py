@@ -4,9 +4,11 @@ Letters as in `ctrkit.serving_network`.
 """
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,8 @@ from ctrkit.serving_pictures import Names, Pictures
 from ctrkit.vocabulary import MISSING, UNKNOWN
 
 Given = dict[str, npt.NDArray[Any]]
-Row = Mapping[str, Any]
-"""Raw values by feature."""
-NOTHING: Row = {}
+Rows = Sequence[Mapping[str, Any]]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -83,9 +84,7 @@ class Scorer:
     def _open(self, folder: Path, features: Path) -> Names:
         store = FeatureStore(features, shuffle_seed=self.settings["shuffle_seed"])
         check_made_alike(store, self.settings["pictures"], self.picture_width, folder)
-        names = Names(store)
-        assert names.row is not None  # looked up now, not by the first request
-        return names
+        return Names(store)
 
     def score(self, request: Request, attention: bool = False) -> Answer:
         """Return the click probability of each ad of a request, which is one of `self.request`."""
@@ -107,27 +106,34 @@ class Scorer:
     def _reads_behaviours(self) -> bool:
         return bool(self._reads["behaviour_ids"] or self._reads["user_pictures"])
 
-    def _ids(self, key: str, rows: Sequence[Row], answer: Answer, scene: Row = NOTHING) -> Given:
+    def _ids(self, key: str, rows: Rows, answer: Answer, common: Mapping[str, Any] = NOTHING) -> Given:
         """Return [rows, features] indexes by the input's name, where the model reads such features.
 
-        scene: values of rows that do not give their own.
+        common: values of every row that does not have its own.
         """
-        columns = []
-        for name in self._reads[key]:
-            default = scene.get(name)
-            column = self._indexer[name].one([row.get(name, default) for row in rows])
-            _count(answer, name, column.count(MISSING), column.count(UNKNOWN))
-            columns.append(column)
-        return {key: np.ascontiguousarray(np.array(columns, np.int64).T)} if columns else {}
+        names = self._reads[key]
+        if not names:
+            return {}
+        out_NF = np.empty((len(rows), len(names)), np.int64)
+        for i, name in enumerate(names):
+            if rows and not any(name in row for row in rows):
+                out_NF[:, i] = self._indexer[name].one([common.get(name)])[0]
+            else:
+                out_NF[:, i] = self._indexer[name].one(_column_of(rows, name, common))
+        missing_F, unknown_F = ((out_NF == kind).sum(0).tolist() for kind in (MISSING, UNKNOWN))
+        for name, missing, unknown in zip(names, missing_F, unknown_F, strict=True):
+            _count(answer, name, missing, unknown)
+        return {key: out_NF}
 
-    def _lists(self, name: str, rows: Sequence[Row], answer: Answer, scene: Row = NOTHING) -> npt.NDArray[np.int64]:
+    def _lists(
+        self, name: str, rows: Rows, answer: Answer, common: Mapping[str, Any] = NOTHING
+    ) -> npt.NDArray[np.int64]:
         """Return [rows, V] indexes of a multi-hot feature, filled up with 0."""
-        default = scene.get(name)
-        lists = [self._indexer[name].many(row.get(name, default)) for row in rows]
+        lists = [self._indexer[name].many(value) for value in _column_of(rows, name, common)]
         _count(answer, name, lists.count([]), sum(some.count(UNKNOWN) for some in lists))
         return lists_side_by_side(lists)
 
-    def _look_at(self, key: str, rows: Sequence[Row], answer: Answer) -> Given:
+    def _look_at(self, key: str, rows: Sequence[Mapping[str, Any]], answer: Answer) -> Given:
         """Return what the model makes of the rows' pictures, where it looks at them."""
         if not (name := self._reads[key]):
             return {}
@@ -187,6 +193,15 @@ def _lists(block: Block, name: str, start: int, stop: int) -> npt.NDArray[np.int
     assert isinstance(column, Ragged)
     some = column.slice(start, stop)
     return lists_side_by_side([values.tolist() for values in np.split(some.values, some.offsets[1:-1])])
+
+
+def _column_of(rows: Rows, name: str, common: Mapping[str, Any]) -> list[Any]:
+    """Return each row's own value, or that of `common`, or None."""
+    try:
+        return list(map(operator.itemgetter(name), rows))
+    except KeyError:
+        value = common.get(name)
+        return [row.get(name, value) for row in rows]
 
 
 def _count(answer: Answer, name: str, missing: int, unknown: int) -> None:

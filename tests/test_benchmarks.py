@@ -296,3 +296,14 @@ def test_make_has_a_target_for_gauc(tmp_path: Path) -> None:
     words = ["make", "--dry-run", "bench-gauc", "N=7", "BENCH=--day 8"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/gauc.py --rows 7 --day 8"
+
+
+def test_serving_is_measured_beside_its_model_in_a_loop() -> None:
+    words = ("--goods", 300, "--seconds", 0.2, "--rounds", 1, "--workers", 2, "--connections", 2, "--soak", 1)
+    found = last_line(script("serve", "--only", "dicm", *words))
+    assert (found["name"], found["unit"]) == ("serve", "requests/s")
+    assert found["ratio"] == pytest.approx(found["ours"] / found["reference"], abs=1e-3)
+    assert 0 < found["dicm"]["p50_ms"] <= found["dicm"]["p99_ms"]
+    assert found["soak"]["errors"] == 0
+    assert found["soak"]["requests"] > 0
+    assert found["soak"]["before_mib"] > 0

@@ -1,0 +1,104 @@
+"""Connections of the service: uvicorn's, with limits on their number, on headers, and on what is thrown away."""
+
+import asyncio
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_BYTES = 32 << 10
+"""Of a request line and headers, beyond what arrived with their first byte."""
+THROWN_BYTES = 64 << 20
+"""Of a body after the answer, which is read and thrown away, so that the client sees the answer."""
+_OFFERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. `most` and `seconds` are set once, for all of a process."""
+
+    most = 1000
+    """Connections at once."""
+    seconds = 10.0
+    """For a request line and headers."""
+
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self._in_head = False
+        self._count = 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self._refuse(b"503 Service Unavailable", "too many connections: try again", b"retry-after: 1\r\n")
+        else:
+            self._deadline = self.loop.call_later(self.seconds, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        began_before = self._in_head
+        self._feed(data)
+        if self._in_head:
+            self._count += len(data) if began_before else 0
+            if self._count > HEAD_BYTES:
+                message = f"the headers are longer than {HEAD_BYTES:,} bytes"
+                self._refuse(b"431 Request Header Fields Too Large", message)
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(self.seconds, self.transport.abort)
+        elif self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
+            self._count += len(data)
+            if self._count > THROWN_BYTES:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._count = True, 0
+
+    def on_headers_complete(self) -> None:
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse(b"405 Method Not Allowed", "this is no proxy")
+        elif not self.parser.should_upgrade():  # else `_feed` goes on
+            super().on_headers_complete()
+            self._in_head, self._count = False, 0
+            self._in_time()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(b"400 Bad Request", "this is no HTTP/1.1 request")
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as e:
+            # The parser takes the body for another protocol, such as HTTP/2, which some clients offer in each first
+            # request. A server need not accept: read the same request again, without the offer.
+            if not self.transport.is_closing():
+                lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+                lines += [b"%s: %s" % header for header in self.headers if header[0] not in _OFFERS]
+                self.parser = httptools.HttpRequestParser(self)
+                self._feed(b"\r\n".join(lines) + b"\r\n\r\n" + data[e.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _in_time(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _refuse(self, status: bytes, message: str, more: bytes = b"") -> None:
+        """Answer what is no request for the service, and hang up."""
+        self._in_time()
+        self._in_head = False
+        body = b'{"error": "%s"}' % message.encode()
+        head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(body), more) + body)
+        self.transport.close()

@@ -1,0 +1,122 @@
+"""The model that a service answers with, and how another takes its place."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import annotated_types
+import numpy as np
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_core import to_json
+
+from ctrkit.digests import Digests
+from ctrkit.errors import UserError
+from ctrkit.scorer import Scorer
+from ctrkit.service_requests import Limits, Refusal, check_duplicate_keys, refusal_of
+
+CHANGED = "export elsewhere and rename the folder, or let a link point to it"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer as JSON, and what is to be counted of it: ads, and by feature what was `missing` and `unknown`."""
+
+    body: bytes
+    ads: int
+    unknown: dict[str, dict[str, int]]
+
+
+class ServedModel:
+    """An exported model, loaded and tried.
+
+    Parameters
+    ----------
+    folder: what `ctrkit export` wrote.
+    features: features.h5, for pictures by name.
+    threads: CPU threads of one scoring.
+
+    Raises UserError if it cannot be loaded, changes while it is, or has scores that are not finite.
+    """
+
+    def __init__(self, folder: Path, features: Path | None, threads: int, limits: Limits) -> None:
+        begun = _stamps(folder)
+        self.digest = Digests().of(folder / "settings.json")[:16]  # which has the digests of the others
+        self.scorer = Scorer(folder, features, threads)
+        if _stamps(folder) != begun:
+            raise UserError(f"{folder} changed while it was read: {CHANGED}")
+        self.request = _limited(self.scorer.request, limits)
+        self._validate_json = self.request.__pydantic_validator__.validate_json
+        try:
+            self.answer(b'{"ads":[{}]}', attention=False)
+        except Refusal as e:
+            raise UserError(f"{folder}: scoring an ad without any values failed: {e.message}") from None
+
+    def answer(self, body: bytes, *, attention: bool) -> Scored:
+        """Score one request, given as JSON. Raises Refusal if it is not one that this model takes."""
+        try:
+            request = self._validate_json(body)
+        except ValidationError as e:
+            raise refusal_of(e, self.scorer.schema.features, self.scorer.picture_width) from None
+        check_duplicate_keys(body, _keys(request))
+        answer = self.scorer.score(request, attention=attention)
+        if not np.isfinite(answer.scores_A).all():
+            place = int(np.flatnonzero(~np.isfinite(answer.scores_A))[0])
+            raise Refusal(422, f"the score of ads[{place}] is not a finite number: look at the sizes of its numbers")
+        content: dict[str, Any] = {"model": self.digest, "scores": answer.scores_A.tolist()}
+        if attention:
+            weights_AL = answer.attention_AL
+            content["attention"] = None if weights_AL is None else weights_AL.tolist()
+        content["unknown"] = answer.unknown
+        return Scored(to_json(content), len(answer.scores_A), answer.unknown)
+
+
+class Current:
+    """The model in use, and the one that is about to take its place."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+        self.loaded = time.time()
+        self._next: ServedModel | None = None
+
+    def prepare(self, folder: Path, features: Path | None, threads: int, limits: Limits) -> str:
+        """Load what is in a folder beside the model in use. Return its digest. Raises UserError."""
+        self._next = None
+        self._next = ServedModel(folder, features, threads, limits)
+        return self._next.digest
+
+    def commit(self) -> None:
+        """Use what `prepare` loaded from now on; requests that have begun end with the model that they began with."""
+        if self._next is not None:
+            self.model, self._next = self._next, None
+            self.loaded = time.time()
+
+    def drop(self) -> None:
+        """Forget what `prepare` loaded."""
+        self._next = None
+
+
+def _limited(request: type[BaseModel], limits: Limits) -> type[BaseModel]:
+    """Return the model's class of requests, with no more ads and behaviours than the limits allow."""
+    fields: dict[str, Any] = {}
+    for name, most in (("ads", limits.ads), ("behaviours", limits.behaviours)):
+        field = request.model_fields.get(name)
+        if field is not None:
+            fields[name] = (Annotated[field.annotation, annotated_types.MaxLen(most)], field)
+    limited: type[BaseModel] = create_model(request.__name__, __base__=request, **fields)
+    return limited
+
+
+def _keys(request: BaseModel) -> int:
+    """Return how many keys a request's JSON had, in all its objects: itself, dictionaries in it, and those in lists."""
+    count = len(request.model_fields_set)
+    for name in request.model_fields_set:
+        part = getattr(request, name)
+        count += sum(map(len, part)) if isinstance(part, list) else len(part)
+    return count
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int, int]]:
+    """Return what tells whether a folder's files are still the same."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path), (s := path.stat()).st_ino, s.st_size, s.st_mtime_ns) for path in files]
