@@ -4,6 +4,7 @@ By dictionaries and bisection, a column of few values at a time; what polars doe
 """
 
 import bisect
+import functools
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -73,10 +74,14 @@ class Indexer:
 
     def _bucket(self, value: Value) -> int:
         """Return the bucket of a number, or of the text of one."""
-        text = as_text_of(value)
-        if text is None:
-            return MISSING
-        number = float(text) if PLAIN.fullmatch(text) else pl.Series([text]).cast(pl.Float64, strict=False)[0]
+        number: float | None
+        if type(value) is float:
+            number = value
+        else:
+            text = as_text_of(value)
+            if text is None:
+                return MISSING
+            number = float(text) if PLAIN.fullmatch(text) else pl.Series([text]).cast(pl.Float64, strict=False)[0]
         if number is None or number != number:
             return UNKNOWN
         return bisect.bisect_right(self._edges, number) + FIRST
@@ -91,6 +96,13 @@ def as_text_of(value: Value) -> str | None:
         return value
     if type(value) is int:
         return str(value)
+    if type(value) is float and value.is_integer() and abs(value) < 2**63:
+        return str(int(value))
+    return _as_polars_writes(value)
+
+
+@functools.lru_cache(1 << 14, typed=True)
+def _as_polars_writes(value: float | bool) -> str | None:
     series = pl.Series("x", [value])
     text: str | None = series.to_frame().select(as_text(series.dtype, "x")).item()
     return text
