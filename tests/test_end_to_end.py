@@ -15,7 +15,7 @@ from ctrkit.pipeline import OUTPUTS
 from tests.tiny_world import CHECKOUT, Run, build_wheel
 
 VARIANTS = ("pictures", "basic", "all-clicks")
-OPTIONAL = ("tune-backbone", "import-features", "tables", "daily")
+OPTIONAL = ("tune-backbone", "import-features", "export", "tables", "daily", "replay")
 """Steps that this recipe does without."""
 
 
