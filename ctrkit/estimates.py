@@ -50,6 +50,8 @@ EMPTY_BYTES = 4096
 ENOUGH = 1000
 """Picked behaviours from which bytes are measured; with fewer, `PICKED_BYTES` a column stand for them."""
 PICKED_BYTES = 3.0
+INDEX_BYTES, VISIT_BYTES = 4, 16
+"""Of a picked behaviour as select-clicks writes it: of each feature, and of visits, dwell and time."""
 SAMPLE_SECONDS, AD_PICTURE_SECONDS, BEHAVIOUR_SECONDS, USER_PICTURE_SECONDS = 16e-6, 10e-6, 0.5e-6, 3e-6
 """Training, of a sample; of its ad's picture, 4,096 wide; of each of its behaviours (DIN), and of its picture: on one
 core."""
@@ -309,7 +311,7 @@ def estimate(
     later = recipe.workers or (1 if parts == 1 else cores)
     histories = _number(variants, "convert", "split", "features", "select-clicks")
     if "select-clicks" in trial.counts:
-        stages.append(_select_clicks(trial, grown, parts, later, histories))
+        stages.append(_select_clicks(recipe, trial, grown, parts, later, histories))
     stages.append(_group(recipe, trial, grown, parts, later, max(histories, _number(variants, "group"))))
     looking = any(one.train.looks_at_pictures for one in variants.values())
     if trial.images and looking:
@@ -379,7 +381,7 @@ def _carried(
     return (parts * files + each * in_all) / workers + (START_SECONDS if workers > 1 else 0)
 
 
-def _select_clicks(trial: Trial, grown: Growth, parts: int, workers: int, times: int) -> Stage:
+def _select_clicks(recipe: Recipe, trial: Trial, grown: Growth, parts: int, workers: int, times: int) -> Stage:
     picked = trial.counts["select-clicks"]["goods picked"]
     read = trial.counts["select-clicks"]["behaviours read"] * grown.behaviours
 
@@ -390,10 +392,14 @@ def _select_clicks(trial: Trial, grown: Growth, parts: int, workers: int, times:
 
     in_all = read + grown.picked + PAIR_ROWS * grown.days
     seconds = _carried(trial, "select-clicks", "select", rows, in_all, parts, workers)
-    columns = len(trial.encoded["behaviours"].columns) if "behaviours" in trial.encoded else 4
-    each = size_of(trial.folder / "select-clicks") / picked if _tells(picked, grown) else columns * PICKED_BYTES
+    size = size_of(trial.folder / "select-clicks")
+    each, of_days = size / max(picked, 1), 0.0
+    if not grown.whole:  # what a user and day takes counts for more in the sample, whose histories are thin
+        each = sum(f.of == "behaviour" for f in recipe.features.values()) * INDEX_BYTES + VISIT_BYTES
+        rows_there = trial.counts["select-clicks"]["of these with a history"]
+        of_days = max(size - each * picked, 0.0) / max(rows_there, 1) * grown.days
     amount = f"{grown.days:,.0f} users × days, {grown.picked:,.0f} behaviours picked"
-    return Stage("select-clicks", amount + _times(times), seconds * times, each * grown.picked * times)
+    return Stage("select-clicks", amount + _times(times), seconds * times, (of_days + each * grown.picked) * times)
 
 
 def _tells(picked: int, grown: Growth) -> bool:
