@@ -29,6 +29,10 @@ LONGEST = [
     "test_kill_data.py",
     "test_daily.py",
     "test_tune.py",
+    "test_spread_tables.py",
+    "test_predict_ranks.py",
+    "test_serve.py",
+    "test_two_hosts.py",
 ]
 """Files to begin with, so that no process is still at a long one when the others have finished."""
 
