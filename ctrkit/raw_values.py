@@ -55,8 +55,10 @@ class Indexer:
         """Return the index of each value."""
         if self.feature.kind == "number":
             return [self._bucket(value) for value in values]
-        if self._known is not None and TEXTS.issuperset(map(type, values)):
-            return list(map(self._known.get, values, itertools.repeat(UNKNOWN)))  # type: ignore[arg-type]
+        if self._known is not None:
+            found: list[int] = list(map(self._known.get, values, itertools.repeat(UNKNOWN)))  # type: ignore[arg-type]
+            if UNKNOWN not in found or TEXTS.issuperset(map(type, values)):
+                return found
         look_up = self._look_up
         return [
             MISSING if text is None else look_up(text)

@@ -3,6 +3,7 @@
 Letters as in `ctrkit.serving_network`.
 """
 
+import array
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,9 @@ class Scorer:
             if self._reads[key]
         }
         self._indexer = {name: Indexer(self.schema.features[name], folder / "vocab") for name in ids}
-        self.request = request_model(self.schema.features, self.read, self.picture_width, names=names is not None)
+        self.takes_names = names is not None
+        """Whether requests may give pictures by name."""
+        self.request = request_model(self.schema.features, self.read, self.picture_width, names=self.takes_names)
 
     def _open(self, folder: Path, features: Path) -> Names:
         store = FeatureStore(features, shuffle_seed=self.settings["shuffle_seed"])
@@ -115,14 +118,15 @@ class Scorer:
         if not names:
             return {}
         out_NF = np.empty((len(rows), len(names)), np.int64)
+        own = set().union(*rows)
         for i, name in enumerate(names):
-            if rows and not any(name in row for row in rows):
-                out_NF[:, i] = self._indexer[name].one([common.get(name)])[0]
+            if name in own:
+                index = self._indexer[name].one(_column_of(rows, name, common))
+                out_NF[:, i] = array.array("q", index)  # which NumPy copies, where it would look at each of a list
             else:
-                out_NF[:, i] = self._indexer[name].one(_column_of(rows, name, common))
-        missing_F, unknown_F = ((out_NF == kind).sum(0).tolist() for kind in (MISSING, UNKNOWN))
-        for name, missing, unknown in zip(names, missing_F, unknown_F, strict=True):
-            _count(answer, name, missing, unknown)
+                index = self._indexer[name].one([common.get(name)]) * len(rows)
+                out_NF[:, i] = index[:1]
+            _count(answer, name, index.count(MISSING), index.count(UNKNOWN))
         return {key: out_NF}
 
     def _lists(

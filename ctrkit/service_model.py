@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 import annotated_types
 import numpy as np
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import ValidationError, create_model
 from pydantic_core import to_json
 
 from ctrkit.digests import Digests
 from ctrkit.errors import UserError
+from ctrkit.request_model import Request
+from ctrkit.request_reader import RequestReader
 from ctrkit.scorer import Scorer
-from ctrkit.service_requests import Limits, Refusal, check_duplicate_keys, refusal_of
+from ctrkit.service_requests import Limits, Refusal, refusal_of
 
 CHANGED = "export elsewhere and rename the folder, or let a link point to it"
 
@@ -45,8 +47,11 @@ class ServedModel:
         self.scorer = Scorer(folder, features, threads)
         if _stamps(folder) != begun:
             raise UserError(f"{folder} changed while it was read: {CHANGED}")
-        self.request = _limited(self.scorer.request, limits)
-        self._validate_json = self.request.__pydantic_validator__.validate_json
+        self.request = limited(self.scorer.request, limits)
+        scorer, most = self.scorer, {"ads": limits.ads, "behaviours": limits.behaviours}
+        self._reader = RequestReader(
+            self.request, scorer.schema.features, scorer.read, names=scorer.takes_names, **most
+        )
         try:
             self.answer(b'{"ads":[{}]}', attention=False)
         except Refusal as e:
@@ -55,10 +60,9 @@ class ServedModel:
     def answer(self, body: bytes, *, attention: bool) -> Scored:
         """Score one request, given as JSON. Raises Refusal if it is not one that this model takes."""
         try:
-            request = self._validate_json(body)
+            request = self._reader.read(body)
         except ValidationError as e:
             raise refusal_of(e, self.scorer.schema.features, self.scorer.picture_width) from None
-        check_duplicate_keys(body, _keys(request))
         answer = self.scorer.score(request, attention=attention)
         if not np.isfinite(answer.scores_A).all():
             place = int(np.flatnonzero(~np.isfinite(answer.scores_A))[0])
@@ -96,24 +100,15 @@ class Current:
         self._next = None
 
 
-def _limited(request: type[BaseModel], limits: Limits) -> type[BaseModel]:
+def limited(request: type[Request], limits: Limits) -> type[Request]:
     """Return the model's class of requests, with no more ads and behaviours than the limits allow."""
     fields: dict[str, Any] = {}
     for name, most in (("ads", limits.ads), ("behaviours", limits.behaviours)):
         field = request.model_fields.get(name)
         if field is not None:
             fields[name] = (Annotated[field.annotation, annotated_types.MaxLen(most)], field)
-    limited: type[BaseModel] = create_model(request.__name__, __base__=request, **fields)
+    limited: type[Request] = create_model(request.__name__, __base__=request, **fields)
     return limited
-
-
-def _keys(request: BaseModel) -> int:
-    """Return how many keys a request's JSON had, in all its objects: itself, dictionaries in it, and those in lists."""
-    count = len(request.model_fields_set)
-    for name in request.model_fields_set:
-        part = getattr(request, name)
-        count += sum(map(len, part)) if isinstance(part, list) else len(part)
-    return count
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int]]:

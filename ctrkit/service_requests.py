@@ -90,24 +90,6 @@ def _too_long(limit: int) -> Refusal:
     return Refusal(413, f"the body is longer than {limit:,} bytes, the most that this service takes (--max-request-mb)")
 
 
-def check_duplicate_keys(body: bytes, keys: int) -> None:
-    """Raise Refusal if a JSON text, which is valid, has a key twice in one object.
-
-    keys: distinct keys that reading it found, in all its objects. As many colons as that, and none is there twice: so
-    it is only looked at once more where texts hold colons, or a key is there twice.
-    """
-    if body.count(b":") != keys:
-        json.loads(body, object_pairs_hook=_distinct)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> None:
-    seen = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise Refusal(400, f"an object has the key {key[:100]!r} twice: leave one of them out")
-        seen.add(key)
-
-
 def refusal_of(error: ValidationError, features: Mapping[str, Feature], picture_width: int) -> Refusal:
     """Return the answer to a body that is not what the model's request should be: 400 if it is no JSON, else 422."""
     if error.error_count() > MOST:
