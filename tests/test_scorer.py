@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 import pytest
 
-from ctrkit import scoring
+from ctrkit import exporting, scoring
 from ctrkit.errors import UserError
 from ctrkit.request_model import complaint
 from ctrkit.scorer import Answer, Scorer
@@ -247,8 +247,25 @@ def test_onnx_needs_no_torch(folder: Path, tiny_run: TinyRun, request_: dict[str
     assert printed.endswith("] False\n")
 
 
-def cut(folder: Path) -> None:
-    path = folder / "ads.onnx"
+def test_tables_too_large_for_one_file(
+    folder: Path, model: Path, tiny_run: TinyRun, request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie beside the program, belong to it, and move with it."""
+    monkeypatch.setattr(exporting, "EXTERNAL", 1_000)
+    large = requests_of.export(tiny_run, model, model.parent / "large")
+    beside = sorted(path.name for path in large.glob("*.onnx.data"))
+    assert "ads.onnx.data" in beside
+    assert set(beside) <= set(json.loads((large / "settings.json").read_text())["files"])
+    moved = large.rename(model.parent / "elsewhere")
+    expected = ask(Scorer(folder, tiny_run.features), request_)
+    np.testing.assert_array_equal(ask(Scorer(moved, tiny_run.features), request_).scores_A, expected.scores_A)
+    cut(moved, "ads.onnx.data")
+    with pytest.raises(UserError, match=r"ads.onnx.data has changed since it was written"):
+        Scorer(moved, tiny_run.features)
+
+
+def cut(folder: Path, name: str = "ads.onnx") -> None:
+    path = folder / name
     path.write_bytes(path.read_bytes()[:-100])
 
 

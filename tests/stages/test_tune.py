@@ -171,6 +171,8 @@ def test_the_test_day_decides_nothing(study: Run, built: Run, tmp_path: Path) ->
     assert samples(run, "train") == samples(study, "train")
     assert samples(run, "valid") == samples(study, "valid")
     assert outcome(run) == outcome(study)[:4]
+    assert "the data have changed since" in tune(run, "--trials", "5", code=1)
+    assert outcome(run) == outcome(study)[:4]
 
 
 def test_a_trial_trains_without_the_test_split(study: Run, tmp_path: Path) -> None:
