@@ -23,7 +23,7 @@ from ctrkit.errors import UserError
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.plan import Plan
 from ctrkit.picture_vectors import CONTROL_SEED, NORM
-from ctrkit.programs import Programs, as_inputs, lists_side_by_side, require
+from ctrkit.programs import Programs, as_inputs, digest_of, lists_side_by_side, require
 from ctrkit.serving_network import Ads, Network, Pictures, User
 
 AXES = {
@@ -94,7 +94,7 @@ def export(model: Path, convert: Path, out: Path, format: str, max_behaviours: i
         "files": {name: known.of(out / name) for name in there},
         "versions": provenance.versions(),
     }
-    files.write_json(out / "settings.json", settings)
+    files.write_json(out / "settings.json", {**settings, "digest": digest_of(settings)})
     difference = check(plan, network, state, Programs(out))
     if not difference <= TOLERANCE:
         raise UserError(

@@ -3,7 +3,9 @@
 Letters as in `ctrkit.serving_network`.
 """
 
+import hashlib
 import importlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,15 @@ from ctrkit.errors import UserError
 Arrays = dict[str, npt.NDArray[Any]]
 Floats = npt.NDArray[np.float32]
 FORMATS = ("onnx", "pt2")
-KEYS = {"programs": dict, "files": dict, "reads": dict, "schema": dict, "max_behaviours": int, "picture_width": int}
+KEYS = {
+    "programs": dict,
+    "files": dict,
+    "reads": dict,
+    "schema": dict,
+    "max_behaviours": int,
+    "picture_width": int,
+    "digest": str,
+}
 """Of the settings, those that are read here and in `ctrkit.scorer`, and what they are."""
 PAIRS = 1 << 17
 """(ad, behaviour) pairs that are scored at once: what bounds the memory for long histories."""
@@ -51,7 +61,7 @@ class Programs:
             path = self.folder / name
             if not path.is_file() or known.of(path) != digest:
                 fault = "has changed since it was written" if path.is_file() else "is not there"
-                raise UserError(f"{path} {fault}: the exported model is damaged. Export it again (ctrkit export).")
+                raise _damaged(path, fault)
 
     def has(self, name: str) -> bool:
         """Say whether the model has a program."""
@@ -118,7 +128,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
         )
     if lacks := [key for key, kind in KEYS.items() if not isinstance(settings.get(key), kind)]:
         raise of_another_version(folder, f"{lacks[0]} is missing or of another kind")
+    if settings.pop("digest") != digest_of(settings):
+        raise _damaged(path, "has changed since it was written")
     return settings
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """Return the digest of an export folder's settings."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _damaged(path: Path, fault: str) -> UserError:
+    return UserError(f"{path} {fault}: the exported model is damaged. Export it again (ctrkit export).")
 
 
 def of_another_version(folder: Path, why: object) -> UserError:

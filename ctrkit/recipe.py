@@ -1135,12 +1135,17 @@ def _overrides(variants: Mapping[str, Any], name: str, where: str) -> dict[str, 
     return out
 
 
+class Instead(dict[str, Any]):
+    """A table that takes the place of another, where others are laid over it."""
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return tables with others laid over them, key by key."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        laid_over = isinstance(old, Mapping) and isinstance(value, Mapping) and not isinstance(value, Instead)
+        out[key] = merge(old, value) if laid_over else value  # type: ignore[arg-type]
     return out
 
 
@@ -1150,7 +1155,7 @@ TOP_LEVEL = ("engine", "workers")
 
 
 def parse_set(text: str) -> dict[str, Any]:
-    """Return `table.key=value` as nested tables."""
+    """Return `table.key=value` as nested tables. A value that is itself a table takes the place of what was there."""
     key, equals, value = text.partition("=")
     parts = re.findall(r'"([^"]*)"|([^."]+)', key.strip())
     names = [quoted or bare for quoted, bare in parts]
@@ -1160,6 +1165,8 @@ def parse_set(text: str) -> dict[str, Any]:
         parsed: Any = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
+    if isinstance(parsed, dict):
+        parsed = Instead(parsed)
     for name in reversed(names):
         parsed = {name: parsed}
     assert isinstance(parsed, dict)

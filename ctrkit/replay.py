@@ -115,18 +115,19 @@ def score(
 
     device = devices.resolve(recipe.train.device, "train.device")
     torch.set_num_threads(recipe.train.threads)
-    out: dict[str, npt.NDArray[np.float32]] = {}
-    done: dict[Path, str] = {}
+    # All of them before the first is asked: what is wrong with the last is said at once.
+    loaded = {
+        folder: modelfile.load(folder, groups, features, convert, recipe=recipe.train) for folder in models.values()
+    }
+    out: dict[Path, npt.NDArray[np.float32]] = {}
     with devices.lock(device):
         for name, folder in models.items():
-            if folder.resolve() in done:
-                out[name] = out[done[folder.resolve()]]
+            if folder.resolve() in out:
                 continue
-            trained = modelfile.load(folder, groups, features, convert, recipe=recipe.train).to(device)
+            trained = loaded.pop(folder).to(device)
             data = GroupedData(candidate_groups, candidates.SPLIT, trained.plan.features)
-            out[name], _ = scoring.all_scores(trained, data, recipe.predict.batch, f"replay: {name}")
-            done[folder.resolve()] = name
-    return out
+            out[folder.resolve()], _ = scoring.all_scores(trained, data, recipe.predict.batch, f"replay: {name}")
+    return {name: out[folder.resolve()] for name, folder in models.items()}
 
 
 def replay(

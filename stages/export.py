@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from ctrkit import provenance, run_folder
-from ctrkit.errors import UsageError
+from ctrkit import files, provenance, run_folder
+from ctrkit.batches import Schema
+from ctrkit.errors import UsageError, UserError
 from ctrkit.options import maybe_recipe_options, path_option
 from ctrkit.progress import say
 from ctrkit.recipe import Export, Recipe
@@ -38,6 +39,8 @@ def command(model: Path, format: str | None, convert: Path | None, recipe: Recip
         convert = run_folder.of_model(model).convert
     if not (model / "model.pt").is_file():
         raise UsageError(f"{model} is not a model folder: it has no model.pt. Make one with `ctrkit train`.")
+    if recipe is not None:
+        _check_features(model, recipe)
     inputs = {"model": model, "vocabularies": convert / "vocab"}
     options = {"format": format, "max_behaviours": str(most)}
     with provenance.output("export", recipe, inputs, out, options) as work:
@@ -48,3 +51,14 @@ def command(model: Path, format: str | None, convert: Path | None, recipe: Recip
         torch.set_num_threads(1)
         work.counts.update(exporting.export(model, convert, work.path, format, most))
     say(f"export: {model} -> {out}, scores within {work.counts['largest difference']:.1e} of the trained network's")
+
+
+def _check_features(model: Path, recipe: Recipe) -> None:
+    """Refuse a recipe of other features than the model was trained with."""
+    try:
+        Schema.from_json(files.read_json(model / "settings.json")["schema"]).of_recipe(recipe.features, model)
+    except UserError as e:
+        raise UsageError(
+            f"--recipe is not that of this model: {e.message.partition(': ')[0]}. Give the recipe that it was trained "
+            "with; a model in the folder of its run needs none"
+        ) from None

@@ -55,7 +55,7 @@ def command(
     \b
     ctrkit tune demo
     ctrkit tune shop.toml --raw logs --trials 40 --workers 2
-    ctrkit tune demo --variant din --set 'tune.space."train.tower"=[[200, 80], [64, 32]]'
+    ctrkit tune demo --variant din --set 'tune.space={"train.tower"=[[200, 80], [64, 32]]}'
     """
     if importlib.util.find_spec("optuna") is None:
         raise UsageError("`ctrkit tune` needs Optuna, which is not installed: pip install 'ctrkit[tune]'")

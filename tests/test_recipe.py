@@ -90,6 +90,17 @@ def test_variants_and_sets_in_their_order(tmp_path: Path) -> None:
     assert load(path, None, ["variants.long.train.epochs=7"]).train.epochs == 3
 
 
+def test_a_table_that_is_set_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    space = '\n[tune.space]\n"train.pooling" = ["sum", "max"]\n"train.learning_rate" = { low = 1e-3, high = 1e-2 }\n'
+    path = write(tmp_path, TEXT + space)
+    rate = 'tune.space."train.learning_rate"={low=1e-4, high=0.1, log=true}'
+    assert set(load(path, None, [rate]).tune.space) == {"train.pooling", "train.learning_rate"}
+    assert set(load(path, None, ['tune.space={"train.tower"=[[8], [4]]}']).tune.space) == {"train.tower"}
+    assert set(load(path, "long", ['tune.space={"train.tower"=[[8], [4]]}']).tune.space) == {"train.tower"}
+    with pytest.raises(UsageError, match="high"):
+        load(path, None, ['tune.space."train.learning_rate"={low=1e-4}'])
+
+
 @pytest.mark.parametrize(
     ("text", "path", "value"),
     [

@@ -284,6 +284,11 @@ def forget(key: str) -> Callable[[Path], None]:
     return change
 
 
+def edit(folder: Path) -> None:
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**settings, "max_behaviours": 7}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (cut, r"ads.onnx has changed since it was written: the exported model is damaged. Export it again"),
     "a bit": (flip, r"user.onnx has changed since it was written"),
@@ -296,6 +301,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"is not an exported model: settings.json names no",
     ),
     "no programs": (forget("programs"), r"not what this version of ctrkit writes \(programs is missing"),
+    "edited": (edit, r"settings.json has changed since it was written: the exported model is damaged"),
     "schema": (lambda f: forget("schema")(f), r"not what this version of ctrkit writes \(schema is missing"),
 }
 

@@ -198,6 +198,8 @@ def test_what_is_refused(small: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     other.mkdir(parents=True)
     words = ["--recipe", small / "recipe.toml", "--convert", other.parent]
     assert "has another vocabulary than" in error(small / "model", *words)
+    words = ["--recipe", "movielens", "--convert", small / "convert"]
+    assert "--recipe is not that of this model" in error(small / "model", *words)
     assert "'--format'" in error(small / "model", *recipe, "--format", "tflite")
     assert "name it with --recipe" in error(small / "model", "--variant", "din")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
