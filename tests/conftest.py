@@ -1,8 +1,13 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import fcntl
+import functools
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,7 +78,28 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.fixture(scope="session")
+def warm(built: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
+    """A server that runs commands of the wheel without the time that imports take, started by the first call for its
+    socket: see tests/warm.py."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def socket() -> Path:
+            path = tmp_path_factory.mktemp("warm") / "socket"
+            command = [sys.executable, "-P", tiny_world.CHECKOUT / "tests" / "warm.py", "serve", path]
+            server = subprocess.Popen(
+                command, env=built.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            stack.enter_context(server)  # whose end is that of its standard input
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            return path
+
+        yield socket
+
+
 @pytest.fixture
-def run(built: Run, tmp_path: Path) -> Run:
+def run(built: Run, warm: Callable[[], Path], tmp_path: Path) -> Run:
     """A copy of the built run, times included, to do with as one likes."""
-    return Run(Path(shutil.copytree(built.folder, tmp_path / "run")), built.site)
+    return Run(Path(shutil.copytree(built.folder, tmp_path / "run")), built.site, warm)
