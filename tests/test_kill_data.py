@@ -70,7 +70,7 @@ def finish(folder: Path, stage: str) -> int:
     most = 0
     while process.poll() is None:
         most = max(most, finished_tasks(folder, stage))
-        time.sleep(0.002)
+        time.sleep(0.01)
     _, printed = process.communicate()
     assert process.returncode == 0, printed
     return most
@@ -142,7 +142,7 @@ def test_killed_stages_end_in_the_same_bytes(undisturbed: tuple[Path, dict[str, 
             enough = tasks[stage] * (share + moments.uniform(-0.04, 0.04))
             process = start(tmp_path, stage)
             while process.poll() is None and finished_tasks(tmp_path, stage) < enough:
-                time.sleep(0.002)
+                time.sleep(0.005)
             met += kill(process, workers_too=n % 2 == 0)
         assert met, f"{stage} was never caught at work"
         done = finished_tasks(tmp_path, stage)

@@ -4,11 +4,14 @@ All through the command line: two worlds are simulated, trained and evaluated; t
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
+from ctrkit.features import FeatureStore
 from ctrkit.pipeline import Graph, Setting
 from tests.shop import ctrkit
 
@@ -19,15 +22,35 @@ SEEN = "unseen_ad=false"
 Metrics = dict[str, Any]
 
 
-def make(out: Path, *sets: str, variants: tuple[str, ...] = ()) -> Path:
-    """Do all steps of the world's run but the report in this process, as Make would call them; of these variants
-    alone, all but its evaluation. Return the folder of its outputs."""
-    graph = Graph(Setting(str(WORLD), None, None, sets, out))
+def make(out: Path) -> Path:
+    """Do all steps of the world's run but the report in this process, as Make would call them; return the folder of
+    its outputs."""
+    graph = Graph(Setting(str(WORLD), None, None, (), out))
     for step in graph.steps:
-        if step.stage == "report" or (variants and (step.stage == "eval" or step.variant not in (None, *variants))):
-            continue
-        must(*graph.arguments(step))
+        if step.stage != "report":
+            must(*graph.arguments(step))
     return graph.home
+
+
+def make_null(out: Path, home: Path, variants: tuple[str, ...]) -> Path:
+    """Do the steps of these variants of a world whose pictures, the same, decide nothing; return its folder.
+
+    home: that of the world itself, whose vectors of the pictures serve here too.
+    """
+    graph = Graph(Setting(str(WORLD), None, None, ("simulate.picture_signal=0",), out))
+    for step in graph.steps:
+        if step.stage == "extract-images":
+            assert contents(graph.home / "raw" / "pictures") == contents(home / "raw" / "pictures")
+            shutil.copy(home / "features.h5", step.output)
+        elif step.stage not in ("eval", "report") and step.variant in (None, *variants):
+            must(*graph.arguments(step))
+    shown = pl.read_parquet(graph.home / "convert" / "vocab" / "image.parquet")["value"]
+    assert (FeatureStore(home / "features.h5").row_of(shown) >= 0).all()
+    return graph.home
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def must(*words: object) -> None:
@@ -49,10 +72,10 @@ def shop(home: Path) -> Metrics:
 
 
 @pytest.fixture(scope="session")
-def null_shop(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
+def null_shop(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Metrics:
     """The metrics of a shop whose pictures decide nothing."""
     variants = ("whole", "basic+ad_id+user_ids")
-    home = make(tmp_path_factory.mktemp("null"), "simulate.picture_signal=0", variants=variants)
+    home = make_null(tmp_path_factory.mktemp("null"), home, variants)
     predictions = [f"{variant}={home / variant / 'predictions.parquet'}" for variant in variants]
     must("eval", "--gauc", *predictions, "--compare", ",".join(variants), "--json", home / "null.json")
     metrics: Metrics = json.loads((home / "null.json").read_text())

@@ -115,7 +115,9 @@ def test_a_study(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_hands_the_uri_on(run: Run) -> None:
     """To the stages that record; and what was made without it is as good as ever."""
     lines = run.make("-n", "MLFLOW=sqlite:///mlflow.db", "SET=train.epochs=2").splitlines()
-    stages = {line.split(" -m ctrkit ")[1].split()[0] for line in lines if "--mlflow sqlite:///mlflow.db" in line}
+    stages = {
+        line.split(f" {run.python[-1]} ")[1].split()[0] for line in lines if "--mlflow sqlite:///mlflow.db" in line
+    }
     assert stages == {"train", "eval", "report"}
     run.make("MLFLOW=sqlite:///mlflow.db", "SET=report.title=Shop")
     uri = f"sqlite:///{run.folder}/mlflow.db"

@@ -1,13 +1,16 @@
 """A tiny simulated shop, from raw logs to report in seconds, by the installed package and real Make."""
 
+import dataclasses
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +113,14 @@ def install(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with tiny.toml and what Make makes of it, by the package that lies in `site`."""
+    """A folder with tiny.toml and what Make makes of it, by the package that lies in `site`.
+
+    warm: returns the socket of a server of tests/warm.py, which runs the commands; without, each starts Python anew.
+    """
 
     folder: Path
     site: Path
+    warm: Callable[[], Path] | None = None
 
     @property
     def home(self) -> Path:
@@ -128,12 +135,19 @@ class Run:
 
     def ctrkit(self, *words: str, fails: bool = False) -> str:
         """Run a command of the package in the folder; return what it printed."""
-        return self._run([sys.executable, "-P", "-m", "ctrkit", *words], fails)
+        return self._run([*self.python, *words], fails)
+
+    @property
+    def python(self) -> list[str]:
+        """The words that stand for `ctrkit`."""
+        if self.warm is None:
+            return [sys.executable, "-P", "-m", "ctrkit"]
+        return [sys.executable, "-IS", str(CHECKOUT / "tests" / "warm.py"), "ask", str(self.warm())]
 
     def command(self, *words: str, jobs: int = 2) -> list[str]:
         """Return the call of Make."""
-        python = f"CTRKIT={sys.executable} -P -m ctrkit"
-        return ["make", "-f", str(self.site / "ctrkit" / "pipeline.mk"), f"-j{jobs}", python, "DATA=tiny.toml", *words]
+        ctrkit = f"CTRKIT={shlex.join(self.python)}"
+        return ["make", "-f", str(self.site / "ctrkit" / "pipeline.mk"), f"-j{jobs}", ctrkit, "DATA=tiny.toml", *words]
 
     def make(self, *words: str, jobs: int = 2, fails: bool = False) -> str:
         """Run Make; return what it printed, standard output and error together."""
@@ -158,10 +172,10 @@ class Run:
         return {re.sub("^runs/tiny/", "", out) for out in re.findall(r"--(?:out|json) (\S+)", printed)}
 
     def start(self, *words: str, jobs: int = 2) -> subprocess.Popen[bytes]:
-        """Start Make in a process group of its own; what it prints goes to make.log."""
+        """Start Make in a process group of its own, with processes that can be killed; it prints to make.log."""
         with open(self.folder / "make.log", "ab") as log:
             return subprocess.Popen(
-                self.command(*words, jobs=jobs),
+                dataclasses.replace(self, warm=None).command(*words, jobs=jobs),
                 cwd=self.folder,
                 env=self.environment,
                 stdout=log,

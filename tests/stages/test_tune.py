@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -187,9 +188,9 @@ def test_a_trial_trains_without_the_test_split(study: Run, tmp_path: Path) -> No
     assert (tmp_path / "model" / "model.pt").read_bytes() == (best / "model.pt").read_bytes()
 
 
-def test_make_runs_the_best_recipe(study: Run, built: Run, tmp_path: Path) -> None:
+def test_make_runs_the_best_recipe(study: Run, built: Run, warm: Callable[[], Path], tmp_path: Path) -> None:
     """Both of its variants have the validation GAUC that the study recorded."""
-    run = Run(tmp_path, built.site)
+    run = Run(tmp_path, built.site, warm)
     home = tmp_path / "runs" / "tiny-best"
     home.mkdir(parents=True)
     for name in ("raw", "convert", "behaviours", "features.h5", "groups"):  # which are what it would make
