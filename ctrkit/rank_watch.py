@@ -95,6 +95,7 @@ class Watch:
                 self.leave()
                 signal.default_int_handler(number, frame)
 
+        os.register_at_fork(after_in_child=self._forget)
         woken = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, stop)
         if before[signal.SIGINT] is signal.default_int_handler:
@@ -122,6 +123,11 @@ class Watch:
             self._tell.send(b"\0")
             for thread in self._threads:
                 thread.join(1.0)
+
+    def _forget(self) -> None:
+        """In a child that is forked: its signals are not this process's."""
+        if not self._ended.is_set():
+            signal.set_wakeup_fd(-1)
 
     def raise_lost(self) -> None:
         """Raise LostRank where a rank is known to be lost."""

@@ -58,6 +58,7 @@ def collectives(ranks: Ranks, folder: Path, seconds: float = SECONDS) -> None:
         left = torch.tensor([float(time.monotonic() < until)])
         dist.all_reduce(left)
         (folder / f"sums-{ranks.rank}").touch()
+        time.sleep(0.01)
         if left < ranks.count:
             return
 
@@ -149,6 +150,19 @@ def a_while(ranks: Ranks, folder: Path) -> None:
     collectives(ranks, folder, SILENCE * 3)
 
 
+def a_child_is_told(ranks: Ranks, folder: Path) -> None:
+    """Have a forked child, which inherits all handlers, be told to stop."""
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(7))
+        while True:
+            time.sleep(0.1)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    collectives(ranks, folder, 4.0)
+
+
 def nothing(ranks: Ranks, folder: Path) -> None:
     return
 
@@ -170,6 +184,7 @@ SCENARIOS: dict[str, tuple[int, Callable[..., Any], Callable[[Control], None]]] 
     "one stands still": (2, collectives, one_stands_still),
     "first stands still": (2, collectives, first_stands_still),
     "all stand still": (2, a_while, all_stand_still),
+    "a child is told": (2, a_child_is_told, no_control),
     "one is told": (2, tidy, one_is_told),
     "not alike": (4, nothing, no_control),
     "other data": (2, nothing, no_control),
@@ -328,6 +343,10 @@ def test_a_rank_that_stands_still_is_lost(found: Found, name: str, other: int) -
 
 def test_time_for_which_all_stood_still_does_not_count(found: Found) -> None:
     assert found["all stand still"] == ([0, 0], ["", ""])
+
+
+def test_a_child_that_is_told_to_stop_is_another_process(found: Found) -> None:
+    assert found["a child is told"] == ([0, 0], ["", ""])
 
 
 def test_a_rank_that_can_hear_ends_in_its_own_way(found: Found) -> None:
