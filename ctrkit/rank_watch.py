@@ -35,12 +35,12 @@ HEARING_SECONDS = 5.0
 """How long the main thread may take to hear that it is to stop."""
 LEAVING_SECONDS = 30.0
 """How long it may then take to end."""
+LAST_SECONDS = 5.0
+"""How long rank 0 waits for the others to leave before it."""
 GONE = "gone"
 """Key of the note."""
 DONE = -(1 << 40)
 """What a rank adds to its signs of life when it ends well."""
-_KNOWN = (NotAlike, ToldByFirst, click.exceptions.Exit)
-"""How a rank ends when the others know."""
 
 
 class Watch:
@@ -85,10 +85,11 @@ class Watch:
         def stop(number: int, frame: FrameType | None) -> None:
             if self.leaving:
                 return
-            self.leave()
             if LAUNCHED in os.environ and not self.silent:  # as if killed, which leaves all that was done, and no word
                 os._exit(LOST_ANOTHER)
-            raise LostRank(self._last_word())
+            why = self._last_word()
+            self.leave()
+            raise LostRank(why)
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if not self.leaving:
@@ -106,15 +107,17 @@ class Watch:
             yield
         except BaseException as e:
             self.leave()
-            if not isinstance(e, _KNOWN):
-                who = f"rank {self.ranks.rank} of {self.ranks.count} has ended, and its own message says why"
-                with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):
+                if isinstance(e, click.exceptions.Exit):
+                    self._end_well()
+                elif not isinstance(e, NotAlike | ToldByFirst):  # of which the others know
+                    who = f"rank {self.ranks.rank} of {self.ranks.count} has ended, and its own message says why"
                     self._store.compare_set(GONE, "", who)
             raise
         else:
             self.leave()
             with contextlib.suppress(RuntimeError):
-                self._store.add(_key(self.ranks.rank), DONE)
+                self._end_well()
         finally:
             self._ended.set()
             for number, handler in before.items():
@@ -123,6 +126,15 @@ class Watch:
             self._tell.send(b"\0")
             for thread in self._threads:
                 thread.join(1.0)
+
+    def _end_well(self) -> None:
+        """Say that this rank gives no more signs of life. Rank 0, which may hold the store, is the last to leave."""
+        self._store.add(_key(self.ranks.rank), DONE)
+        until = time.monotonic() + LAST_SECONDS
+        others = set(range(1, self.ranks.count)) if self.ranks.rank == 0 else set()
+        while others and time.monotonic() < until:
+            others = {rank for rank in others if self._store.add(_key(rank), 0) >= 0}
+            time.sleep(0.01 if others else 0)
 
     def _forget(self) -> None:
         """In a child that is forked: its signals are not this process's."""
@@ -204,8 +216,8 @@ class Watch:
         who = f"rank {self.ranks.rank} of {self.ranks.count}"
         if self.lost:
             return f"{who} has lost another one: {self.lost}. {AGAIN}"
-        if self._signalled_at or not self.leaving:
-            return f"{who} was told to stop, as when another one has failed. {AGAIN}"
+        if self.leaving and not self._signalled_at:
+            return f"{who} could not take leave of the others within {LEAVING_SECONDS:.0f} seconds. {AGAIN}"
         return f"{who} was told to stop, as when another one has failed. {AGAIN}"
 
 

@@ -158,6 +158,7 @@ class Ranks:
 
     def _store(self) -> Any:
         """Return torch's store, which rank 0 or its launcher holds."""
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a store that ends is told with torch's own stack
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
