@@ -130,11 +130,11 @@ class Ranks:
         if self.count == 1:
             yield
             return
+        store = self._store()
         import torch.distributed as dist
 
         from ctrkit import rank_meeting, rank_watch
 
-        store = self._store()
         watch = rank_watch.Watch(self, store)
         with watch.running():  # not before: who waits for the store hears no signal that Python has to handle
             try:
