@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ctrkit.models.statistics import over_all_ranks, summed
-from ctrkit.ranks import PATIENCE, Ranks
+from ctrkit.ranks import Ranks
 
 _BUFFERS: dict[str, Any] = {"forward_sync_buffers": False}
 """Running statistics are the same on all ranks without being sent."""
@@ -36,8 +36,8 @@ class DataParallel:
     def __init__(self, ranks: Ranks, device: str) -> None:
         self.ranks, self.device = ranks, torch.device(device)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        self.dense, self.rows, self.between = (_group(backend) for _ in range(3))
-        self.ahead = _group("gloo")
+        self.dense, self.rows, self.between = (ranks.group(backend) for _ in range(3))
+        self.ahead = ranks.group("gloo")
         self.dense_bytes = 0
         """Bytes of gradients of dense parameters that were given to all-reduces."""
 
@@ -57,12 +57,6 @@ class DataParallel:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' tensors. A collective, between steps."""
         return summed(x, self.between)
-
-
-def _group(backend: str) -> dist.ProcessGroup:
-    group = dist.new_group(backend=backend, timeout=PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def _sum(parallel: DataParallel, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

@@ -7,20 +7,24 @@ through gloo, and only about what has to be known by all; results go to files th
 import contextlib
 import datetime
 import os
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ctrkit.errors import Resumable, UsageError, UserError
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from ctrkit.rank_meeting import About
+
 PATIENCE = datetime.timedelta(days=30)
-"""How long ranks wait for each other while all of them live. One that is gone is noticed at once."""
+"""How long ranks wait for each other while all of them live (`ctrkit.rank_watch`). One that is gone is noticed at once.
+"""
 JOINING = datetime.timedelta(minutes=10)
-"""How long a rank tries to reach the first one, which waits as long for all."""
+"""How long a rank tries to reach the first one, and to connect with each; the first one waits as long for all."""
 GLOO_THREAD, TASKS = "pt_gloo_runloop", Path("/proc/self/task")
 THREAD_SECONDS = 3.0
 """How long to wait for gloo's threads to end."""
@@ -49,6 +53,10 @@ class SilentlyLostRank(LostRank):
 def is_rank() -> bool:
     """Say whether this process was started as a rank, as torchrun does."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+class NotAlike(UsageError):
+    """What all ranks raise that met and cannot work together, each with the same message."""
 
 
 class ToldByFirst(UserError):
@@ -100,30 +108,40 @@ class Ranks:
         """Return this rank's share of `total` things: neighbours, and as many for each as can be."""
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
+    def started(
+        self, command: str, tables: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Path | None]
+    ) -> "About | None":
+        """Return for `joined` how this rank was started: a command, tables of the recipe, and its inputs."""
+        if self.count == 1:
+            return None
+        from ctrkit.rank_meeting import About
+
+        return About.of(command, tables, inputs)
+
     @contextlib.contextmanager
-    def joined(self) -> Iterator[None]:
-        """Connect the ranks for the block. A rank that loses another raises Resumable."""
+    def joined(self, about: "About | None" = None) -> Iterator[None]:
+        """Connect the ranks for the block.
+
+        about: how this one was started, which has to be as all were.
+
+        Raises UsageError where a rank does not come or was started otherwise: the same on all that came. A rank that
+        loses another one raises Resumable.
+        """
         if self.count == 1:
             yield
             return
+        store = self._store()
         import torch.distributed as dist
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
 
-        try:
-            store, rank, count = next(rendezvous("env://", timeout=JOINING))
-            store.set_timeout(PATIENCE)
-            # torchrun's store outlives a restart, with the addresses of those that have ended.
-            store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
-        except (RuntimeError, ValueError) as e:
-            where = ":".join(os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            raise UsageError(
-                f"rank {self.rank} of {self.count} cannot reach the others at MASTER_ADDR:MASTER_PORT, {where}: "
-                f"{_first_line(e)}. Start all of them with torchrun"
-            ) from None
-        with _told_to_stop(self):  # not before: who waits for the others hears no signal that Python has to handle
+        from ctrkit import rank_meeting, rank_watch
+
+        watch = rank_watch.Watch(self, store)
+        with watch.running():  # not before: who waits for the store hears no signal that Python has to handle
             try:
+                rank_meeting.meet(self, store, about or rank_meeting.About(), JOINING.total_seconds(), watch.raise_lost)
+                dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=JOINING)
+                _wait_longer(dist.group.WORLD)
+                store.set_timeout(PATIENCE)  # NCCL connects through it with the first message
                 yield
             except RuntimeError as e:
                 if _lost(e):
@@ -132,9 +150,46 @@ class Ranks:
             except OSError as e:
                 raise Resumable(f"rank {self.rank} of {self.count} cannot go on: {_first_line(e)}. {AGAIN}") from None
             finally:
-                with contextlib.suppress(RuntimeError):
-                    dist.destroy_process_group()
+                watch.leave()
+                if dist.is_initialized():
+                    with contextlib.suppress(RuntimeError):
+                        dist.destroy_process_group()
                 _wait_for_threads()
+
+    def _store(self) -> Any:
+        """Return torch's store, which rank 0 or its launcher holds."""
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a store that ends is told with torch's own stack
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        try:  # as if alone: who else comes is found out by looking, since torch's own wait for all hears nothing
+            store = next(rendezvous("env://", self.rank, 1, timeout=JOINING))[0]
+        except (RuntimeError, ValueError) as e:
+            where = ":".join(os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise UsageError(
+                f"rank {self.rank} of {self.count} cannot reach the others at MASTER_ADDR:MASTER_PORT, {where}: "
+                f"{_first_line(e)}. Start all of them with torchrun"
+            ) from None
+        # torchrun's store outlives a restart, with the addresses of those that have ended.
+        return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+    def group(self, backend: str) -> "ProcessGroup":
+        """Return a new process group of all ranks. All have to call it, and each waits until all do."""
+        import torch.distributed as dist
+
+        self.gather(None)  # where one that has ended is noticed, as it is not at the store
+        try:
+            group = dist.new_group(backend=backend, timeout=JOINING)
+        except RuntimeError as e:
+            if "timeout" not in str(e):
+                raise self._lost_another(e) from None
+            raise _lost_rank(
+                f"rank {self.rank} of {self.count} has waited {JOINING.total_seconds() / 60:.3g} minutes for another "
+                f"one to connect with it, which has ended or stands still ({_first_line(e)}). {AGAIN}"
+            ) from None
+        assert isinstance(group, dist.ProcessGroup)
+        _wait_longer(group)
+        return group
 
     def gather(self, value: Any) -> list[Any]:
         """Return what each rank gave, in their order. All ranks have to call it."""
@@ -204,21 +259,13 @@ class Leader:
         self.ranks.gather(True)
 
 
-@contextlib.contextmanager
-def _told_to_stop(ranks: Ranks) -> Iterator[None]:
-    """Turn SIGTERM, by which torchrun ends the ranks when one of them has failed, into a message."""
+def _wait_longer(group: Any) -> None:
+    """Let a group whose ranks have met wait while all of them live."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if LAUNCHED in os.environ:  # as if killed, which leaves all that was done, and without a word
-            os._exit(LOST_ANOTHER)
-        who = f"rank {ranks.rank} of {ranks.count}"
-        raise LostRank(f"{who} was told to stop, as when another one has failed. {AGAIN}")
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    set_timeout = dist.set_timeout if hasattr(dist, "set_timeout") else distributed_c10d._set_pg_timeout
+    set_timeout(PATIENCE, group)
 
 
 def _wait_for_threads() -> None:

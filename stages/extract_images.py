@@ -80,7 +80,7 @@ def command(
     inputs = {**sources.picture_inputs(pictures, settings), "vocab": vocab, "weights": from_file}
     shards.disown_if_incomplete(out)
     ranks = Ranks.of_environment()
-    with ranks.joined():
+    with ranks.joined(ranks.started("extract-images", recipe.tables("extract-images"), inputs)):
         if ranks.rank > 0:
             if ranks.follow():
                 _help(settings, pictures, vocab, out, ranks)

@@ -55,7 +55,7 @@ def command(
         raise click.exceptions.Exit(launch.launch(nproc or recipe.predict.processes, max_restarts))
     ranks = Ranks.of_environment()
     job = (recipe, model, groups, features, convert)
-    with ranks.joined():
+    with ranks.joined(ranks.started("predict", recipe.tables("predict", "train", "features"), inputs)):
         if ranks.rank > 0:
             if ranks.follow():
                 _predict(*job, ranks, lambda: None)

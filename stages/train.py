@@ -113,7 +113,7 @@ def command(
     watch = looking.watch if looking else nobody
     job = Job(recipe, groups, features, convert, warm_start, vocabularies, tensorboard, out, bad_batch, mlflow, watch)
     ranks = Ranks.of_environment()
-    with ranks.joined():
+    with ranks.joined(ranks.started("train", recipe.tables("train", "features"), inputs)):
         if ranks.rank > 0:
             if ranks.follow():
                 _train(job, ranks, None, lambda: None)

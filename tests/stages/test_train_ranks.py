@@ -145,7 +145,7 @@ def command(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
     """Run the round's command as a rank. Return exit code, what was told, and the seconds after rank 1 lost its files.
 
     RANK in a word is this rank's number. `lost` is a folder that rank 1 loses once there is a checkpoint, or a file,
-    which is cut.
+    which is cut; or SIGTERM, and rank 1 is told to stop.
     """
     given, lost, beside = json.loads((folder / "rounds.json").read_text())[int(os.environ[ROUND])]
     gone = math.nan
@@ -155,7 +155,9 @@ def command(ranks: Ranks, folder: Path) -> tuple[object, str, float]:
         while not list(Path(beside).glob(".model.checkpoints-*/step-*.json")):
             time.sleep(0.01)
         gone = time.monotonic()
-        if ranks.rank == 1 and path.is_dir():
+        if ranks.rank == 1 and path.name == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif ranks.rank == 1 and path.is_dir():
             shutil.rmtree(path)
         elif ranks.rank == 1:
             os.truncate(path, 4096)
@@ -176,6 +178,9 @@ def told(tiny_run: TinyRun, killed: Path, tmp_path_factory: pytest.TempPathFacto
     for rank in range(2):
         shutil.copytree(tiny_run.groups, folder / f"groups-{rank}")
         shutil.copy(tiny_run.features, folder / f"features-{rank}.h5")
+        recipe = tiny_run.recipe.read_text().replace("extractor = [16, 6]", f"extractor = [16, {6 - rank}]")
+        (folder / f"recipe-{rank}.toml").write_text(recipe)
+    shutil.copytree(tiny_run.groups, folder / "only-0")
     train = [*words(tiny_run, folder / "MODEL"), "--set", "train.epochs=500"]
     predict = ["predict", "--recipe", tiny_run.recipe, *tiny_run.reads(), "--model", folder / "killed" / "model", *SETS]
     rounds_of: dict[str, tuple[list[object], object]] = {
@@ -187,6 +192,9 @@ def told(tiny_run: TinyRun, killed: Path, tmp_path_factory: pytest.TempPathFacto
             [*train, "--features", folder / "features-RANK.h5", "--set", "train.host_cache_gib=0"],
             folder / "features-1.h5",
         ),
+        "other recipe": ([*train, "--recipe", folder / "recipe-RANK.toml"], ""),
+        "never had groups": ([*train, "--groups", folder / "only-RANK"], ""),
+        "told": ([*train, "--variant", "base"], "SIGTERM"),
     }
     given = []
     for name, (line, lost) in rounds_of.items():
@@ -297,6 +305,46 @@ def test_a_rank_whose_features_end_is_killed_and_no_rank_hangs(told: dict[str, A
     first, other = told["no features"]
     has_lost_another(first)
     assert other == signal.SIGBUS
+
+
+def test_ranks_with_different_recipes_end_before_they_begin(told: dict[str, Any]) -> None:
+    """Whose shapes differ would wait for each other somewhere in torch."""
+    first, other = told["other recipe"]
+    assert first[0] == other[0] == 2
+    assert first[1] == other[1]
+    assert (
+        "Error: the ranks were not started alike: train.extractor is [16, 6] for rank 0 and [16, 5] for ra" in first[1]
+    )
+
+
+def test_a_rank_that_never_had_the_data_says_so(told: dict[str, Any]) -> None:
+    first, other = told["never had groups"]
+    assert first[0] == other[0] == 1
+    assert "only-1" in other[1]
+    assert "Error: rank 0 of 2 has lost another one" in first[1]
+    assert "Traceback" not in first[1] + other[1]
+
+
+def test_one_of_the_ranks_is_told_to_stop(told: dict[str, Any]) -> None:
+    first, other = told["told"]
+    has_lost_another(first)
+    assert other[0] == 1
+    assert "Error: rank 1 of 2 was told to stop, as when another one has failed. What was done is kept" in other[1]
+    assert other[2] < BOUND
+
+
+def test_the_launcher_that_is_told_to_stop_ends_all(tiny_run: TinyRun, tmp_path: Path) -> None:
+    launcher = start(*words(tiny_run, tmp_path / "model"), "--set", "train.epochs=500", "--nproc", 2)
+    while not list(tmp_path.glob(".model.checkpoints-*/step-*.json")):
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.01)
+    ranks = ranks_of(launcher)
+    launcher.terminate()
+    code, said = end(launcher, BOUND)
+    assert code == 128 + signal.SIGTERM
+    assert sorted(ranks) == [0, 1]
+    assert not [rank for rank, process in ranks.items() if Path(f"/proc/{process}").exists()]
+    assert "Traceback" not in said
 
 
 def has_lost_another(first: tuple[object, str, float]) -> None:
