@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from ctrkit import numba_loops, repeats
-from ctrkit.batches import GroupedData
+from ctrkit.batches import GroupedData, Schema
 from ctrkit.collate import Collator
-from ctrkit.modelfile import Counts, build
+from ctrkit.modelfile import build
 from ctrkit.models.batch import Batch, Lookup
-from ctrkit.recipe import Feature, Train
+from ctrkit.models.pairs import PairMLP, attend
+from ctrkit.recipe import Train
 from ctrkit.training import Trainer
 from tests.models.reference import make
 from tests.small_groups import FEATURES, SCHEMA, SIZES, Group, random_groups, to_block, write_groups
@@ -107,14 +109,12 @@ def seen(model: Any, batch: Batch) -> list[torch.Tensor]:
     return [logit_S.detach(), *(leaf.grad.clone() for leaf in leaves if leaf.grad is not None)]
 
 
-def test_training_counts_repeats_where_the_loops_can(tmp_path: Any) -> None:
-    """DIN with PReLU, of widths that vectors divide: the same curve as without. Else nothing is counted."""
-    pytest.importorskip("numba", exc_type=ImportError)
-    features = {n: f.model_copy(update={"width": 8}) for n, f in FEATURES.items() if f.kind == "id" and not f.multi_hot}
-    groups = write_groups(tmp_path / "groups", {"train": repeating(5) + repeating(6)}, features)
+@pytest.mark.parametrize("how", [{}, {"din_activation": "sigmoid"}, {"din": "din-v1"}])
+def test_training_counts_repeats(how: dict[str, Any], alike: Path) -> None:
+    """The same curve as without; there are widths that vectors divide, so that PReLU goes through one loop."""
     curves = []
     for counted in (True, False):
-        made = trainer(groups, features)
+        made = trainer(alike, **how)
         if not counted:
             made.collate._distinct_pairs = False
         batches = list(made._made((1, 0), 0))
@@ -124,14 +124,30 @@ def test_training_counts_repeats_where_the_loops_can(tmp_path: Any) -> None:
             curves.append([float(made.step(b)) for b in batches * 2])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert curves[0][-1] < curves[0][0]
-    for other in ({"din_activation": "dice"}, {"din": "din-v1"}, {"regularisation": "dropout"}, {"compile": True}):
-        made = trainer(groups, features, **other)
-        assert all(b.distinct is None for b in made._made((1, 0), 0))
 
 
-def trainer(groups: Any, features: dict[str, Feature], **train: Any) -> Trainer:
+@pytest.mark.parametrize("how", [{"din_activation": "dice"}, {"regularisation": "dropout"}, {"compile": True}])
+def test_training_that_has_to_see_every_pair(how: dict[str, Any], alike: Path) -> None:
+    """Dice's statistics are of all pairs, dropout draws for each, and the compiler takes the plain way."""
+    assert all(b.distinct is None for b in trainer(alike, **how)._made((1, 0), 0))
+
+
+def test_dice_refuses_counts() -> None:
+    unit = PairMLP(4, 4, (3,), "dice")
+    x, ids = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="every pair"):
+        attend(unit, x, x, x, ids, ids, softmax=True, times_B=torch.ones(1))
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    """Return a folder of groups full of repeats."""
+    pytest.importorskip("numba", exc_type=ImportError)
+    features = {n: f.model_copy(update={"width": 8}) for n, f in FEATURES.items() if f.kind == "id" and not f.multi_hot}
+    return write_groups(tmp_path / "groups", {"train": repeating(5) + repeating(6)}, features)
+
+
+def trainer(groups: Path, **train: Any) -> Trainer:
     config = Train(**{**DIN, "batch": 9, "threads": 2, "learning_rate": 0.01, "seed": 1, **train})
-    data = GroupedData(groups, "train", list(features))
-    counts: Counts = COUNTS
-    model = build(config, data.schema, counts, None)
-    return Trainer(model, counts, GroupedData(groups, "train", model.plan.features), None, None)
+    model = build(config, Schema.read(groups), COUNTS, None)
+    return Trainer(model, COUNTS, GroupedData(groups, "train", model.plan.features), None, None)
