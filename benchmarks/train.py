@@ -141,6 +141,7 @@ def one(words: dict[str, Any]) -> None:
             {
                 "samples": batch.n_samples,
                 "pairs": len(batch.sample_P),
+                "distinct": len(batch.sample_P if batch.distinct is None else batch.distinct.query_P),
                 "behaviours": len(batch.group_B),
                 "pictures": sum(len(x) for x in batch.picture_NW.values()),
                 "rows": sum(len(r) for r in batch.rows.values()),
@@ -154,7 +155,7 @@ def one(words: dict[str, Any]) -> None:
         return loss
 
     trainer.step = timed  # type: ignore[method-assign]
-    before = os.times()
+    before, begun = os.times(), time.perf_counter()
     with contextlib.suppress(Enough):
         trainer.run()
     cpu = os.times().user + os.times().system - before.user - before.system
@@ -164,6 +165,8 @@ def one(words: dict[str, Any]) -> None:
     for total in ("disk_bytes", "waited"):
         found[total] = (measured[-1][total] - seen[words["warm"]][total]) / len(measured)
     found |= {"rate": sum(s["samples"] for s in measured) / seconds, "steps": len(measured)}
+    # What the first steps took beyond as many later ones: reading begins, and the compiler works.
+    found["start"] = times[words["warm"]] - begun - (words["warm"] + 1) * seconds / len(measured)
     found |= {"cores": cpu / (times[-1] - times[0]), "matrix": matrix_rate(device, config.precision)}
     print(json.dumps(found))
 
@@ -244,7 +247,7 @@ def din(args: argparse.Namespace, base: dict[str, Any], result: dict[str, Any]) 
         with tempfile.TemporaryDirectory() as folder:
             train_data.write_groups(data, Path(folder, "groups"))
             found = ours(Path(folder, "groups"), config, args)
-            rates = {"ours": found["rate"], "cores": found["cores"], "matrix": found["matrix"]}
+            rates = {"ours": found["rate"]} | {key: found[key] for key in ("cores", "matrix", "start")}
             if args.ungrouped and act == "prelu" and goods == 200_000:
                 train_data.write_groups(data, Path(folder, "alone"), ungrouped=True)
                 rates["ungrouped"] = ours(Path(folder, "alone"), config, args)["rate"]
@@ -254,7 +257,11 @@ def din(args: argparse.Namespace, base: dict[str, Any], result: dict[str, Any]) 
         best = max((rates[p] for p in args.peers), default=0.0)
         cells = [name, f"{rates['ours']:,.0f}", *(f"{rates[p]:,.0f}" for p in args.peers)]
         lines.append([*cells, f"{rates['ours'] / best:.1f} ×" if best else "–", f"{rates['cores']:.2f}"])
-        print(f"  {', '.join(cells)}; {found['pairs']:,.0f} pairs, {found['rows']:,.0f} rows a batch", flush=True)
+        print(
+            f"  {', '.join(cells)}; {found['pairs']:,.0f} pairs, of which {found['distinct']:,.0f} "
+            f"distinct, {found['rows']:,.0f} rows a batch; {found['start']:.1f} s to start",
+            flush=True,
+        )
     measure.table(["samples a second", "ours", *args.peers, "against the faster", "cores used"], lines)
     for name, rates in result["din"].items():
         if "ungrouped" in rates:
@@ -273,11 +280,17 @@ def dicm(args: argparse.Namespace, base: dict[str, Any], result: dict[str, Any])
         found = ours(groups, config, args)
     flops = dicm_flops(found, config) / found["samples"]
     share = found["rate"] * flops / found["matrix"]
-    result["dicm"] = {"rate": found["rate"], "flops_a_sample": flops, "matrix": found["matrix"], "share": share}
+    result["dicm"] = {
+        "rate": found["rate"],
+        "start": found["start"],
+        "flops_a_sample": flops,
+        "matrix": found["matrix"],
+        "share": share,
+    }
     print(
         f"DICM whole: {found['rate']:,.0f} samples/s, {flops / 1e6:.2f} MFLOP a sample ({found['pictures']:,.0f} "
         f"distinct pictures a batch of {found['samples']:,.0f}), {share:.0%} of the matrix rate of "
-        f"{found['matrix'] / 1e9:,.0f} GFLOP/s",
+        f"{found['matrix'] / 1e9:,.0f} GFLOP/s; {found['start']:.1f} s to start",
         flush=True,
     )
 

@@ -11,9 +11,10 @@ from ctrkit import numba_loops
 from ctrkit.batches import Block, Column, Ragged
 from ctrkit.embedding import Table
 from ctrkit.id_masks import dropout_mask, replace_unknown
-from ctrkit.models.batch import Batch
+from ctrkit.models.batch import Batch, DistinctPairs
 from ctrkit.models.plan import Plan
 from ctrkit.picture_vectors import PictureVectors
+from ctrkit.repeats import all_pairs, distinct_pairs
 
 Ints = npt.NDArray[np.int64]
 
@@ -28,6 +29,7 @@ class Collator:
     pictures: the picture vectors, if the model looks at any.
     unknown_rate: see `ctrkit.id_masks.unknown_mask`; 0 outside training.
     rows_only: name the rows of pictures and do not read their vectors, for somebody else does.
+    distinct: find pairs that are alike (`ctrkit.repeats`), for a model that counts them.
     """
 
     def __init__(
@@ -39,9 +41,12 @@ class Collator:
         unknown_rate: float = 0.0,
         *,
         rows_only: bool = False,
+        distinct: bool = False,
     ) -> None:
         self.plan, self.tables, self.pictures = plan, tables, pictures
         self.counts, self.unknown_rate, self.rows_only = counts or {}, unknown_rate, rows_only
+        many = any(plan.schema.features[name].multi_hot for name in plan.behaviour)
+        self._distinct_pairs = distinct and not many and plan.train.regularisation != "dropout"
         self._place_V: dict[int, npt.NDArray[np.int32]] = {}
         self._lock = threading.Lock()
 
@@ -53,19 +58,17 @@ class Collator:
         n = np.diff(block.sample_offsets)
         histories = np.diff(block.behaviour_offsets)
         group_S = np.repeat(np.arange(block.n_groups), n)
-        pairs_S = histories[group_S]
-        start_S = np.cumsum(pairs_S) - pairs_S
-        shift_S = block.behaviour_offsets[:-1][group_S] - start_S
-        place_P = np.arange(pairs_S.sum()) - np.repeat(start_S, pairs_S)
+        group_B = np.repeat(np.arange(block.n_groups), histories)
+        sample_P, behaviour_P = all_pairs(group_S, block.behaviour_offsets)
         clicks, sample_id_S = block.sample["click"], block.sample["sample_id"]
         assert isinstance(clicks, np.ndarray)
         assert isinstance(sample_id_S, np.ndarray)
         batch = Batch(
             click_S=torch.from_numpy(clicks.astype(np.float32)),
             group_S=torch.from_numpy(group_S),
-            group_B=torch.from_numpy(np.repeat(np.arange(block.n_groups), histories)),
-            sample_P=torch.from_numpy(np.repeat(np.arange(block.n_samples), pairs_S)),
-            behaviour_P=torch.from_numpy(np.arange(pairs_S.sum()) + np.repeat(shift_S, pairs_S)),
+            group_B=torch.from_numpy(group_B),
+            sample_P=torch.from_numpy(sample_P),
+            behaviour_P=torch.from_numpy(behaviour_P),
             n_groups=block.n_groups,
             rows={},
             index={},
@@ -74,8 +77,11 @@ class Collator:
         self._ids(block, batch, seed)
         train = self.plan.train
         if seed is not None and train.regularisation == "dropout" and self.plan.behaviour:
-            keep_P = dropout_mask(np.repeat(sample_id_S, pairs_S), place_P, seed, train.dropout_rate)
+            place_P = behaviour_P - block.behaviour_offsets[:-1][group_S[sample_P]]
+            keep_P = dropout_mask(sample_id_S[sample_P], place_P, seed, train.dropout_rate)
             batch.kept_P, batch.dropout_rate = torch.from_numpy(keep_P), train.dropout_rate
+        if self._distinct_pairs:
+            batch.distinct = self._distinct_of(batch)
         for name in (self.plan.ad_image, self.plan.user_image):
             if name and self.pictures is not None:
                 column = (block.sample if name == self.plan.ad_image else block.behaviour)[name]
@@ -95,11 +101,19 @@ class Collator:
             width, vocab = self.plan.width(name), self.plan.schema.features[name].vocab
             named.setdefault(width, []).append((name, self.tables[width].rows(vocab, index[name])))
         for width, parts in named.items():
-            distinct_U, place = self._distinct(width, np.concatenate([rows for _, rows in parts]))
+            distinct_U, place = self._distinct_rows(width, np.concatenate([rows for _, rows in parts]))
             batch.rows[width] = torch.from_numpy(distinct_U)
             ends = np.cumsum([len(rows) for _, rows in parts])[:-1]
             for (name, _), places in zip(parts, np.split(place, ends), strict=True):
                 batch.index[name] = torch.from_numpy(places)
+
+    def _distinct_of(self, batch: Batch) -> DistinctPairs | None:
+        asked, had = (
+            {name: batch.index[name].numpy() for name in names}
+            for names in (self.plan.partners().values(), self.plan.behaviour)
+        )
+        groups = batch.group_S.numpy(), batch.group_B.numpy()
+        return distinct_pairs(groups[0], asked, groups[1], had, batch.n_groups, len(batch.sample_P))
 
     def _indexes(self, block: Block, batch: Batch) -> dict[str, Ints]:
         """Return the vocabulary indexes of each feature, and note in the batch whose those of a list are."""
@@ -131,7 +145,7 @@ class Collator:
                 key = np.repeat(key, np.diff(column.offsets))
             index[name] = replace_unknown(key, [*seed, position], index[name], self.counts[vocab], self.unknown_rate)
 
-    def _distinct(self, width: int, rows: Ints) -> tuple[Ints, Ints]:
+    def _distinct_rows(self, width: int, rows: Ints) -> tuple[Ints, Ints]:
         """Return the distinct rows, rising, and the place of each row in them: `np.unique` with an inverse, in a third
         of its time (a tenth with compiled loops), by a table that has room for a place of each row of the embedding
         table."""

@@ -34,6 +34,7 @@ from ctrkit.modelfile import Counts, TrainedModel
 from ctrkit.models import threads
 from ctrkit.models.batch import Batch, Lookup
 from ctrkit.models.compiled_layers import loops
+from ctrkit.models.pairs import counts_repeats
 from ctrkit.preparing import prepared
 from ctrkit.progress import Meter, say
 from ctrkit.ranks import ALONE, ToldByFirst
@@ -110,6 +111,7 @@ class Trainer:
             self.counts,
             self.config.unknown_rate,
             rows_only=True,
+            distinct=self._counts_repeats,
         )
         self.widths = {n: self.model.plan.width(n) for n in self.model.plan.ids}
         weights = [p for p in self.model.network.parameters() if p.ndim > 1]
@@ -494,10 +496,19 @@ class Trainer:
 
     def _threads(self) -> contextlib.AbstractContextManager[None]:
         """Have threads of ours share out the work, where compiled loops do what torch's threads would."""
+        return threads.own(self.config.threads) if self._by_loops else contextlib.nullcontext()
+
+    @property
+    def _by_loops(self) -> bool:
+        """Whether compiled loops do what they can."""
         plain = self.config.compile or self.config.precision == "bfloat16"
-        if plain or loops(next(self.model.network.parameters())) is None:
-            return contextlib.nullcontext()
-        return threads.own(self.config.threads)
+        return not plain and loops(next(self.model.network.parameters())) is not None
+
+    @property
+    def _counts_repeats(self) -> bool:
+        """Whether the model compares ids by a unit that can be told how often each behaviour is there."""
+        unit = getattr(self.model.network, "id_unit", None)
+        return self._by_loops and unit is not None and counts_repeats(unit)
 
     @contextlib.contextmanager
     def _somewhere(self) -> Iterator[None]:

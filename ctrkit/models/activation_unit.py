@@ -40,7 +40,15 @@ class ActivationUnit(PairMLP):
         return segment_softmax(g_P, pairs[0], len(q_SD)) if self.softmax else g_P
 
     def pool(
-        self, q_SD: Tensor, k_BD: Tensor, v_BE: Tensor, pairs: SamplesAndBehaviours, dropout_rate: float = 0.0
+        self,
+        q_SD: Tensor,
+        k_BD: Tensor,
+        v_BE: Tensor,
+        pairs: SamplesAndBehaviours,
+        dropout_rate: float = 0.0,
+        times_B: Tensor | None = None,
     ) -> Tensor:
-        """Return [S, E], the weighted sum of each sample's behaviours; zero without a history."""
-        return attend(self, q_SD, k_BD, v_BE, *pairs, softmax=self.softmax, scale=self.scale(dropout_rate))
+        """Return [S, E], the weighted sum of each sample's behaviours; zero without a history. times_B as in
+        `attend`."""
+        scale = self.scale(dropout_rate)
+        return attend(self, q_SD, k_BD, v_BE, *pairs, softmax=self.softmax, scale=scale, times_B=times_B)

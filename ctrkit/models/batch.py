@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class DistinctPairs:
+    """A batch's pairs for an attention that compares ids with ids, those that are alike once (`ctrkit.repeats`).
+
+    Letters: Q queries, the samples of a group that are alike in what is compared being one; K keys, the behaviours of a
+    group that are alike being one; P the pairs of these.
+    """
+
+    index: dict[str, Tensor]
+    """Feature → positions in its width's rows: [Q] or [K]."""
+    query_S: Tensor
+    """The query of each sample."""
+    times_K: Tensor
+    """How many behaviours each key stands for; float32."""
+    query_P: Tensor
+    key_P: Tensor
+    """Every (query, key of its group) pair, queries rising."""
+
+
+@dataclass
 class Batch:
     """One step's work. Index tensors are int64."""
 
@@ -47,6 +66,8 @@ class Batch:
     route: dict[int | str, "Route"] = field(default_factory=dict)
     """Embedding width or picture feature → how its rows travel between the ranks that name them and those on which
     they lie. What is not in it lies here."""
+    distinct: DistinctPairs | None = None
+    """Where some pairs are alike, and the model can count them."""
     total: int = 0
     """Samples of the global batch, of which these are a share; 0: these are all."""
 
@@ -58,6 +79,8 @@ class Batch:
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: moved(v) for k, v in value.items()}
+            if isinstance(value, DistinctPairs):
+                return DistinctPairs(**{f.name: moved(getattr(value, f.name)) for f in fields(value)})
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         route = {name: route.to(device) for name, route in self.route.items()}
@@ -100,19 +123,21 @@ class Lookup:
             return segment_sum(values, self.batch.segment[name], n)
         return values
 
-    def side_by_side(self, names: Sequence[str], n: int) -> list[Tensor]:
+    def side_by_side(self, names: Sequence[str], n: int, index: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Return middle vectors that lie side by side as the features do, [n, …] each.
 
-        Neighbours of one width with one value each are looked up together: one gather, and one gradient.
+        Neighbours of one width with one value each are looked up together: one gather, and one gradient. With an
+        `index`, of features with one value each, of what that names.
         """
+        index = self.batch.index if index is None else index
         alike = itertools.groupby(names, lambda name: (self.width[name], name in self.batch.segment))
         out: list[Tensor] = []
         for (width, many), run in alike:
             if many:
                 out += [self.one(name, n) for name in run]
                 continue
-            index = torch.stack([self.batch.index[name] for name in run], 1)
-            out.append(gather_rows(self.rows[width], index.view(-1)).view(n, index.shape[1] * width))
+            index_nF = torch.stack([index[name] for name in run], 1)
+            out.append(gather_rows(self.rows[width], index_nF.view(-1)).view(n, index_nF.shape[1] * width))
         return out
 
     def users_G(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ctrkit.models.activation_unit import ActivationUnit
 from ctrkit.models.batch import Batch, Lookup, sum_of_ids
-from ctrkit.models.din import compared
+from ctrkit.models.din import attended_ids
 from ctrkit.models.layers import MLP, Discriminator, mlp, segment_max, segment_softmax, segment_sum
 from ctrkit.models.pairs import PairMLP, attend
 from ctrkit.models.plan import Plan
@@ -113,10 +113,9 @@ class DICM(nn.Module):
 
     def _pool_ids(self, batch: Batch, look: Lookup) -> Tensor:
         """Return [S, sum of D]: the behaviours' ids, summed or weighed by DIN's unit."""
-        v_BD = look.behaviours_B(self.plan.behaviour)
         if self.id_unit is None:
-            return sum_of_ids(batch, v_BD)
-        return self.id_unit.pool(*compared(self.plan, look), v_BD, batch.id_pairs(), batch.dropout_rate)
+            return sum_of_ids(batch, look.behaviours_B(self.plan.behaviour))
+        return attended_ids(self.id_unit, self.plan, batch, look)
 
     def _pool_pictures(self, batch: Batch, context_SD: Tensor, ad_SD: Tensor | None, k_BD: Tensor) -> Tensor:
         """Return [S, D]: the aggregator of Usernet."""

@@ -248,10 +248,21 @@ def dice_finish(h_CH: Any, mean_H: Any, constant_H: Any, factor_H: Any, dx_CH: A
 
 @compiled_as_called()
 def pool(
-    logit_P: Any, scale_1: Any, softmax: bool, sample_P: Any, behaviour_P: Any, v_BE: Any, w_P: Any, out_SE: Any
+    logit_P: Any,
+    scale_1: Any,
+    softmax: bool,
+    sample_P: Any,
+    behaviour_P: Any,
+    times_B: Any,
+    v_BE: Any,
+    w_P: Any,
+    out_SE: Any,
 ) -> None:
-    """w = scale·logit, or its softmax over the pairs of a sample, which are neighbours; add Σ w·v to `out`."""
-    begin = 0
+    """w = scale·logit, or its softmax over the pairs of a sample, which are neighbours; add Σ w·v to `out`.
+
+    times_B: how often each behaviour counts, its weights being summed in w; nothing: once each.
+    """
+    begin, repeated = 0, len(times_B) > 0
     while begin < len(sample_P):
         s, end = sample_P[begin], begin + 1
         while end < len(sample_P) and sample_P[end] == s:
@@ -265,6 +276,10 @@ def pool(
                 top = w[i] if w[i] > top else top
             for i in range(len(w)):
                 w[i] = exponential(w[i] - top)
+        if repeated:
+            for i in range(len(w)):
+                w[i] *= times_B[behaviour_P[begin + i]]
+        if softmax:
             for i in range(len(w)):
                 total += w[i]
             for i in range(len(w)):
@@ -284,14 +299,15 @@ def pool_back(
     softmax: bool,
     sample_P: Any,
     behaviour_P: Any,
+    times_B: Any,
     v_BE: Any,
     dout_SE: Any,
     dlogit_P: Any,
     dv_BE: Any,
 ) -> None:
-    """The gradients of the logits, and of v, added."""
+    """The gradients of the logits, and of v, added. times_B as in `pool`."""
     zero = w_P.dtype.type(0)
-    begin = 0
+    begin, repeated = 0, len(times_B) > 0
     while begin < len(sample_P):
         s, end = sample_P[begin], begin + 1
         while end < len(sample_P) and sample_P[end] == s:
@@ -308,6 +324,8 @@ def pool_back(
         for p in range(begin, end):
             if softmax:
                 dlogit_P[p] = (dlogit_P[p] - mean) * w_P[p]
+            elif repeated:
+                dlogit_P[p] *= times_B[behaviour_P[p]]
             dlogit_P[p] *= scale_1[0]
         begin = end
 

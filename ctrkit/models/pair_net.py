@@ -48,6 +48,7 @@ def attend_by_net(
     pairs: Pairs,
     softmax: bool,
     scale: float,
+    times_B: Tensor | None = None,
 ) -> Tensor:
     """Return what `ctrkit.models.pairs.attend` does."""
     w_q, w_k = unit.first()
@@ -56,7 +57,8 @@ def attend_by_net(
     first = w_q, w_k, unit.weight["p"], unit.bias
     inner = [p for slope, layer in zip(slopes, layers, strict=True) for p in (slope, *layer)]
     keep = torch.is_grad_enabled()
-    out_SE: Tensor = _Attend.apply(run, *pairs, softmax, scale, keep, q_SD, k_BD, v_BE, *first, *inner)
+    times_B = q_SD.new_empty(0) if times_B is None else times_B.to(q_SD.dtype)
+    out_SE: Tensor = _Attend.apply(run, *pairs, times_B, softmax, scale, keep, q_SD, k_BD, v_BE, *first, *inner)
     return out_SE
 
 
@@ -67,6 +69,7 @@ class _Attend(torch.autograd.Function):
         run: ModuleType,
         sample_P: Tensor,
         behaviour_P: Tensor,
+        times_B: Tensor,
         softmax: bool,
         scale: float,
         keep: bool,
@@ -77,7 +80,7 @@ class _Attend(torch.autograd.Function):
         q_SD, k_BD, v_BE, wq_HD, wk_HD, wp_HD, bias_H, *inner = _arrays(tensors)
         slopes, weights, biases = inner[0::3], inner[1::3], inner[2::3]
         parts = _parts(run, sample_P, behaviour_P)
-        scale_1, dtype = np.array([scale], q_SD.dtype), q_SD.dtype
+        scale_1, dtype, times = np.array([scale], q_SD.dtype), q_SD.dtype, times_B.numpy()
         first = *(_transposed(w) for w in (wq_HD, wk_HD, wp_HD)), bias_H, slopes[0]
         layers = tuple(zip(map(_transposed, weights[:-1]), biases[:-1], slopes[1:], strict=True))
         out = weights[-1].reshape(-1), biases[-1]
@@ -89,18 +92,18 @@ class _Attend(torch.autograd.Function):
         def part(i: int) -> None:
             logit_T = np.empty(len(w_T[i]), dtype)
             run.forward(q_SD, k_BD, *parts[i], first, layers, out, x_SH, into[i], logit_T)
-            run.pool(logit_T, scale_1, softmax, *parts[i], v_BE, w_T[i], out_SE)
+            run.pool(logit_T, scale_1, softmax, *parts[i], times, v_BE, w_T[i], out_SE)
 
         threads.side_by_side(part, len(parts))
         if keep:
             ctx.save_for_backward(*tensors)
-            ctx.run, ctx.parts, ctx.how, ctx.kept = run, parts, (scale_1, softmax), (x_SH, into, w_T)
+            ctx.run, ctx.parts, ctx.how, ctx.kept = run, parts, (scale_1, softmax, times), (x_SH, into, w_T)
         return torch.from_numpy(out_SE)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_SE: Tensor) -> tuple[Any, ...]:
-        run, parts, (x_SH, into, w_T) = ctx.run, ctx.parts, ctx.kept
+        run, parts, (x_SH, into, w_T), (*how, times) = ctx.run, ctx.parts, ctx.kept, ctx.how
         q_SD, k_BD, v_BE, wq_HD, wk_HD, wp_HD, bias_H, *inner = _arrays(ctx.saved_tensors)
         slopes, weights, biases = inner[0::3], inner[1::3], inner[2::3]
         first = _transposed(wk_HD), _transposed(wp_HD), wq_HD, wk_HD, wp_HD
@@ -111,7 +114,7 @@ class _Attend(torch.autograd.Function):
 
         def part(i: int) -> None:
             dlogit_T1 = np.empty((len(w_T[i]), 1), w_T[i].dtype)
-            run.pool_back(w_T[i], *ctx.how, *parts[i], v_BE, dout, dlogit_T1.reshape(-1), dv_BE)
+            run.pool_back(w_T[i], *how, *parts[i], times, v_BE, dout, dlogit_T1.reshape(-1), dv_BE)
             dfirst, dw = tuple(np.zeros_like(w) for w in (wq_HD, wk_HD, wp_HD)), tuple(map(np.zeros_like, weights))
             sums = tuple(np.zeros((2, len(slope)), slope.dtype) for slope in slopes)
             given = first, layers, x_SH, into[i], dlogit_T1
@@ -124,7 +127,7 @@ class _Attend(torch.autograd.Function):
         dbiases = [*(s[0] for s in sums[1:]), dlast]
         inside = [g for s, w, b in zip(sums, dw, dbiases, strict=True) for g in (s[1], w, b)]
         inputs = (torch.from_numpy(x) for x in (dq_SD, dk_BD, dv_BE))
-        return None, None, None, None, None, None, *inputs, dwq, dwk, dwp, sums[0][0], *inside
+        return *[None] * 7, *inputs, dwq, dwk, dwp, sums[0][0], *inside
 
 
 def _arrays(tensors: Sequence[Tensor]) -> list[Any]:

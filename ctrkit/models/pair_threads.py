@@ -64,8 +64,11 @@ class CompiledPairs:
         behaviour_P: Tensor,
         softmax: bool,
         scale: float,
+        times_B: Tensor | None = None,
     ) -> None:
+        """times_B as in `ctrkit.models.pairs.attend`."""
         self.run, self.modules, self.softmax, self.scale = run, modules, softmax, scale
+        self.times_B = times_B
         self.depth, self.n_pairs, self.threads = len(modules), len(sample_P), threads.count()
         sample_p, behaviour_p = sample_P.contiguous().numpy(), behaviour_P.contiguous().numpy()
         self.parts = []
@@ -85,7 +88,9 @@ class CompiledPairs:
         self.widths = [self.h_SH.shape[1], *(len(b_H) for b_H in weights[1::2])]
         first_H = self.h_SH.new_zeros(self.widths[0])  # the bias of layer 0 is in h_SH
         self.biases = [first_H.numpy(), *(b_H.numpy() for b_H in weights[1::2])]
-        self.scale_1 = np.array([self.scale], first_H.numpy().dtype)
+        dtype = first_H.numpy().dtype
+        self.scale_1 = np.array([self.scale], dtype)
+        self.times = np.zeros(0, dtype) if self.times_B is None else self.times_B.numpy().astype(dtype)
 
     def drop(self) -> None:
         """Let go of what `take` took."""
@@ -200,7 +205,8 @@ class CompiledPairs:
         if end == self.depth:
             ids = part.sample_T, part.behaviour_T
             logit_T = part.logit_T1.numpy().reshape(-1)
-            run.pool(logit_T, self.scale_1, self.softmax, *ids, self.v_BE.numpy(), w_P[part.place], out_SE)
+            w_T, v_BE = w_P[part.place], self.v_BE.numpy()
+            run.pool(logit_T, self.scale_1, self.softmax, *ids, self.times, v_BE, w_T, out_SE)
 
     def _sweep_back(self, begin: int, end: int, w_P: Any, dout_SE: Any, found: list[Any], number: int) -> None:
         """Go from layer end back to begin, for one part."""
@@ -210,7 +216,7 @@ class CompiledPairs:
             ids = part.sample_T, part.behaviour_T
             dlogit_T = part.logit_T1.numpy().reshape(-1)  # in the logits' place
             v_BE = self.v_BE.numpy()
-            run.pool_back(w_P[part.place], self.scale_1, self.softmax, *ids, v_BE, dout_SE, dlogit_T, dv)
+            run.pool_back(w_P[part.place], self.scale_1, self.softmax, *ids, self.times, v_BE, dout_SE, dlogit_T, dv)
         for block, sample_C, behaviour_C in part.blocks():
             n = len(sample_C)
             if end == self.depth:

@@ -66,23 +66,29 @@ def attend(
     *,
     softmax: bool,
     scale: float = 1.0,
+    times_B: Tensor | None = None,
 ) -> Tensor:
     """Return [S, E]: Σ w·v over the pairs of each sample, w = scale·unit(q, k), or its softmax over them.
+
+    times_B: how many behaviours, all alike, each one stands for, for a unit without Dice, whose statistics are those of
+    all pairs; None: for one each. With compiled loops (`counts_repeats`), else the plain way.
 
     A sample without pairs has the zero vector. In blocks (with Numba `ctrkit.models.pair_net` or `pair_threads`, else
     `pair_blocks`), without second derivatives; under torch.compile and autocast as `attend_plain`.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(q_SD.device.type):
-        return attend_plain(unit, q_SD, k_BD, v_BE, sample_P, behaviour_P, softmax=softmax, scale=scale)
-    if (run := net_loops(unit, q_SD)) is not None:
-        return attend_by_net(run, unit, q_SD, k_BD, v_BE, (sample_P, behaviour_P), softmax, scale)
+    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled(q_SD.device.type)
+    if not plain and (run := net_loops(unit, q_SD)) is not None:
+        return attend_by_net(run, unit, q_SD, k_BD, v_BE, (sample_P, behaviour_P), softmax, scale, times_B)
+    if plain or (times_B is not None and not counts_repeats(unit)):
+        pairs = sample_P, behaviour_P
+        return attend_plain(unit, q_SD, k_BD, v_BE, *pairs, softmax=softmax, scale=scale, times_B=times_B)
     activations = [unit.act, *list(unit.rest)[1::2]]
     product_HD = unit.weight["p"] if "p" in unit.parts else None
     # The loops know nothing of other ranks' rows, which Dice's statistics are to be of.
     over_ranks = any(isinstance(module, Dice) and module.group is not None for module in activations)
     run, how = None if over_ranks else loops(q_SD), (activations, sample_P, behaviour_P, softmax, scale)
     out_SE: Tensor = Attend.apply(
-        Pairs(*how) if run is None else CompiledPairs(run, *how),
+        Pairs(*how) if run is None else CompiledPairs(run, *how, times_B),
         torch.is_grad_enabled(),
         *unit.project(q_SD, k_BD),
         *((None, None) if product_HD is None else (q_SD, k_BD)),
@@ -92,6 +98,15 @@ def attend(
         *[parameter for linear in list(unit.rest)[::2] for parameter in (linear.weight, linear.bias)],
     )
     return out_SE
+
+
+def counts_repeats(unit: PairMLP) -> bool:
+    """Say whether `attend` with this unit is made for behaviours that count several times."""
+    return not _has_dice(unit) and loops(unit.bias) is not None
+
+
+def _has_dice(unit: PairMLP) -> bool:
+    return any(isinstance(module, Dice) for module in unit.modules())
 
 
 def _slope(module: nn.Module) -> Tensor | None:
@@ -110,9 +125,15 @@ def attend_plain(
     *,
     softmax: bool,
     scale: float = 1.0,
+    times_B: Tensor | None = None,
 ) -> Tensor:
     """Return what `attend` returns, one whole matrix after the other."""
+    if times_B is not None and _has_dice(unit):
+        raise ValueError("Dice has to see every pair")
     w_P = unit(q_SD, k_BD, sample_P, behaviour_P) * scale
+    times_P = None if times_B is None else times_B.to(w_P.dtype).index_select(0, behaviour_P)
     if softmax:
-        w_P = segment_softmax(w_P, sample_P, len(q_SD))
+        w_P = segment_softmax(w_P if times_P is None else w_P + times_P.log(), sample_P, len(q_SD))
+    elif times_P is not None:
+        w_P = w_P * times_P
     return segment_sum(v_BE.index_select(0, behaviour_P) * w_P.unsqueeze(1), sample_P, len(q_SD))

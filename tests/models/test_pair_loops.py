@@ -23,8 +23,8 @@ def exponentials(x_N: np.ndarray) -> np.ndarray:
     out = np.empty_like(x_N)
     for i, x in enumerate(x_N):
         w_P, out_SE, ids = np.empty(2, x_N.dtype), np.zeros((1, 1), x_N.dtype), np.zeros(2, np.int64)
-        logit_P = np.array([x, 0], x_N.dtype)
-        run.pool(logit_P, np.ones(1, x_N.dtype), True, ids, ids, np.zeros((1, 1), x_N.dtype), w_P, out_SE)
+        logit_P, v_BE = np.array([x, 0], x_N.dtype), np.zeros((1, 1), x_N.dtype)
+        run.pool(logit_P, np.ones(1, x_N.dtype), True, ids, ids, np.zeros(0, x_N.dtype), v_BE, w_P, out_SE)
         out[i] = w_P[0] / w_P[1]
     return out
 

@@ -103,6 +103,26 @@ def test_blocks_are_the_plain_form(
 
 
 @pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("act", ["prelu", "sigmoid"])
+def test_a_behaviour_that_counts_several_times(act: str, softmax: bool) -> None:
+    """As so many behaviours alike: the sums, and of all copies together the gradients."""
+    unit, times = random_unit(8, (24, 16), act, "qkdp", torch.float64), [1, 3, 2, 1, 4, 1, 1, 2]
+    lengths, more = ([2, 1, 3], [3, 0, 5]), ([2, 1, 3], [6, 0, 9])
+    leaves, copies = inputs(6, 8, torch.float64, 8), torch.repeat_interleave(torch.arange(8), torch.tensor(times))
+    q, k, v = (x.detach().clone().requires_grad_() for x in leaves)
+    once = attend(
+        unit, *leaves, *pairs_of(*lengths), softmax=softmax, scale=0.7, times_B=torch.tensor(times, dtype=torch.float32)
+    )
+    each = attend_plain(unit, q, k[copies], v[copies], *pairs_of(*more), softmax=softmax, scale=0.7)
+    torch.testing.assert_close(once, each, rtol=1e-9, atol=1e-11)
+    sides = [
+        torch.autograd.grad((out**2).sum(), [*x, *unit.parameters()]) for out, x in ((once, leaves), (each, (q, k, v)))
+    ]
+    for one, other in zip(*sides, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("act", ["prelu", "dice"])
 @pytest.mark.parametrize("hidden", [(24, 8), (8, 72, 16), (40,)])
