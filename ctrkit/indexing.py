@@ -194,8 +194,8 @@ def build_vocabulary(job: Job, vocab: str) -> int:
 
 
 def write_words(job: Job, name: str) -> None:
-    """Write the texts of a column of the behaviours, goods or type, those of earlier days first, and what each code
-    here becomes."""
+    """Task: write the texts of a column of the behaviours, goods or type, those of earlier days first, and what each
+    code here becomes."""
     if f"behaviours.{name}" not in state(job.work, "dictionaries")["found"]:
         return
     path = WORDS[name]
