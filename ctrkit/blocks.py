@@ -20,7 +20,7 @@ import zstandard
 from ctrkit import thrift
 from ctrkit.files import write_back
 from ctrkit.spool import Ints, whole
-from ctrkit.thrift import BINARY, I32, I64, LIST, STRUCT, struct
+from ctrkit.thrift import BINARY, I32, I64, LIST, STRUCT, items, struct
 
 MAGIC = b"PAR1"
 # Numbers that the format gives its types, encodings and codecs.
@@ -62,9 +62,9 @@ def write_blocks(frame: pl.DataFrame, path: Path, rows: int) -> None:
         root = struct((4, BINARY, b"schema"), (5, I32, len(columns)))
         footer = struct(
             (1, I32, 2),
-            (2, LIST, (STRUCT, [root, *(element for column in columns for element in column.schema())])),
+            (2, LIST, items(STRUCT, [root, *(element for column in columns for element in column.schema())])),
             (3, I64, frame.height),
-            (4, LIST, (STRUCT, groups)),
+            (4, LIST, items(STRUCT, groups)),
             (6, BINARY, b"ctrkit"),
         )
         f.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
@@ -77,6 +77,7 @@ class _Column:
         """Names from the column to its values."""
         while isinstance(dtype, pl.List):
             dtype, self.path = dtype.inner, [*self.path, "list", "element"]
+        self.names = items(BINARY, [part.encode() for part in self.path])
         self.physical, self.meaning = KINDS[dtype]
 
     def schema(self) -> list[bytes]:
@@ -108,8 +109,8 @@ def _write_row_group(f: BinaryIO, columns: Sequence[_Column], arrays: Sequence[p
         header = struct((1, I32, DATA_PAGE), (2, I32, len(page)), (3, I32, len(packed)), (5, STRUCT, about))
         chunk = struct(
             (1, I32, column.physical),
-            (2, LIST, (I32, [RLE, encoding])),
-            (3, LIST, (BINARY, [name.encode() for name in column.path])),
+            (2, LIST, items(I32, [RLE, encoding])),
+            (3, LIST, column.names),
             (4, I32, ZSTD),
             (5, I64, entries),
             (6, I64, len(header) + len(page)),
@@ -120,7 +121,7 @@ def _write_row_group(f: BinaryIO, columns: Sequence[_Column], arrays: Sequence[p
         total += len(header) + len(page)
         f.write(header)
         f.write(packed)
-    return struct((1, LIST, (STRUCT, chunks)), (2, I64, total), (3, I64, rows))
+    return struct((1, LIST, items(STRUCT, chunks)), (2, I64, total), (3, I64, rows))
 
 
 def _opened(array: pyarrow.Array) -> tuple[list[Ints], pyarrow.Array]:

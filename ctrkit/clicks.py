@@ -114,10 +114,10 @@ def select_part(recipe: Recipe, convert_folder: Path, out: Path, part: int) -> d
             pl.DataFrame(
                 {
                     "pair": picks.pair,
-                    **{name: _gather(column, rows[picks.event]) for name, column in columns.items()},
+                    **{name: _gather(column, spool.take(rows, picks.event)) for name, column in columns.items()},
                     "visits": picks.visits.astype(np.uint32),
                     "dwell": (picks.dwell / 1000).astype(np.float32),
-                    "last_time": events.time[picks.event],
+                    "last_time": spool.take(events.time, picks.event),
                 }
             )
             .with_columns(pl.col("pair").set_sorted())
@@ -135,7 +135,7 @@ def _gather(column: pl.Series, rows: Ints) -> pl.Series:
     """Return some rows of a feature, UInt32."""
     if column.dtype == pl.List:
         return column.gather(rows)
-    return pl.Series(column.to_numpy()[rows].astype(np.uint32))
+    return pl.Series(spool.take(column.to_numpy(), rows).astype(np.uint32, copy=False))
 
 
 def _pairs(samples: Path, users: pl.Series, part: int) -> tuple[pl.DataFrame, int]:
@@ -209,12 +209,12 @@ def _events(
     log: pl.DataFrame, rows: Ints, features: list[str], options: SelectClicks, types: Sequence[str]
 ) -> tuple[Ints, Events]:
     """Return the rows of the log in order of user, time and key, and what they say as events."""
-    user = log["user_code"].to_numpy()[rows]
+    user = spool.take(log["user_code"].to_numpy(), rows)
     order = spool.order_by([(user, int(user.max(initial=0)) + 1)], len(rows))
-    rows, user = rows[order], user[order]
-    time = log["time"].to_numpy()[rows]
+    rows, user = spool.take(rows, order), spool.take(user, order)
+    time = spool.take(log["time"].to_numpy(), rows)
     if "goods_code" in log.columns:
-        key = log["goods_code"].to_numpy()[rows]
+        key = spool.take(log["goods_code"].to_numpy(), rows)
     else:
         key = np.array(log.select(features)[rows].select(pl.struct(features).rank("dense") - 1).to_series())
     tied = np.zeros(len(rows), bool)
@@ -226,11 +226,11 @@ def _events(
     weight = np.full(len(rows), MILLI, np.int64)
     if options.type_weights and TYPE in log.columns:
         weights = [MILLI, *(round(options.type_weights.get(t, 1) * MILLI) for t in types)]
-        weight = np.array(weights, np.int64)[log[TYPE].to_numpy()[rows]]
+        weight = np.array(weights, np.int64)[spool.take(log[TYPE].to_numpy(), rows)]
     dwell = np.zeros(len(rows), np.int64)
     if DWELL in log.columns:
-        dwell = np.maximum(log[DWELL].to_numpy()[rows], 0).astype(np.int64)
-    return rows, Events(user, log["day"].to_physical().to_numpy()[rows], time, key, dwell, weight)
+        dwell = np.maximum(spool.take(log[DWELL].to_numpy(), rows), 0).astype(np.int64)
+    return rows, Events(user, spool.take(log["day"].to_physical().to_numpy(), rows), time, key, dwell, weight)
 
 
 @dataclass(frozen=True)

@@ -258,20 +258,18 @@ def _same(cell: Any, other: Any, data: Any) -> Any:
 
 @_inline
 def _number(cell: Any) -> Any:
-    """Return the whole number of a cell of up to 7 bytes, written as usual; −1 for any other cell."""
+    """Return the whole number of a cell of up to 7 bytes, written as usual; −1 for any other cell. Without a branch,
+    so that several are worked on at once."""
     length = cell >> np.uint64(56)
-    if length > np.uint64(7):
-        return -1
-    empty = (EIGHT - length) << np.uint64(3)
+    empty = ((EIGHT - length) << np.uint64(3)) & np.uint64(63)
     # Byte by byte, after the zeros of the cell's end have gone to the front: digit − 48.
     digits = (cell << empty) ^ (ZEROS << empty)
-    if (digits | (digits + TEN_OR_MORE)) & HIGH:
-        return -1
-    if length > ONE and not (cell ^ ZEROS) & np.uint64(255):
-        return -1
+    bad = (digits | (digits + TEN_OR_MORE)) & HIGH != ZERO
+    led = (length > ONE) & ((cell ^ ZEROS) & np.uint64(255) == ZERO)
     digits = (digits * np.uint64(10) + (digits >> EIGHT)) & np.uint64(0x00FF00FF00FF00FF)
     digits = (digits * np.uint64(100) + (digits >> np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
-    return np.int64((digits * np.uint64(10000) + (digits >> np.uint64(32))) & PLACE)
+    number = np.int64((digits * np.uint64(10000) + (digits >> np.uint64(32))) & PLACE)
+    return np.int64(-1) if bad | led | (length > np.uint64(7)) else number
 
 
 @_inline
@@ -309,19 +307,23 @@ def code_numbers(
     Returns the cell where it ended, the count, and the number of that cell, −1 if it is none.
     """
     numbers = np.empty(BLOCK, np.int64)
+    number: Any = -1
     for start in range(begin, len(cells), BLOCK):
         end = good = min(start + BLOCK, len(cells))
-        for i in range(start, end):  # all numbers first, so that their places are fetched side by side
-            cell = cells[i]
-            number: Any = EMPTY
-            if cell != ZERO:
-                rest = _behind(cell, data, prefix, length) if length else cell
-                number = _number(rest) if rest else -1
-                if number < 0 or number >= len(table):
-                    good = i
-                    break
+        if length == ZERO:
+            for i in range(start, end):
+                numbers[i - start] = np.int64(EMPTY) if cells[i] == ZERO else _number(cells[i])
+        else:
+            for i in range(start, end):
+                rest = _behind(cells[i], data, prefix, length)
+                numbers[i - start] = EMPTY if cells[i] == ZERO else (_number(rest) if rest else -1)
+        for i in range(start, end):  # before any is looked up, so that their places are fetched side by side
+            number = numbers[i - start]
+            if number == -1 or number >= len(table):
+                good = i
+                break
+            if number != EMPTY:
                 _prefetch(table, number)
-            numbers[i - start] = number
         for i in range(start, good):
             at = numbers[i - start]
             if at == EMPTY:

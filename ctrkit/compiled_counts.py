@@ -4,18 +4,21 @@
 from typing import Any
 
 import numpy as np
+from numba import types
 
-from ctrkit.numba_loops import compiled
+from ctrkit.numba_loops import compiled, read
+
+COUNTS, IDS, LENGTHS = types.uint32[::1], read(types.uint32), read(types.int64)
 
 
-@compiled("void(u1[::1],u4[::1])", "void(u2[::1],u4[::1])", "void(u4[::1],u4[::1])")
+@compiled(*(types.void(read(dtype), COUNTS) for dtype in (types.uint8, types.uint16, types.uint32)))
 def count_codes(codes: Any, counts: Any) -> None:
     """Add to the counts of codes the rows that have them."""
     for i in range(len(codes)):
         counts[codes[i]] += np.uint32(1)
 
 
-@compiled("void(i8[::1],u4[::1],i8[::1],u4[::1],u4[::1],i8[::1])")
+@compiled(types.void(LENGTHS, IDS, LENGTHS, IDS, COUNTS, types.int64[::1]))
 def count_ids(lengths: Any, shared: Any, samples: Any, own: Any, seen: Any, counts: Any) -> None:
     """Add to the counts of ids the samples that have them.
 

@@ -103,8 +103,7 @@ def convert(
 
     midnights = _midnights(chunks, recipe.convert.time_zone)
     write_state(job, "scan", {"chunks": chunks, "midnights": midnights, "ids": sorted(ids)})
-    _unify(job, chunks, engine)
-    _match(job, chunks, ids, engine, counts, today)
+    _unify_and_match(job, chunks, ids, engine, counts, today)
     parts = range(job.partitions)
     if recipe.convert.sampled_negatives:
         engine.run("first days", labelling.first_days, [(job, p) for p in parts])
@@ -118,10 +117,13 @@ def convert(
         write_state(job, "count", counted)
         names = list(dict.fromkeys(f.vocab for f in recipe.features.values()))
         largest_first = sorted(names, key=lambda name: (-indexing.texts_of(job, name), name))
-        built = engine.run("vocabularies", indexing.build_vocabulary, [(job, name) for name in largest_first])
+        built, _ = engine.run_together(
+            [
+                ("vocabularies", indexing.build_vocabulary, [(job, name) for name in largest_first]),
+                ("words", indexing.write_words, [(job, name) for name in indexing.WORDS]),
+            ]
+        )
         sizes = dict(zip(largest_first, built, strict=True))
-        for name in ("goods", "type"):
-            indexing.write_words(job, name)
         engine.run("encode impressions", indexing.encode_impressions, [(job, p) for p in parts])
         if recipe.convert.negative_rate == 1:
             behind.remove(job.work / "labelled" / f"impressions-{p:04}.rows" for p in parts)
@@ -274,7 +276,14 @@ def _midnights(chunks: Mapping[str, Sequence[Chunk]], zone: str) -> list[list[An
     return [[str(day), days.midnight(day, zone)] for day in some]
 
 
-def _unify(job: Job, chunks: Mapping[str, Sequence[Chunk]], engine: Engine) -> None:
+def _unify_and_match(
+    job: Job,
+    chunks: Mapping[str, Sequence[Chunk]],
+    ids: Collection[str],
+    engine: Engine,
+    counts: Counts,
+    today: datetime.date | None,
+) -> None:
     every = [c for some in chunks.values() for c in some]
     names = list(
         dict.fromkeys([*(one.dictionary for one in job.inputs.values()), *(n for c in every for n in c["words"])])
@@ -284,36 +293,28 @@ def _unify(job: Job, chunks: Mapping[str, Sequence[Chunk]], engine: Engine) -> N
     shares = [
         (some, every, folder, ["behaviours.goods", "behaviours.type"]) for some in dictionaries.tasks(names, every)
     ]
-    found = {k: v for one in engine.run("dictionaries", dictionaries.unify, shares) for k, v in one.items()}
+    clicks = chunks["clicks"] if "clicks" in ids else []
+    (job.work / "marks").mkdir(parents=True, exist_ok=True)
+    tasks = [
+        (p, job.partitions, chunks["impressions"], clicks, job.work / "marks" / f"{p:04}", today is not None)
+        for p in (range(job.partitions) if ids else ())
+    ]
+    # The largest dictionary takes as long as all that is left for the other processes.
+    unified, matched = engine.run_together(
+        [("dictionaries", dictionaries.unify, shares), ("match", labels.match_ids, tasks)]
+    )
+    found = {k: v for one in unified for k, v in one.items()}
     order = {name: [c["stem"] for c in own[name]] for name in names}
     write_state(job, "dictionaries", {"found": found, "order": order})
-
-
-def _match(
-    job: Job,
-    chunks: Mapping[str, Sequence[Chunk]],
-    ids: Collection[str],
-    engine: Engine,
-    counts: Counts,
-    today: datetime.date | None,
-) -> None:
-    found: list[dict[str, Any]] = []
     if ids:
-        clicks = chunks["clicks"] if "clicks" in ids else []
-        (job.work / "marks").mkdir(parents=True, exist_ok=True)
-        tasks = [
-            (p, job.partitions, chunks["impressions"], clicks, job.work / "marks" / f"{p:04}", today is not None)
-            for p in range(job.partitions)
-        ]
-        found = engine.run("match", labels.match_ids, tasks)
         timed = any("other_day" in c["layout"] for c in clicks)
         for key in ("clicks of other days", "repeated clicks", "clicks without an impression"):
-            if any(key in f["counts"] for f in found):
-                counts[key] = sum(f["counts"].get(key, 0) for f in found)
+            if any(key in one["counts"] for one in matched):
+                counts[key] = sum(one["counts"].get(key, 0) for one in matched)
         if today is not None and clicks and not timed:
             del counts["clicks without an impression"]
             counts["clicks of other days or without an impression"] = counts.pop("clicks of other days")
-    write_state(job, "match", [f["begins"] for f in found])
+    write_state(job, "match", [one["begins"] for one in matched])
 
 
 def _split(

@@ -26,7 +26,7 @@ from typing import Any
 from ctrkit import numba_loops
 from ctrkit.errors import Resumable, UserError
 from ctrkit.progress import Meter
-from ctrkit.workers import die_with_parent
+from ctrkit.workers import die_with_parent, quick_process
 
 RAY_RETRIES = 5
 """How often Ray gives a task to another worker when one dies."""
@@ -41,6 +41,10 @@ KEEP_MEMORY = {
 }
 """What tells the allocators of NumPy and polars to keep freed memory for the next array: a fifth of the time else."""
 Function = Callable[..., Any]
+Phase = tuple[str, Function, Sequence[tuple[Any, ...]]]
+"""Name, the tasks' function, its arguments for each task."""
+Job = tuple[Path, Function, tuple[Any, ...]]
+"""Record of a task, its function and arguments."""
 
 
 class Engine:
@@ -57,16 +61,24 @@ class Engine:
 
     def run(self, phase: str, function: Function, tasks: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Return `function(*task)` of each task, in order. `function` must be at the top of a module."""
-        home = self.folder / phase
-        home.mkdir(parents=True, exist_ok=True)
-        records = [home / f"{i:06}.json" for i in range(len(tasks))]
-        left = [i for i, record in enumerate(records) if not record.is_file()]
-        with Meter(phase, len(tasks), "tasks") as meter:
-            meter.add(len(tasks) - len(left))
-            self._each([(records[i], function, tasks[i]) for i in left], meter.add)
-        return [json.loads(record.read_text(encoding="utf-8")) for record in records]
+        return self.run_together([(phase, function, tasks)])[0]
 
-    def _each(self, jobs: Sequence[tuple[Path, Function, tuple[Any, ...]]], done: Callable[[], None]) -> None:
+    def run_together(self, phases: Sequence[Phase]) -> list[list[Any]]:
+        """Return what `run` would for each of some phases, none of which needs what another leaves: their tasks are
+        given out in this order, without a wait in between."""
+        jobs: list[list[Job]] = []
+        for phase, function, tasks in phases:
+            home = self.folder / phase
+            home.mkdir(parents=True, exist_ok=True)
+            jobs.append([(home / f"{i:06}.json", function, task) for i, task in enumerate(tasks)])
+        left = [job for some in jobs for job in some if not job[0].is_file()]
+        count = sum(map(len, jobs))
+        with Meter(" and ".join(phase for phase, *_ in phases), count, "tasks") as meter:
+            meter.add(count - len(left))
+            self._each(left, meter.add)
+        return [[json.loads(record.read_text(encoding="utf-8")) for record, *_ in some] for some in jobs]
+
+    def _each(self, jobs: Sequence[Job], done: Callable[[], None]) -> None:
         for job in jobs:
             do_task(*job)
             done()
@@ -100,7 +112,7 @@ class Pool:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=die_with_parent
+            workers, multiprocessing.get_context("spawn"), initializer=_begin
         )
 
     def submit(self, function: Function, tasks: Sequence[tuple[Any, ...]]) -> list["concurrent.futures.Future[Any]"]:
@@ -115,6 +127,11 @@ class Pool:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: TracebackType | BaseException | None) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+
+
+def _begin() -> None:
+    die_with_parent()
+    quick_process()
 
 
 def start_early(
@@ -156,7 +173,7 @@ class LocalEngine(Engine):
         assert self._pool is not None
         self._pool.__exit__(kind, *rest)
 
-    def _each(self, jobs: Sequence[tuple[Path, Function, tuple[Any, ...]]], done: Callable[[], None]) -> None:
+    def _each(self, jobs: Sequence[Job], done: Callable[[], None]) -> None:
         assert self._pool is not None
         waiting = self._pool.submit(do_task, jobs)
         try:
@@ -227,7 +244,7 @@ class RayEngine(Engine):
     def __exit__(self, kind: type[BaseException] | None, *rest: TracebackType | BaseException | None) -> None:
         self._ray.shutdown()
 
-    def _each(self, jobs: Sequence[tuple[Path, Function, tuple[Any, ...]]], done: Callable[[], None]) -> None:
+    def _each(self, jobs: Sequence[Job], done: Callable[[], None]) -> None:
         here = Place.here(self.folder)
         remote = self._ray.remote(num_cpus=1, max_retries=RAY_RETRIES)(far_task)
         records = {remote.remote(here, function, task): record for record, function, task in jobs}

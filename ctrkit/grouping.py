@@ -339,9 +339,10 @@ def count_samples(groups: pl.DataFrame, samples: Ints, features: Mapping[str, Fe
     if code is not None and len(shared) == 1 and [isinstance(o.dtype, pl.List) for o in own] in ([], [False]):
         lengths, ids = _ids(shared[0])
         of_samples = own[0].to_numpy() if own else np.empty(0, np.uint32)
-        # Copies, since polars' arrays may not be written, which Numba takes for another type.
         given = (lengths, np.int64), (ids, np.uint32), (samples, np.int64), (of_samples, np.uint32)
-        code.count_ids(*(np.array(array, dtype) for array, dtype in given), np.zeros(size, np.uint32), counts)
+        code.count_ids(
+            *(np.ascontiguousarray(array, dtype) for array, dtype in given), np.zeros(size, np.uint32), counts
+        )
         counts[vocabulary.MISSING] = 0
         return counts.view(np.uint64)
     if shared:

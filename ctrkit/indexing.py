@@ -103,8 +103,8 @@ class _Counts:
 def add_counts(codes: Ints, counts: npt.NDArray[np.uint32]) -> None:
     """Add to the counts of codes the rows that have them."""
     code = numba_loops.load("ctrkit.compiled_counts") if len(codes) >= spool.MANY else None
-    if code is not None:  # given a copy, since Numba takes an array that may not be written for another type
-        code.count_codes(np.array(codes), counts)
+    if code is not None:
+        code.count_codes(np.ascontiguousarray(codes), counts)
     else:
         found = np.bincount(codes).astype(np.uint32)
         counts[: len(found)] += found
@@ -194,8 +194,8 @@ def build_vocabulary(job: Job, vocab: str) -> int:
 
 
 def write_words(job: Job, name: str) -> None:
-    """Write the texts of a column of the behaviours, goods or type, those of earlier days first, and what each code
-    here becomes."""
+    """Task: write the texts of a column of the behaviours, goods or type, those of earlier days first, and what each
+    code here becomes."""
     if f"behaviours.{name}" not in state(job.work, "dictionaries")["found"]:
         return
     path = WORDS[name]

@@ -3,26 +3,21 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:  # rich is imported where something is shown: most processes show nothing
+    from rich.console import Console
+    from rich.progress import Progress
 
 T = TypeVar("T")
 LINE_SECONDS = 5.0
 """Without a terminal, a line at most this often."""
 
 
-def console() -> Console:
+def console() -> "Console":
     """Return the console for tables: standard output, wide enough for a table where there is no terminal."""
+    from rich.console import Console
+
     out = Console()
     return out if out.is_terminal else Console(width=140)
 
@@ -54,14 +49,17 @@ class Meter:
 
     def __enter__(self) -> "Meter":
         if sys.stderr.isatty() and not self.quiet:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rate]}"),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -237,6 +238,7 @@ class Work:
     """Where to write the folder that is made with the target, if there is to be one."""
     counts: dict[str, Any] = field(default_factory=dict)
     """Row counts and the like, for the sidecar."""
+    _clearing: threading.Thread | None = None
 
     def begin(self) -> Path:
         """Return a folder among the parts to build the output folder in, perhaps begun by a killed run."""
@@ -249,11 +251,19 @@ class Work:
         return out
 
     def end(self) -> None:
-        """Make what was built in `begin`'s folder the output."""
+        """Make what was built in `begin`'s folder the output. The other parts, of no use without it, begin to go."""
         out = self.parts / "out"
         for unfinished in out.rglob(".*"):
             files.remove(unfinished)
         out.rename(self.path)
+        self._clearing = threading.Thread(target=files.remove, args=[self.parts])
+        self._clearing.start()
+
+    def clear(self) -> None:
+        """Remove the parts, or what is left of them."""
+        if self._clearing is not None:
+            self._clearing.join()
+        files.remove(self.parts)
 
 
 def will_work() -> bool:
@@ -365,7 +375,7 @@ def output(
             "seconds": round(time.time() - started, 3),
         }
         files.write_json(files.sidecar_path(target), sidecar)
-        files.remove(parts)
+        work.clear()
     known.save()
 
 

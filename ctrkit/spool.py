@@ -85,8 +85,8 @@ AT_ONCE = 1 << 17
 """Texts that are turned into numbers together, so that memory does not hold all of what is made on the way."""
 RANGE = 1 << 20
 """Numbers that lie this close together are coded by a table."""
-TAKEN = (np.uint8, np.uint16, np.uint32, np.int64)
-"""Types of values and places that `take` has a loop for."""
+TAKEN = {np.dtype(dtype).itemsize: np.dtype(dtype) for dtype in (np.uint8, np.uint16, np.uint32, np.int64)}
+"""Bytes of a value → the type that `take` has a loop for, of values and of places."""
 MANY = 1 << 13
 """Rows from which on a compiled loop is worth that it is loaded."""
 SAMPLE, FEW = 2048, 512
@@ -212,10 +212,11 @@ def text_order(texts: pl.Series) -> Ints:
 def take(values: Ints, places: Ints) -> Ints:
     """Return `values[places]`, a copy, in a third of the time where there are many; they are not checked then."""
     code = numba_loops.load("ctrkit.compiled_take") if len(places) >= MANY else None
-    if code is None or values.dtype not in TAKEN or places.dtype not in TAKEN or not values.flags.c_contiguous:
+    if code is None or places.dtype not in TAKEN.values() or not values.flags.c_contiguous:
         return values[places]
     out = np.empty(len(places), values.dtype)
-    code.take(values, np.ascontiguousarray(places), out)
+    dtype = TAKEN[values.itemsize]
+    code.take(values.view(dtype), np.ascontiguousarray(places), out.view(dtype))
     return out
 
 

@@ -3,17 +3,18 @@
 `ctrkit.parquet_footer` reads them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 TRUE, FALSE, I32, I64, BINARY, LIST, STRUCT = 1, 2, 5, 6, 8, 9, 12
 """Types of fields."""
+BYTES = [bytes([i]) for i in range(128)]
 
 
 def struct(*fields: tuple[int, int, Any]) -> bytes:
     """Encode a struct.
 
-    fields: number, type and value, by number. The value of a BINARY is bytes, of a STRUCT an encoded one, of a LIST
-    the type of its elements and their values.
+    fields: number, type and value, by number. The value of a BINARY is bytes, of a STRUCT or a LIST an encoded one.
     """
     out = bytearray()
     last = 0
@@ -25,8 +26,16 @@ def struct(*fields: tuple[int, int, Any]) -> bytes:
     return bytes(out)
 
 
+def items(kind: int, values: Sequence[Any]) -> bytes:
+    """Encode a list of values of one type."""
+    head = bytes([len(values) << 4 | kind]) if len(values) < 15 else bytes([0xF0 | kind]) + varint(len(values))
+    return head + b"".join(_value(kind, v) for v in values)
+
+
 def varint(number: int) -> bytes:
     """Encode a whole number from 0: seven bits a byte, the lowest first; the last byte is below 128."""
+    if number < 128:
+        return BYTES[number]
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)
@@ -40,8 +49,4 @@ def _value(kind: int, value: Any) -> bytes:
         return varint(value << 1 if value >= 0 else (-value << 1) - 1)
     if kind == BINARY:
         return varint(len(value)) + bytes(value)
-    if kind == LIST:
-        inner, values = value
-        head = bytes([len(values) << 4 | inner]) if len(values) < 15 else bytes([0xF0 | inner]) + varint(len(values))
-        return head + b"".join(_value(inner, v) for v in values)
     return bytes(value)

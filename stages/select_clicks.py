@@ -30,7 +30,8 @@ def command(recipe: Recipe, convert: Path, out: Path) -> None:
     behaviours = [n for n, f in recipe.features.items() if f.of == "behaviour"]
     provenance.check_features(recipe, behaviours, convert)
     parts = partitions_of(convert) if provenance.will_work() else 0
-    with start_early(recipe.engine, recipe.workers, parts, ("ctrkit.clicks", "ctrkit.compiled_windows")) as pool:
+    modules = ("ctrkit.clicks", "ctrkit.compiled_windows", "ctrkit.compiled_take")
+    with start_early(recipe.engine, recipe.workers, parts, modules) as pool:
         from ctrkit.clicks import select_clicks
 
         with provenance.output("select-clicks", recipe, {"convert": convert}, out) as work:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ctrkit.engine import Engine, LocalEngine, engine
+from ctrkit.engine import Engine, LocalEngine, Phase, engine
 from ctrkit.errors import Resumable, UsageError, UserError
 from tests.tiny_world import CHECKOUT
 
@@ -78,6 +78,27 @@ def test_results_come_in_the_order_of_tasks_and_are_kept(tmp_path: Path, workers
         assert runner.run("nothing", slow_square, []) == []
     assert lines(log) == [0, 0, 1, 1, 2, 3, 4, 5]
     assert not list((tmp_path / "parts").rglob(".*"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_phases_that_run_together_keep_their_results_apart(tmp_path: Path, workers: int) -> None:
+    log, flag = tmp_path / "log", tmp_path / "flag"
+    phases: list[Phase] = [
+        ("squares", slow_square, [(log, n, 0.0) for n in (10, 11, 12)]),
+        ("nothing", slow_square, []),
+        ("numbers", fail_unless, [(flag, log, n) for n in range(4)]),
+    ]
+    squares = [{"square": n**2, "of": [n], "none": None} for n in (10, 11, 12)]
+    with pytest.raises(UsageError, match="number 2 is wrong"), engine_of(tmp_path / "parts", workers) as runner:
+        runner.run_together(phases)
+    flag.touch()
+    with engine_of(tmp_path / "parts", workers) as runner:
+        assert runner.run_together(phases) == [squares, [], [0, 1, 2, 3]]
+    done = lines(log)
+    assert [done.count(n) for n in (0, 1, 2, 10, 11, 12)] == [1, 1, 2, 1, 1, 1]  # of 3, a killed one may be begun twice
+    with engine_of(tmp_path / "parts", workers) as runner:  # each is found again by its own name
+        assert runner.run("squares", slow_square, phases[0][2]) == squares
+    assert lines(log) == done
 
 
 @pytest.mark.parametrize("workers", [1, 2])

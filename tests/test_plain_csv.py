@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -222,3 +223,30 @@ def test_numbers_of_cells() -> None:
         whole = text.lstrip("-").isdigit() and str(int(text)) == text and length < 19
         assert compiled.whole_numbers(cells, data, numbers) == whole, text
         assert not whole or numbers[0] == int(text)
+
+
+@pytest.mark.parametrize("prefix", ["", "u", "user-id/"])
+def test_small_whole_numbers_are_told_from_all_other_cells(prefix: str) -> None:
+    """Against a regular expression: each text a column of its own, since coding ends at the first that is no number."""
+    rng = random.Random(0)
+    texts = ["", "0", "00", "01", "1", "9", "9999999", "0000001", "12345678", "12a", "-1", "+1", " 1", "1 ", "/1", "1:"]
+    texts += [str(rng.randrange(10 ** rng.randint(1, 8))) for _ in range(300)]
+    texts += ["".join(rng.choices("0123456789/:a\0ÿ", k=rng.randint(1, 8))) for _ in range(600)]
+    table, words, codes = np.zeros(10**7, np.uint32), np.zeros(1, np.uint64), np.zeros(2, np.uint32)
+    before = np.uint64(int.from_bytes(prefix.encode(), "little")), np.uint64(len(prefix))
+    for text in texts:
+        raw = (prefix + text).encode()
+        data = np.frombuffer(raw.ljust(64, b"\0"), np.uint8).copy()
+        short = int.from_bytes(raw, "little") | len(raw) << 56
+        cell = short if len(raw) < 8 else 1 << 63 | len(raw) << 32
+        cells = np.array([0, cell], np.uint64)  # an empty one first
+        found = compiled.code_numbers(cells, 0, data, *before, table, words, 0, codes)
+        if not raw:
+            assert found == (2, 0, -1)
+        elif re.fullmatch("0|[1-9][0-9]{0,6}", text):
+            assert found == (2, 1, -1)
+            assert (codes.tolist(), words.tolist()) == ([0, 1], [cell])
+            assert table[int(text)] == 1
+            table[int(text)] = 0
+        else:
+            assert found == (1, 0, -1)
