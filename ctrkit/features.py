@@ -76,7 +76,8 @@ class FeatureStore:
     @cached_property
     def _h5(self) -> Any:
         if not self.path.is_file():
-            raise UserError(f"{self.path} is not there; `ctrkit extract-images` writes it")
+            fault = "is a folder, not the file features.h5" if self.path.is_dir() else "is not there"
+            raise UserError(f"{self.path} {fault}; `ctrkit extract-images` writes it")
         h5 = _open(self.path)
         missing = {"features", "image", "row"} - set(h5)
         if missing:

@@ -1,6 +1,7 @@
 """Options that every stage shares."""
 
 import datetime
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,16 @@ from ctrkit.recipe import load
 
 DAY = click.DateTime(["%Y-%m-%d"])
 """A day as an option: 2024-03-01."""
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds, and never nan, which click takes for within any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,10 +1,22 @@
 """What a request to a model may say: field names, kinds and limits, from the model's own features."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from ctrkit.recipe import Feature
@@ -17,9 +29,26 @@ MOST_BEHAVIOURS = 100_000
 MOST_ADS = 10_000
 LARGEST = 65_504.0
 """Of the numbers of a picture vector: features.h5 holds float16."""
+SMALLEST_WHOLE, BEYOND_WHOLE = -(2**63), 2**64
 
 Text = Annotated[StrictStr, Field(max_length=LONGEST)]
-Whole = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
+Whole = Annotated[StrictInt, Field(ge=SMALLEST_WHOLE, lt=BEYOND_WHOLE)]
+
+
+def _whole(value: Any) -> Any:
+    if type(value) is float and value.is_integer() and SMALLEST_WHOLE < value < BEYOND_WHOLE:
+        return value
+    raise PydanticCustomError("int_type", "Input should be a whole number")
+
+
+WholeFloat = Annotated[
+    StrictFloat,
+    BeforeValidator(_whole),
+    WithJsonSchema({"type": "integer", "minimum": SMALLEST_WHOLE, "exclusiveMaximum": BEYOND_WHOLE}),
+]
+"""1.0, which is a whole number to JSON schema and to who sends it."""
+Name = Text | Whole | WholeFloat | None
+"""Of a picture."""
 Value = Annotated[Text | Whole | StrictFloat | StrictBool | None, Field(union_mode="left_to_right")]
 """None of the kinds takes a value of another, so the first that does is the one: half of the time of looking at all."""
 Number = Whole | StrictFloat | Text | None
@@ -56,12 +85,11 @@ def request_model(
         feature = features[name]
         if feature.kind == "image":
             vector = Annotated[
-                list[Annotated[float, Field(ge=-LARGEST, le=LARGEST)]],
+                list[Annotated[StrictFloat, Field(ge=-LARGEST, le=LARGEST)]],
                 Field(min_length=picture_width, max_length=picture_width),
             ]
-            kind: Any = (Text | Whole | None) if name not in read else (Text | Whole | vector | None)
-            if name in read and not names:
-                kind = vector | None
+            # The vector first: what takes it is asked no further.
+            kind: Any = Name if name not in read else vector | Name if names else vector | None
         elif feature.multi_hot:
             kind = Annotated[list[Value], Field(max_length=MOST_VALUES)] | Value
         else:
@@ -82,6 +110,37 @@ def request_model(
     fields["behaviours"] = (history, [])
     fields["ads"] = (parts("ads", "Candidates, in any order.", min_length=1, max_length=MOST_ADS), ...)
     return pydantic.create_model("Request", __base__=Request, **fields)
+
+
+class KeyTwiceError(ValueError):
+    """An object of a request has a key twice, so that nobody knows what was meant."""
+
+
+def from_json(request: type[Request], text: bytes) -> Request:
+    """Return a request of a model's type from JSON.
+
+    Raises pydantic.ValidationError if it is not one, and KeyTwiceError if an object has a key twice.
+    """
+    read = request.__pydantic_validator__.validate_json(text)
+    # A colon for each key, and perhaps others in texts. As many as keys that were found: none is there twice.
+    if text.count(b":") != keys(read) + len(read.model_fields_set):
+        json.loads(text, object_pairs_hook=_distinct)
+    assert isinstance(read, Request)
+    return read
+
+
+def keys(request: Any) -> int:
+    """Return how many keys the parts of a request have, their own names not counted."""
+    rows = [request.user, request.scene, *request.ads, *request.behaviours]
+    return sum(map(len, rows))
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> None:
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise KeyTwiceError(f"an object has the key {key[:100]!r} twice: leave one of them out")
+        seen.add(key)
 
 
 def _description(feature: Feature, is_read: bool, names: bool) -> str:

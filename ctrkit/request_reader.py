@@ -5,7 +5,6 @@ is wrong where. So msgspec has to take nothing that pydantic would not, and has 
 less.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypedDict
 
@@ -13,7 +12,17 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from ctrkit.recipe import Feature
-from ctrkit.request_model import LONGEST, MOST_ADS, MOST_BEHAVIOURS, MOST_VALUES, OWNERS, Request
+from ctrkit.request_model import (
+    LONGEST,
+    MOST_ADS,
+    MOST_BEHAVIOURS,
+    MOST_VALUES,
+    OWNERS,
+    KeyTwiceError,
+    Request,
+    from_json,
+    keys,
+)
 from ctrkit.service_requests import Refusal
 
 Text = Annotated[str, Meta(max_length=LONGEST)]
@@ -47,7 +56,7 @@ class RequestReader:
         ads: int = MOST_ADS,
         behaviours: int = MOST_BEHAVIOURS,
     ) -> None:
-        self._validate_json = request.__pydantic_validator__.validate_json
+        self.request = request
 
         def kind(name: str, feature: Feature) -> Any:
             if feature.kind == "image":  # vectors are long: pydantic's
@@ -87,23 +96,10 @@ class RequestReader:
                 setattr(quick, name, empty)
         # A colon for each key, and perhaps others in texts. As many as values that were found: no key is there twice,
         # and none that the model does not know.
-        return quick if body.count(b":") == _keys(quick) + parts else self._by_pydantic(body)
+        return quick if body.count(b":") == keys(quick) + parts else self._by_pydantic(body)
 
     def _by_pydantic(self, body: bytes) -> Request:
-        request: Request = self._validate_json(body)
-        if body.count(b":") != _keys(request) + len(request.model_fields_set):
-            json.loads(body, object_pairs_hook=_distinct)
-        return request
-
-
-def _keys(request: Any) -> int:
-    rows = [request.user, request.scene, *request.ads, *request.behaviours]
-    return sum(map(len, rows))
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> None:
-    seen = set()
-    for key, _ in pairs:
-        if key in seen:
-            raise Refusal(400, f"an object has the key {key[:100]!r} twice: leave one of them out")
-        seen.add(key)
+        try:
+            return from_json(self.request, body)
+        except KeyTwiceError as e:
+            raise Refusal(400, str(e)) from None

@@ -7,9 +7,9 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_BYTES = 32 << 10
-"""Of a request line and headers, beyond what arrived with their first byte."""
+"""Of a request line and headers."""
 THROWN_BYTES = 64 << 20
-"""Of a body after the answer, which is read and thrown away, so that the client sees the answer."""
+"""Of what comes after the answer, which is read and thrown away, so that the client sees the answer."""
 _OFFERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
@@ -24,13 +24,16 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **rest: Any) -> None:
         super().__init__(*args, **rest)
         self._in_head = False
+        self._refused = False
         self._count = 0
+        """Bytes of a head that has not ended, but for those that came with the body before it; or thrown away."""
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.most:
             self._refuse(b"503 Service Unavailable", "too many connections: try again", b"retry-after: 1\r\n")
+            transport.close()  # and wait for nobody
         else:
             self._deadline = self.loop.call_later(self.seconds, transport.abort)
 
@@ -41,29 +44,37 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if self._refused:
+            self._throw_away(data)
+            return
         self._unset_keepalive_if_required()
-        began_before = self._in_head
+        before = self.cycle
+        all_of_head = self._in_head or before is None or not before.more_body
         self._feed(data)
         if self._in_head:
-            self._count += len(data) if began_before else 0
+            if all_of_head and self.cycle is before:
+                self._count += len(data)
             if self._count > HEAD_BYTES:
-                message = f"the headers are longer than {HEAD_BYTES:,} bytes"
-                self._refuse(b"431 Request Header Fields Too Large", message)
+                self._refuse_head()
             elif self._deadline is None:
                 self._deadline = self.loop.call_later(self.seconds, self.transport.abort)
         elif self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
-            self._count += len(data)
-            if self._count > THROWN_BYTES:
-                self.transport.abort()
+            self._throw_away(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._count = True, 0
 
     def on_headers_complete(self) -> None:
-        if self.parser.get_method() == b"CONNECT":
+        method = self.parser.get_method()
+        lines = len(method) + len(self.url) + len("  HTTP/1.1\r\n\r\n")
+        if lines + sum([len(name) + len(value) + len(": \r\n") for name, value in self.headers]) > HEAD_BYTES:
+            self._refuse_head()
+        elif method == b"CONNECT":
             self._refuse(b"405 Method Not Allowed", "this is no proxy")
-        elif not self.parser.should_upgrade():  # else `_feed` goes on
+        if self._refused:
+            raise ConnectionRefusedError  # so that the parser does not go on
+        if not self.parser.should_upgrade():  # else `_feed` goes on
             super().on_headers_complete()
             self._in_head, self._count = False, 0
             self._in_time()
@@ -87,18 +98,40 @@ class Connection(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)
                 self._feed(b"\r\n".join(lines) + b"\r\n\r\n" + data[e.args[0] :])
         except httptools.HttpParserError:
-            self.send_400_response("")
+            if not self._refused:
+                self.send_400_response("")
 
     def _in_time(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
+    def _throw_away(self, data: bytes) -> None:
+        self._count += len(data)
+        if self._count > THROWN_BYTES:
+            self.transport.abort()
+
+    def _refuse_head(self) -> None:
+        message = f"the request line and headers are longer than {HEAD_BYTES:,} bytes"
+        self._refuse(b"431 Request Header Fields Too Large", message)
+
     def _refuse(self, status: bytes, message: str, more: bytes = b"") -> None:
-        """Answer what is no request for the service, and hang up."""
+        """Answer what is no request for the service, and hang up once the client has.
+
+        To close the connection while it still sends would take the answer from it.
+        """
         self._in_time()
-        self._in_head = False
+        self._in_head, self._refused, self._count = False, True, 0
+        if self.cycle is not None and not self.cycle.response_complete:
+            if not self.cycle.more_body:  # a request before this one: its answer is the last
+                self.cycle.keep_alive = False
+                return
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self.pipeline.clear()
+            self.flow.resume_reading()
         body = b'{"error": "%s"}' % message.encode()
         head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n"
         self.transport.write(head % (status, len(body), more) + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self._deadline = self.loop.call_later(self.seconds, self.transport.abort)

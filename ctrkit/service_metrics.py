@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,11 +13,14 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
 )
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Where processes that serve together keep their counts. The library reads it when it is imported."""
 SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """Upper bounds of the histogram of latencies."""
+LOADED = "ctrkit_model_loaded_timestamp_seconds"
 
 
 class Metrics:
@@ -46,10 +49,13 @@ class Metrics:
             registry=registry,
         )
         self._swaps = Counter(
-            "ctrkit_model_swaps", "Attempts to swap the model in, by what came of them.", ["result"], registry=registry
+            "ctrkit_model_swaps",
+            "Attempts of the service, all its processes together, to swap a model in, by what came of them.",
+            ["result"],
+            registry=registry,
         )
         self._loaded = Gauge(
-            "ctrkit_model_loaded_timestamp_seconds",
+            LOADED,
             "When the model in use was loaded, by its digest.",
             ["model"],
             registry=registry,
@@ -91,5 +97,15 @@ class Metrics:
         registry = self.registry
         if self._together:
             registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            registry.register(_OfAll())
         return generate_latest(registry)
+
+
+class _OfAll(Collector):
+    """The counts of all processes, without the models of before, whose numbers only 0 can take back."""
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in multiprocess.MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
+            if metric.name == LOADED:
+                metric.samples = [sample for sample in metric.samples if sample.value > 0]
+            yield metric

@@ -96,12 +96,14 @@ class Server(uvicorn.Server):
 
     def stop(self) -> None:
         """End once what has begun is answered; asked twice for it, at once."""
+        for connection in list(self.server_state.connections) if self.should_exit else ():
+            connection.transport.abort()  # whose requests then end by themselves
         self.force_exit = self.should_exit
         self.should_exit = self._service.stopping = True
 
 
 class Models:
-    """The model of one process: loads, swaps, counts and tells it."""
+    """The model of one process: loads, swaps and tells it."""
 
     def __init__(self, serving: Serving, folder: Path) -> None:
         from ctrkit.service_metrics import Metrics
@@ -119,11 +121,9 @@ class Models:
         """Load the model in a folder beside the one in use, in a thread. Return its digest. Raises UserError."""
         try:
             return await asyncio.to_thread(self.current.prepare, folder, *self._rest)
-        except UserError as e:
-            self.metrics.swapped("failed")
-            raise e
+        except UserError:
+            raise
         except Exception as e:
-            self.metrics.swapped("failed")
             logging.getLogger("ctrkit.serve").exception("loading %s failed", folder)
             raise UserError(f"{folder} cannot be loaded: {type(e).__name__}: {e}") from None
 
@@ -132,7 +132,6 @@ class Models:
         before = self.current.model.digest
         self.current.commit()
         after = self.current.model.digest
-        self.metrics.swapped("same" if before == after else "swapped")
         self.metrics.in_use(after, before)
         return {"model": after, "changed": before != after}
 
@@ -148,25 +147,31 @@ async def _serve(serving: Serving, sock: socket.socket) -> None:
             await models.prepare(serving.model.resolve())
             return models.commit()
 
+    async def count(result: str) -> None:
+        models.metrics.swapped(result)
+
     def begun() -> None:
         say(f"serve: {url(sock)}, model {models.current.model.digest}")
 
-    service = Service(models.current, serving.limits, serving.token, told(swap), models.metrics)
+    swap_told = told(swap, count)
+    service = Service(models.current, serving.limits, serving.token, swap_told, models.metrics)
     server = Server(service, serving.limits.seconds, begun)
-    on_signals(server.stop, told(swap))
+    on_signals(server.stop, swap_told)
     await server.serve([sock])
     say("serve: stopped")
 
 
-def told(swap: Callable[[], Any]) -> Callable[[], Any]:
-    """Return `swap`, saying what comes of it."""
+def told(swap: Callable[[], Any], count: Callable[[str], Any]) -> Callable[[], Any]:
+    """Return `swap`, which counts and says what comes of it: "swapped", "same" or "failed"."""
 
     async def told() -> dict[str, Any]:
         try:
             result: dict[str, Any] = await swap()
         except UserError as e:
+            await count("failed")
             say(f"serve: the model stays as it was: {e.message}")
             raise
+        await count("swapped" if result["changed"] else "same")
         say(f"serve: model {result['model']}, " + ("swapped in" if result["changed"] else "the same as before"))
         return result
 

@@ -127,6 +127,8 @@ async def _serve_watched(serving: Serving, folder: Path, connections: socket.soc
             return models.commit()
         if question == "drop":
             return models.current.drop()
+        if question == "count":
+            return models.metrics.swapped(argument)
         assert question == "stop"
         return server.stop()
 
@@ -222,12 +224,14 @@ class _Worker:
         await self.ended.wait()
 
     async def _handle(self, question: str, argument: Any) -> Any:
+        if question not in ("begun", "failed"):
+            return await self._asked(question, argument)
+        if self.begun.done():  # nobody waits for it any more
+            return None
         if question == "begun":
             self.begun.set_result(argument)
-        elif question == "failed":
-            self.begun.set_exception(UserError(argument))
         else:
-            return await self._asked(question, argument)
+            self.begun.set_exception(UserError(argument))
         return None
 
     def _end(self) -> None:
@@ -248,14 +252,22 @@ class Watcher:
         self._folder = serving.model.resolve()
         self._workers: dict[int, _Worker] = {}
         self._turn = 0
+        self._listens = False
         self._busy = asyncio.Lock()
         """Held while models are swapped or a worker starts, so that all have the same."""
-        self._swap = told(self._swap_all)
+        self._swap = told(self._swap_all, self._count_swap)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT. Raises UserError if the first workers cannot use the model."""
         stopping = asyncio.Event()
-        on_signals(stopping.set, self._swap)
+
+        def stop() -> None:
+            """End once what has begun is answered; asked twice for it, at once."""
+            if stopping.is_set():
+                self._kill()
+            stopping.set()
+
+        on_signals(stop, self._swap)
         serving, stopped = asyncio.create_task(self._serve()), asyncio.create_task(stopping.wait())
         try:
             await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -266,19 +278,29 @@ class Watcher:
             stopped.cancel()
             asyncio.get_running_loop().remove_reader(self._sock)
             self._sock.close()
+            if not self._listens:  # nothing has begun
+                self._kill()
             seconds = self._serving.limits.seconds + 10
             await asyncio.gather(*(worker.stop(seconds) for worker in self._workers.values()))
         say("serve: stopped")
 
     async def _serve(self) -> None:
         async with self._busy:
-            await asyncio.gather(*(self._start(place) for place in range(self._count)))
+            at_once = len(os.sched_getaffinity(0))
+            for first in range(0, self._count, at_once):
+                places = range(first, min(first + at_once, self._count))
+                await asyncio.gather(*(self._start(place) for place in places))
         self._sock.setblocking(False)
         self._sock.listen(BACKLOG)
+        self._listens = True
         self._listen()
         model = self._workers[0].begun.result()
         say(f"serve: {url(self._sock)}, model {model}, {self._count} processes")
         await asyncio.gather(*(self._keep(place) for place in range(self._count)))
+
+    def _kill(self) -> None:
+        for worker in self._workers.values():
+            worker.process.kill()
 
     def _listen(self) -> None:
         if self._sock.fileno() >= 0:
@@ -345,6 +367,13 @@ class Watcher:
             self._folder = folder
             done_by_all = await self._ask_all("commit")
             return {"model": answers[0], "changed": any(done["changed"] for done in done_by_all)}
+
+    async def _count_swap(self, result: str) -> None:
+        """Have one worker count an attempt to swap, for all."""
+        for worker in [worker for worker in self._workers.values() if worker.serves]:
+            with contextlib.suppress(ConnectionError):
+                await worker.line.ask("count", result)
+                return
 
     async def _ask_all(self, question: str, argument: Any = None) -> list[Any]:
         """Return what the workers answer, UserErrors included, but for those that died over it."""

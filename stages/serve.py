@@ -12,10 +12,9 @@ from typing import Any
 import click
 
 from ctrkit.errors import UsageError, UserError
-from ctrkit.options import path_option
+from ctrkit.options import FiniteRange, path_option
 
 SHORTEST_TOKEN = 16
-NUMBER = click.IntRange(min=1)
 
 
 @click.command("serve")
@@ -30,10 +29,14 @@ NUMBER = click.IntRange(min=1)
     f"File with the token that callers send, {SHORTEST_TOKEN} characters or more. Default: $CTRKIT_TOKEN.",
     required=False,
 )
-@click.option("--workers", type=NUMBER, default=1, show_default=True, help="Processes that share the port.")
-@click.option("--threads", type=NUMBER, default=1, show_default=True, help="CPU threads of one scoring.")
 @click.option(
-    "--max-request-mb", type=click.FloatRange(min=0.001), default=4.0, show_default=True, help="Longest body, in MiB."
+    "--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that share the port."
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="CPU threads of one scoring."
+)
+@click.option(
+    "--max-request-mb", type=FiniteRange(0.001, 1024), default=4.0, show_default=True, help="Longest body, in MiB."
 )
 @click.option(
     "--max-ads", type=click.IntRange(1, 10_000), default=1000, show_default=True, help="Most ads of a request."
@@ -47,14 +50,14 @@ NUMBER = click.IntRange(min=1)
 )
 @click.option(
     "--max-at-once",
-    type=NUMBER,
+    type=click.IntRange(min=1),
     default=64,
     show_default=True,
     help="Requests for scores that a process takes at once; to more it answers 503.",
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0.01),
+    type=FiniteRange(0.01, 3600),
     default=10.0,
     show_default=True,
     help="Seconds that a request may take.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ctrkit.errors import UsageError, UserError
-from ctrkit.options import mlflow_option, path_option
+from ctrkit.options import FiniteRange, mlflow_option, path_option
 from ctrkit.progress import console, say
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @path_option("--raw", "Folder of raw data; leave out where the recipe simulates its own.", required=False)
 @click.option("--weights", help="Weights for extract-images: a state dict's path, `published` or `random`.")
 @click.option("--trials", type=click.IntRange(min=1), help="Trials in all. Default: the recipe's.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="MINUTES", help="Begin no trial after that; 0: never.")
+@click.option("--timeout", type=FiniteRange(0, 1e6), metavar="MINUTES", help="Begin no trial after that; 0: never.")
 @click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes that share them.")
 @click.option("--keep-models", is_flag=True, help="Keep the models and data steps of all trials, not of the best only.")
 @mlflow_option

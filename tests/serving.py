@@ -25,6 +25,12 @@ def exported(run: TinyRun, folder: Path, *words: str) -> Path:
     return requests_of.export(run, run.train(folder / "model", *words), folder / "exported")
 
 
+def workers_of(watcher: int) -> list[int]:
+    """Return the processes that one of several workers started to serve."""
+    children = Path(f"/proc/{watcher}/task/{watcher}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 class Running:
     """A service on a free port. Use as a context manager: at the end it is stopped, and must end well."""
 
@@ -113,8 +119,7 @@ class Running:
 
     def workers(self) -> list[int]:
         """Return the processes that it started to serve."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return workers_of(self.process.pid)
 
     def _read(self) -> None:
         assert self.process.stderr is not None

@@ -273,6 +273,8 @@ def test_shuffled_gives_every_picture_anothers_row_for_good(tmp_path: Path) -> N
 def test_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not there"):
         _ = FeatureStore(tmp_path / "none.h5").rows
+    with pytest.raises(UserError, match=r"is a folder, not the file features\.h5"):
+        _ = FeatureStore(tmp_path).rows
     (tmp_path / "text.h5").write_text("no")
     with pytest.raises(UserError, match="not an HDF5 file"):
         _ = FeatureStore(tmp_path / "text.h5").rows

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -60,8 +61,10 @@ def outcome(read: Any, body: bytes) -> Any:
 
 TEXTS = st.text(alphabet=st.sampled_from('aé:\\"\n\x00 1.-😀'), max_size=5) | st.sampled_from(["x" * 2000, "x" * 2001])
 NUMBERS = st.integers(-(2**66), 2**66) | st.sampled_from([2**63 - 1, 2**63, 2**64 - 1, 2**64, -(2**63), -(2**63) - 1])
-SCALARS = TEXTS | NUMBERS | st.floats(allow_nan=False) | st.booleans() | st.none()
-VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.lists(st.floats(-7e4, 7e4), min_size=2, max_size=2)
+WHOLE = st.integers(-(2**66), 2**66).map(float) | st.sampled_from([1.0, -0.0, 2.0**63, 2.0**64, -(2.0**63)])
+SCALARS = TEXTS | NUMBERS | WHOLE | st.floats(allow_nan=False) | st.booleans() | st.none()
+OF_VECTORS = st.floats(-7e4, 7e4) | st.integers(-70_000, 70_000) | st.sampled_from(["1", True])
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.lists(OF_VECTORS, min_size=2, max_size=2)
 
 
 def row(key: str) -> st.SearchStrategy[dict[str, Any]]:
@@ -90,7 +93,41 @@ def test_understands_what_pydantic_does(request: dict[str, Any], ascii: bool, na
     assert outcome(one.read, body) == outcome(lambda b: RequestReader._by_pydantic(one, b), body)
 
 
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(request=REQUESTS, names=st.booleans())
+def test_the_schema_says_what_is_taken(request: dict[str, Any], names: bool) -> None:
+    """All of it, and nothing else; numbers that JSON does not have aside."""
+    try:
+        body = json.dumps(request, allow_nan=False).encode()
+    except ValueError:
+        return
+    assert isinstance(outcome(READERS[names].read, body), str) == PAGES[names].is_valid(request)
+
+
+@pytest.mark.parametrize("vector", [["1", "2"], [True, False], [1, "2"], [1, None], [1, [2]], [1, 65_505]])
+def test_a_vector_has_numbers_only(vector: list[Any]) -> None:
+    body = json.dumps({"ads": [{"image": vector}]}).encode()
+    for one in READERS.values():
+        with pytest.raises(ValidationError):
+            one.read(body)
+
+
+@pytest.mark.parametrize("vector", [[1, 2], [1.0, -2.5], [0, -65_504]])
+def test_a_vector_may_have_whole_numbers(vector: list[Any]) -> None:
+    for one in READERS.values():
+        assert one.read(json.dumps({"ads": [{"image": vector}]}).encode()).ads == [{"image": vector}]
+
+
+@pytest.mark.parametrize("name", [7, 7.0, 1e16, "7"])
+def test_a_name_may_be_a_whole_number(name: Any) -> None:
+    body = json.dumps({"ads": [{"image": name, "old": name}]}).encode()
+    assert READERS[True].read(body).ads == [{"image": name, "old": name}]
+    with pytest.raises(ValidationError):
+        READERS[False].read(body)
+
+
 READERS = {names: reader(names) for names in (True, False)}
+PAGES = {names: jsonschema_rs.validator_for(one.request.model_json_schema()) for names, one in READERS.items()}
 USUAL = {
     "user": {"gender": "f", "tags": ["a", 1]},
     "scene": {"hour": 12},
@@ -121,6 +158,8 @@ def test_the_usual_is_not_read_twice() -> None:
         b'{"ads":[{"price":1e999}]}',
         b'{"ads":[{"price":true}]}',
         b'{"ads":[{"image":1.5}]}',
+        b'{"ads":[{"image":1e300}]}',
+        b'{"ads":[{"image":true}]}',
         b'{"ads":[{"image":[1,2,3]}]}',
         b'{"ads":[{"old":[1,2]}]}',
         b'{"ads":[{"ad_id":"\xff"}]}',

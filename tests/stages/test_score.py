@@ -1,6 +1,9 @@
 """ctrkit score, through the command line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from ctrkit.stages.score import command
 from ctrkit.cli import COMMANDS, main
 from tests import requests_of
 from tests.tiny_run import TinyRun
+
+TWICE = b'{"ads":[{}],"ads":[{}]}'
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +54,52 @@ def test_an_answer_a_line_in_order(tiny_run: TinyRun, model: Path, exported: Pat
 def test_lines_that_are_no_requests(exported: Path) -> None:
     """Each is answered in its place by what is wrong and which line it is; exit code 1 after the last."""
     good = {"ads": [{"ad_id": "a1"}, {}]}
-    result = score(exported, [good, b"{", {"ads": []}, b"", b"\xff\xfe", {**good, "time": 3}, good])
+    result = score(exported, [good, b"{", {"ads": []}, TWICE, b"\xff\xfe", {**good, "time": 3}, good])
     assert result.exit_code == 1
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert answers[0] == answers[6]
     assert len(answers[0]["scores"]) == 2
     assert [a.get("line") for a in answers] == [None, 2, 3, 4, 5, 6, None]
-    assert answers[1]["error"].startswith("the request: invalid JSON: ")
+    assert answers[1]["error"] == "the request: invalid JSON: EOF while parsing an object at column 1"
     assert answers[2]["error"].startswith("ads: list should have at least 1 item")
+    assert answers[3]["error"] == "the request: an object has the key 'ads' twice: leave one of them out"
     assert answers[5]["error"] == "time: there is no such field in this model's requests"
     assert "score: 5 lines were no requests; each is answered by what is wrong with it" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_matter(exported: Path) -> None:
+    """Blank lines count as lines, though."""
+    good = b'{"ads":[{"ad_id":"a1"}]}'
+    expected = score(exported, [good]).stdout
+    result = score(exported, [b"\xef\xbb\xbf" + good, b"", b" \t\r", good + b"\r", b""])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, 2 * expected, "")
+    assert (score(exported, [b"\xef\xbb\xbf", b""]).output, score(exported, [b""]).exit_code) == ("", 0)
+    result = score(exported, [b"", b"", b"{", b"", b"\xef\xbb\xbf" + good])
+    assert [json.loads(line)["line"] for line in result.stdout.splitlines()] == [3, 5]
+
+
+@pytest.mark.parametrize("package", ["msgspec", "starlette", "uvicorn", "prometheus_client"])
+def test_nothing_of_the_service_is_needed(package: str, exported: Path) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from ctrkit.cli import main; main()"
+    command = [sys.executable, "-c", code, "score", "--model", exported]
+    done = subprocess.run(command, input=b'{"ads":[{}]}\n' + TWICE, capture_output=True)
+    assert (done.returncode, [list(json.loads(line)) for line in done.stdout.splitlines()]) == (
+        1,
+        [["scores", "unknown"], ["error", "line"]],
+    )
+
+
+def test_a_full_disk_and_a_closed_pipe(exported: Path) -> None:
+    command = [sys.executable, "-m", "ctrkit", "score", "--model", exported]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, input=b'{"ads":[{}]}\n' * 3, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"Error: cannot write to standard output: the disk is full\n")
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(command, input=b'{"ads":[{}]}\n' * 3, stdout=writes, stderr=subprocess.PIPE)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_attention(tiny_run: TinyRun, exported: Path) -> None:

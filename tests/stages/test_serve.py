@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from ctrkit.stages.serve import command
 
 from ctrkit.cli import COMMANDS
 from tests import requests_of
-from tests.serving import TOKEN, Callers, Running, exported
+from tests.serving import TOKEN, Callers, Running, exported, workers_of
 from tests.shop import ctrkit
 from tests.tiny_run import TinyRun
 
@@ -120,6 +121,62 @@ def test_sigterm_finishes_what_began_and_takes_no_more(models: dict[str, Path], 
         assert running.log[-1] == "serve: stopped\n"
 
 
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_workers_start_a_few_at_a_time_and_stop_while_they_do(models: dict[str, Path], stop: signal.Signals) -> None:
+    """On one core one begins after the other; all have ended when the service has."""
+    folder, cores = models["din"], os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        command = [sys.executable, "-m", "ctrkit", "serve", str(folder), "--port", "0", "--workers", "8"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.sched_setaffinity(0, cores)
+    try:
+        seen: list[int] = []
+        while len(seen) < 2 and process.poll() is None:
+            seen += [pid for pid in workers_of(process.pid) if pid not in seen]
+            assert len(seen) <= 2
+            time.sleep(0.01)
+        process.send_signal(stop)
+        log = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, log) == (0, "serve: stopped\n")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in seen)
+
+
+def test_a_second_sigterm_ends_at_once(models: dict[str, Path]) -> None:
+    """Though a request has begun, which had a minute."""
+    head = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 12\r\n\r\n"
+    for workers in (1, 2):
+        running = Running(models["din"], "--workers", workers, "--timeout", 60)
+        with running, socket.create_connection(("127.0.0.1", running.port)) as half:
+            half.sendall(head)
+            while running.counted("ctrkit_open_requests") < 1:
+                time.sleep(0.01)
+            running.process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                running.process.wait(0.5)
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("--max-request-mb", x) for x in ("inf", "nan", "0", "-1", "1025", "1e308")),
+        *(("--timeout", x) for x in ("inf", "nan", "0", "-inf", "3601")),
+        *(("--workers", x) for x in ("0", "257", "10000")),
+        ("--threads", "1025"),
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_nothing_can_be_done_with(words: tuple[str, str]) -> None:
+    result = ctrkit("serve", "nowhere", *words)
+    assert result.exit_code == 2, result.output
+    assert f"Error: Invalid value for '{words[0]}': " in result.output
+
+
 def test_a_killed_service_starts_again_at_the_same_port(models: dict[str, Path]) -> None:
     with Running(models["din"], "--workers", 2) as running:
         expected = running.scores(REQUEST)
@@ -202,8 +259,12 @@ def test_a_model_is_swapped_in_under_load_without_losing_a_request(
             assert all(answer in (first, second) for answer in answers)
             assert first in answers
             assert second in answers
-        assert running.counted('ctrkit_model_swaps_total{result="swapped"}') == 2 * workers
-        assert running.counted('ctrkit_model_swaps_total{result="failed"}') == 2 * workers
+        text = running.ask("GET", "/metrics")[1]
+        loaded = re.findall(r'^ctrkit_model_loaded_timestamp_seconds\{model="(.*)"\} (.*)$', text, re.M)
+        assert [model for model, _ in loaded] == [first["model"]]
+        assert float(loaded[0][1]) > time.time() - 600
+        assert running.counted('ctrkit_model_swaps_total{result="swapped"}') == 2
+        assert running.counted('ctrkit_model_swaps_total{result="failed"}') == 2
 
 
 def test_a_token_is_asked_for_but_for_health(models: dict[str, Path], tmp_path: Path) -> None:

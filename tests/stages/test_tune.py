@@ -370,3 +370,10 @@ def test_a_trial_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
     assert study.rows()[ATTEMPTS - 1].notes["why"] == "its process was killed 3 times"
     with study.begin(2) as begun:
         assert begun is None
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1"])
+def test_a_timeout_is_a_number_of_minutes(minutes: str) -> None:
+    result = ctrkit("tune", "demo", "--timeout", minutes)
+    assert result.exit_code == 2
+    assert "Invalid value for '--timeout': " in result.output
