@@ -20,10 +20,13 @@ PATIENCE = 60.0
 
 @functools.cache
 def load(module: str) -> ModuleType | None:
-    """Return a module of compiled functions; None where Numba is not installed or does not work."""
+    """Return a module of compiled functions; None where Numba is not installed, does not work or is told not to compile
+    (NUMBA_DISABLE_JIT)."""
     try:
-        import numba  # noqa: F401
+        import numba
     except ImportError:
+        return None
+    if getattr(numba.config, "DISABLE_JIT", 0):
         return None
     with _one_at_a_time(), _without_linear_algebra():
         return importlib.import_module(module)

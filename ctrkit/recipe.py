@@ -1076,10 +1076,11 @@ def read(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = (
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not a TOML file: {e}") from None
     data.setdefault("name", path.resolve().parent.name if path.name == "recipe.toml" else path.stem)
+    # As they stand in the file: what `--set` lays over one variant need not suit the others.
+    _check_variants(data, str(path))
     overrides = [parse_set(text) for text in sets]
     for override in overrides:
         data = merge(data, override)
-    _check_variants(data, str(path))
     if variant is not None:
         variants = data.get("variants", {})
         if variant not in variants:

@@ -90,6 +90,14 @@ def test_variants_and_sets_in_their_order(tmp_path: Path) -> None:
     assert load(path, None, ["variants.long.train.epochs=7"]).train.epochs == 3
 
 
+def test_what_is_set_for_one_variant_need_not_suit_the_others(tmp_path: Path) -> None:
+    warm = '\n[variants.warm.train]\nwarm_start = "full"\nwarm_from = "long"\n'
+    path = write(tmp_path, TEXT + warm)
+    assert load(path, "warm", ["train.warm_optimiser=true"]).train.warm_optimiser
+    with pytest.raises(UsageError, match='warm_optimiser needs warm_start = "full"'):
+        load(path, "long", ["train.warm_optimiser=true"])
+
+
 def test_a_table_that_is_set_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     space = '\n[tune.space]\n"train.pooling" = ["sum", "max"]\n"train.learning_rate" = { low = 1e-3, high = 1e-2 }\n'
     path = write(tmp_path, TEXT + space)

@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +154,10 @@ def trainer(groups: Path, **train: Any) -> Trainer:
     config = Train(**{**DIN, "batch": 9, "threads": 2, "learning_rate": 0.01, "seed": 1, **train})
     model = build(config, Schema.read(groups), COUNTS, None)
     return Trainer(model, COUNTS, GroupedData(groups, "train", model.plan.features), None, None)
+
+
+def test_numba_that_is_told_not_to_compile_is_as_none() -> None:
+    code = "from ctrkit import numba_loops; print(numba_loops.load('ctrkit.compiled_repeats'))"
+    words = [sys.executable, "-c", code]
+    told = subprocess.run(words, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, capture_output=True, check=True)
+    assert told.stdout == b"None\n"
