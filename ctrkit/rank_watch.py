@@ -31,7 +31,7 @@ SILENCE_SECONDS = 600.0
 """After so long without one a rank counts as lost."""
 NOTICE_SECONDS = 20.0
 """How long a rank may take to notice by itself that another one has gone, before it is told to stop."""
-HEARING_SECONDS = 5.0
+HEARING_SECONDS = 15.0
 """How long the main thread may take to hear that it is to stop."""
 LEAVING_SECONDS = 30.0
 """How long it may then take to end."""

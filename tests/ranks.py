@@ -17,6 +17,17 @@ ROUND = "ROUND"
 """In a rank's environment: the number of the round."""
 
 
+def load_loops() -> None:
+    """Load all loops that training uses, before ranks are forked: where they are compiled first, Python hears no signal
+    for seconds."""
+    from ctrkit import numba_loops
+
+    for name in ("compiled_masks", "compiled_repeats", "compiled_rows"):
+        numba_loops.load(f"ctrkit.{name}")
+    for name in ("pair_loops", "pair_net_loops", "tower_loops"):
+        numba_loops.load(f"ctrkit.models.{name}")
+
+
 def main(module: str, function: str, counts: list[int], joined: bool, folder: Path) -> None:
     """Run `function(ranks, folder)` of a module on each number of ranks; pickle what each returns, or was killed by."""
     import importlib

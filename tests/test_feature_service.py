@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from ctrkit import numba_loops, preparing, training
+from ctrkit import preparing, training
 from ctrkit.batches import GroupedData, Schema
 from ctrkit.data_parallel import DataParallel
 from ctrkit.embedding import Table
@@ -23,7 +23,7 @@ from ctrkit.placement import spreads_pictures
 from ctrkit.ranks import Ranks
 from ctrkit.recipe import Train
 from ctrkit.scoring import all_scores
-from tests.ranks import on_ranks
+from tests.ranks import load_loops, on_ranks
 from tests.small_groups import SIZES, random_groups, write_features, write_groups, write_image_vocabulary
 
 STEPS, SOME, FEW = 50, 10, 6
@@ -83,8 +83,7 @@ def write(folder: Path) -> None:
 def before_forks() -> None:
     """Import once for all ranks what takes long and starts no thread."""
     importlib.import_module("torch._dynamo")  # which DistributedDataParallel asks about its settings
-    for module in ("ctrkit.compiled_rows", "ctrkit.models.pair_loops"):
-        numba_loops.load(module)
+    load_loops()
 
 
 @functools.cache

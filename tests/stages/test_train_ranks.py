@@ -22,10 +22,10 @@ import pytest
 import torch
 
 import ctrkit.training  # before ranks are forked
-from ctrkit import numba_loops, provenance
+from ctrkit import provenance
 from ctrkit.cli import main
 from ctrkit.ranks import Ranks
-from tests.ranks import ROUND, rounds
+from tests.ranks import ROUND, load_loops, rounds
 from tests.shop import ctrkit
 from tests.tiny_run import TinyRun
 
@@ -134,8 +134,7 @@ def killed(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def before_forks() -> None:
     """Import once for all ranks what takes long and starts no thread."""
     importlib.import_module("torch._dynamo")  # which DistributedDataParallel asks about its settings
-    for module in ("ctrkit.compiled_rows", "ctrkit.models.pair_loops"):
-        numba_loops.load(module)
+    load_loops()
     importlib.import_module("ctrkit.stages.train")
     importlib.import_module("ctrkit.stages.predict")
     provenance.code_digest("train")
