@@ -101,6 +101,8 @@ class Watch:
         signal.signal(signal.SIGTERM, stop)
         if before[signal.SIGINT] is signal.default_int_handler:
             signal.signal(signal.SIGINT, interrupt)
+        with contextlib.suppress(RuntimeError):  # the first sign of life: who never gave one is not missed
+            self._own.add(_key(self.ranks.rank), 1)
         for thread in self._threads:
             thread.start()
         try:

@@ -144,7 +144,10 @@ def test_structs_are_read_as_they_were_written(number: int) -> None:
     many = list(range(20))
     inner = thrift.struct((1, thrift.BINARY, b"text" * 50), (9, thrift.I64, number))
     written = thrift.struct(
-        (2, thrift.I64, number), (3, thrift.LIST, (thrift.I32, many)), (7, thrift.STRUCT, inner), (8, thrift.I32, 5)
+        (2, thrift.I64, number),
+        (3, thrift.LIST, thrift.items(thrift.I32, many)),
+        (7, thrift.STRUCT, inner),
+        (8, thrift.I32, 5),
     )
     expected = {2: number, 3: many, 7: {1: b"text" * 50, 9: number}, 8: 5}
     assert thrift_struct(written) == (expected, len(written))
