@@ -78,7 +78,8 @@ def in_step(items: Iterator[T], n: int, worker: Executor) -> Generator[T]:
     try:
         while True:
             coming.append(worker.submit(next, items, end))
-            item = coming.popleft().result()
+            item = coming[0].result()  # and is waited for below, where this is interrupted
+            coming.popleft()
             if item is end:
                 return
             yield item  # type: ignore[misc]
