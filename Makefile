@@ -10,6 +10,9 @@ DATA ?= demo
 OUT ?= runs
 JOBS ?= 2
 
+# Hundreds of processes import the package: it is compiled once, whatever this is outside.
+export PYTHONDONTWRITEBYTECODE :=
+
 READY := .venv/.ready
 STAGES := simulate convert select-clicks tune-backbone extract-images import-features group train predict export eval report tables daily replay
 # DATA, RAW, WEIGHTS, SET, TODAY, FROM, TO, MLFLOW and OUT reach the pipeline by themselves. Without a -j of the user's, JOBS steps run at once.
@@ -27,8 +30,8 @@ $(STAGES): $(READY)
 setup: $(READY) ## make .venv and install everything into it
 
 .PHONY: test
-test: $(READY) ## run the tests; PYTEST='-k name' gives pytest options
-	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
+test: $(READY) ## run the tests, with LONG=1 also the long ones; PYTEST='-k name' gives pytest options
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(LONG),-m '') $(PYTEST)
 
 .PHONY: check
 check: $(READY) ## ruff and strict types

@@ -22,7 +22,7 @@ from ctrkit.programs import Programs, as_inputs, lists_side_by_side, of_another_
 from ctrkit.raw_values import Indexer
 from ctrkit.request_model import Request, request_model
 from ctrkit.serving_pictures import Names, Pictures
-from ctrkit.vocabulary import MISSING, UNKNOWN
+from ctrkit.vocabulary import FIRST, MISSING, UNKNOWN
 
 Given = dict[str, npt.NDArray[Any]]
 Rows = Sequence[Mapping[str, Any]]
@@ -45,6 +45,34 @@ class Answer:
         """Return it as plain values; `attention` only where there is one."""
         out: dict[str, Any] = {"scores": self.scores_A.tolist(), "unknown": self.unknown}
         return out if self.attention_AL is None else {**out, "attention": self.attention_AL.tolist()}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows of a request, feature by feature."""
+
+    rows: int
+    own: Mapping[str, Sequence[Any]]
+    """Feature → the value of each row, or that of `common`, or None; of features that some row has."""
+    common: Mapping[str, Any]
+    """Values of all rows that do not have their own."""
+
+    @classmethod
+    def of(cls, rows: Rows, common: Mapping[str, Any] = NOTHING) -> "Columns":
+        """Return rows as columns: in one pass where all have the same keys."""
+        first = rows[0] if rows else NOTHING
+        if len(first) > 1 and {*map(len, rows)} == {len(first)}:
+            try:
+                values = zip(*map(operator.itemgetter(*first), rows), strict=True)
+                return cls(len(rows), dict(zip(first, values, strict=True)), common)
+            except KeyError:
+                pass
+        names = set().union(*rows)
+        return cls(len(rows), {n: [row.get(n, common.get(n)) for row in rows] for n in names}, common)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return each row's value, or None."""
+        return self.own[name] if name in self.own else [self.common.get(name)] * self.rows
 
 
 class Scorer:
@@ -92,16 +120,17 @@ class Scorer:
     def score(self, request: Request, attention: bool = False) -> Answer:
         """Return the click probability of each ad of a request, which is one of `self.request`."""
         reads, answer = self._reads, Answer(np.zeros(0, np.float32))
-        behaviours = request.behaviours[-self._most :] if self._reads_behaviours else []
-        given = {name: array[0] for name, array in self._ids("user_ids", [request.user], answer).items()}
-        given |= {f"user.{name}": self._lists(name, [request.user], answer)[0] for name in reads["user"]}
+        user = Columns.of([request.user])
+        behaviours = Columns.of(request.behaviours[-self._most :] if self._reads_behaviours else [])
+        given = {name: array[0] for name, array in self._ids("user_ids", user, answer).items()}
+        given |= {f"user.{name}": self._lists(name, user, answer)[0] for name in reads["user"]}
         given |= self._ids("behaviour_ids", behaviours, answer)
         given |= self._look_at("user_pictures", behaviours, answer)
-        state = self.programs.user(given, len(behaviours))
-        ads, scene = request.ads, request.scene
-        given = self._ids("ad_ids", ads, answer, scene) | self._look_at("ad_pictures", ads, answer)
-        given |= {f"ad.{name}": self._lists(name, ads, answer, scene) for name in reads["ad"]}
-        answer.scores_A, weights_AL = self.programs.score(state, given, len(ads), len(behaviours))
+        state = self.programs.user(given, behaviours.rows)
+        ads = Columns.of(request.ads, request.scene)
+        given = self._ids("ad_ids", ads, answer) | self._look_at("ad_pictures", ads, answer)
+        given |= {f"ad.{name}": self._lists(name, ads, answer) for name in reads["ad"]}
+        answer.scores_A, weights_AL = self.programs.score(state, given, ads.rows, behaviours.rows)
         answer.attention_AL = weights_AL if attention else None
         return answer
 
@@ -109,39 +138,34 @@ class Scorer:
     def _reads_behaviours(self) -> bool:
         return bool(self._reads["behaviour_ids"] or self._reads["user_pictures"])
 
-    def _ids(self, key: str, rows: Rows, answer: Answer, common: Mapping[str, Any] = NOTHING) -> Given:
-        """Return [rows, features] indexes by the input's name, where the model reads such features.
-
-        common: values of every row that does not have its own.
-        """
+    def _ids(self, key: str, of: "Columns", answer: Answer) -> Given:
+        """Return [rows, features] indexes by the input's name, where the model reads such features."""
         names = self._reads[key]
         if not names:
             return {}
-        out_NF = np.empty((len(rows), len(names)), np.int64)
-        own = set().union(*rows)
-        for i, name in enumerate(names):
-            if name in own:
-                index = self._indexer[name].one(_column_of(rows, name, common))
-                out_NF[:, i] = array.array("q", index)  # which NumPy copies, where it would look at each of a list
+        flat: list[int] = []
+        for name in names:
+            if name in of.own:
+                flat += self._indexer[name].one(of.own[name])
             else:
-                index = self._indexer[name].one([common.get(name)]) * len(rows)
-                out_NF[:, i] = index[:1]
-            _count(answer, name, index.count(MISSING), index.count(UNKNOWN))
-        return {key: out_NF}
+                flat += self._indexer[name].one([of.common.get(name)]) * of.rows
+        out_FN = np.asarray(array.array("q", flat)).reshape(len(names), of.rows)
+        if out_FN.size and out_FN.min() < FIRST:
+            for name, index_N in zip(names, out_FN, strict=True):
+                _count(answer, name, int((index_N == MISSING).sum()), int((index_N == UNKNOWN).sum()))
+        return {key: np.ascontiguousarray(out_FN.T)}
 
-    def _lists(
-        self, name: str, rows: Rows, answer: Answer, common: Mapping[str, Any] = NOTHING
-    ) -> npt.NDArray[np.int64]:
+    def _lists(self, name: str, of: "Columns", answer: Answer) -> npt.NDArray[np.int64]:
         """Return [rows, V] indexes of a multi-hot feature, filled up with 0."""
-        lists = [self._indexer[name].many(value) for value in _column_of(rows, name, common)]
+        lists = [self._indexer[name].many(value) for value in of.column(name)]
         _count(answer, name, lists.count([]), sum(some.count(UNKNOWN) for some in lists))
         return lists_side_by_side(lists)
 
-    def _look_at(self, key: str, rows: Sequence[Mapping[str, Any]], answer: Answer) -> Given:
+    def _look_at(self, key: str, of: "Columns", answer: Answer) -> Given:
         """Return what the model makes of the rows' pictures, where it looks at them."""
         if not (name := self._reads[key]):
             return {}
-        found, missing, unknown = self._pictures[key].of_request([row.get(name) for row in rows])
+        found, missing, unknown = self._pictures[key].of_request(of.column(name))
         _count(answer, name, missing, unknown)
         return as_inputs(found, key)
 
@@ -197,15 +221,6 @@ def _lists(block: Block, name: str, start: int, stop: int) -> npt.NDArray[np.int
     assert isinstance(column, Ragged)
     some = column.slice(start, stop)
     return lists_side_by_side([values.tolist() for values in np.split(some.values, some.offsets[1:-1])])
-
-
-def _column_of(rows: Rows, name: str, common: Mapping[str, Any]) -> list[Any]:
-    """Return each row's own value, or that of `common`, or None."""
-    try:
-        return list(map(operator.itemgetter(name), rows))
-    except KeyError:
-        value = common.get(name)
-        return [row.get(name, value) for row in rows]
 
 
 def _count(answer: Answer, name: str, missing: int, unknown: int) -> None:

@@ -140,6 +140,7 @@ def test_a_command_that_fails_ends_the_benchmark(measure: ModuleType) -> None:
         measure.run([sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"])
 
 
+@pytest.mark.long
 def test_the_benchmark_of_the_data_stages(tmp_path: Path) -> None:
     sizes = ("--impressions", 2400, "--rounds", 1, "--data", tmp_path)
     done = script("convert", *sizes, "--twice", "--profile")
@@ -167,6 +168,7 @@ def test_a_lost_impression_ends_the_benchmark(tmp_path: Path) -> None:
     assert "2,400 impressions became" in done.stderr
 
 
+@pytest.mark.long
 def test_the_benchmark_of_grouped_files(tmp_path: Path) -> None:
     done = script("grouped_size", "--impressions", 2400, "--data", tmp_path)
     found = last_line(done)
@@ -193,6 +195,7 @@ def test_the_benchmark_of_training() -> None:
     assert "times as fast as ungrouped" in done.stdout
 
 
+@pytest.mark.long
 def test_the_benchmark_of_what_is_held(tmp_path: Path) -> None:
     small = ("--impressions", 600, "--batch", 60, "--steps", 2, "--warm", 1, "--threads", 1, "--data", tmp_path)
     found = last_line(script("train", *small, "--held", "0.5", "--pictures", 300))["dicm"]["0.5"]
@@ -200,6 +203,7 @@ def test_the_benchmark_of_what_is_held(tmp_path: Path) -> None:
     assert found["rate"] > 0 <= found["waited"]
 
 
+@pytest.mark.long
 def test_the_benchmark_of_the_feature_service() -> None:
     small = ("--ranks", 2, "--impressions", 600, "--batch", 60, "--steps", 2, "--warm", 1, "--pictures", 30)
     found = last_line(script("service", *small, "--count-steps", 1))
@@ -258,6 +262,7 @@ def test_make_has_a_target_for_each(target: str, tmp_path: Path) -> None:
     assert (SCRIPTS / f"{name}.py").is_file()
 
 
+@pytest.mark.long
 def test_the_benchmark_of_extraction(tmp_path: Path) -> None:
     small = ("--pictures", 6, "--batch", 4, "--size", 32, "--picture-size", "60x40", "--data", tmp_path)
     done = script("extract", *small, "--backbone", "squeezenet1_1:features.3", "--seconds", 0.1)
@@ -278,6 +283,7 @@ def test_make_has_a_target_for_extraction(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/extract.py --pictures 7 --batch 2"
 
 
+@pytest.mark.long
 def test_the_benchmark_of_gauc(tmp_path: Path) -> None:
     """Without FuxiCTR, which would be downloaded."""
     small = ("--rows", 3_000, "--day", 4_000, "--peer-rows", 0, "--data", tmp_path)
@@ -298,6 +304,7 @@ def test_make_has_a_target_for_gauc(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == ".venv/bin/python benchmarks/gauc.py --rows 7 --day 8"
 
 
+@pytest.mark.long
 def test_serving_is_measured_beside_its_model_in_a_loop() -> None:
     words = ("--goods", 300, "--seconds", 0.2, "--rounds", 1, "--workers", 2, "--connections", 2, "--soak", 1)
     found = last_line(script("serve", "--only", "dicm", *words))

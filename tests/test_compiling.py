@@ -48,6 +48,7 @@ def test_without_a_compiler(tiny_run: TinyRun, plain: Path, tmp_path: Path) -> N
         assert (tmp_path / "model" / file).read_bytes() == (plain / file).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_with_a_compiler(tiny_run: TinyRun, plain: Path, tmp_path: Path) -> None:
     said = train(tiny_run, tmp_path / "model", "--set", "train.compile=true")

@@ -172,6 +172,7 @@ def test_a_lost_shard_is_made_again_and_one_process_leaves_none(shop: Path, monk
 FRESH = RANKS.replace("ends(start(at", "# ") + "ends(start(CTRKIT_UNLESS_FRESH=1))"
 
 
+@pytest.mark.long
 def test_ranks_go_home_where_there_is_nothing_to_do(shop: Path) -> None:
     done = run(["-c", FRESH, *arguments(shop, out="one.h5")])
     assert done.stdout.splitlines()[-1] == "0 0", done.stderr

@@ -24,7 +24,7 @@ STAGES = {
     "select-clicks": ["--convert", "convert", "--out", "behaviours"],
     "group": ["--convert", "convert", "--behaviours", "behaviours", "--out", "groups"],
 }
-KILLS = {"convert": [0.1, 0.5, 0.8, 0.95], "select-clicks": [0.5], "group": [0.2, 0.7]}
+KILLS = {"convert": [0.2, 0.8, 0.95], "select-clicks": [0.5], "group": [0.5]}
 """Shares of a stage's tasks after which it is killed, give or take; each time the same work goes on."""
 
 

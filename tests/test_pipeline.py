@@ -163,7 +163,7 @@ def test_kills_at_any_moment_change_nothing(built: Run, tmp_path: Path) -> None:
     rng = random.Random(2)
     run = Run(tmp_path, built.site)
     (tmp_path / "tiny.toml").write_text(tiny_world.RECIPE)
-    for number in range(12):
+    for number in range(8):
         process = run.start(jobs=1)
         try:
             process.wait(timeout=rng.uniform(0.3, 3.5))

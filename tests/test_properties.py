@@ -526,7 +526,7 @@ def check_all(world: World) -> None:
             check_groups(world, folder, expected, picked)
 
 
-@examples(40)
+@examples(25)
 @given(worlds(), st.sampled_from([400, 32 << 20]))
 def test_the_data_stages_do_what_the_reference_does(world: World, piece_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -536,7 +536,7 @@ def test_the_data_stages_do_what_the_reference_does(world: World, piece_bytes: i
         check_all(world)
 
 
-@examples(12)
+@examples(8)
 @given(worlds(), st.integers(1, 9), st.data())
 def test_nothing_at_or_after_midnight_changes_a_days_histories(world: World, n: int, data: st.DataObject) -> None:
     """Behaviours and clicks from a day's midnight on are dropped, moved and added: what serves the day stays."""

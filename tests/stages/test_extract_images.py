@@ -412,6 +412,7 @@ for some in ("few", "many"):
 IDS = {"few": 5_000, "many": 15_000}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["missing", "zip"])
 def test_memory_does_not_grow_with_the_ids(shop: Path, kind: str) -> None:
     for some, number in IDS.items():

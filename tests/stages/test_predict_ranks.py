@@ -56,6 +56,7 @@ def test_under_torchrun_scores_are_those_of_one_process(tiny_run: TinyRun, model
     np.testing.assert_allclose(three["score"], one["score"], rtol=2e-6)
 
 
+@pytest.mark.long
 def test_under_torchrun_a_mistake_is_told_once(tiny_run: TinyRun, model: Path, tmp_path: Path) -> None:
     done = torchrun([*words(tiny_run, model, tmp_path / "out.parquet"), "--set", "train.user_ids=false"])
     assert done.returncode == 1

@@ -332,6 +332,7 @@ def test_one_of_the_ranks_is_told_to_stop(told: dict[str, Any]) -> None:
     assert other[2] < BOUND
 
 
+@pytest.mark.long
 def test_the_launcher_that_is_told_to_stop_ends_all(tiny_run: TinyRun, tmp_path: Path) -> None:
     launcher = start(*words(tiny_run, tmp_path / "model"), "--set", "train.epochs=500", "--nproc", 2)
     while not list(tmp_path.glob(".model.checkpoints-*/step-*.json")):
