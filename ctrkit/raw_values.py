@@ -5,20 +5,21 @@ By dictionaries and bisection, a column of few values at a time; what polars doe
 
 import bisect
 import functools
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 import xxhash
 
 from ctrkit import vocabulary
+from ctrkit.known_texts import Find, finder
 from ctrkit.recipe import Feature
 from ctrkit.tables import as_text
 from ctrkit.vocabulary import FIRST, MISSING, UNKNOWN
 
 Value = str | int | float | bool | None
+Shared = dict[tuple[str, bool], Find]
 TEXTS = frozenset([str, type(None)])
 """Types of values that are texts as they are."""
 PLAIN = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")
@@ -32,38 +33,41 @@ class Indexer:
     ----------
     feature: as the recipe has it.
     vocab: the folder of vocabularies; its file is read where the feature needs it.
+    shared: what other indexers of the folder have read; features of one vocabulary share it.
     """
 
-    def __init__(self, feature: Feature, vocab: Path) -> None:
+    def __init__(self, feature: Feature, vocab: Path, shared: "Shared | None" = None) -> None:
         self.feature = feature
-        self._look_up: Callable[[str], int]
-        self._known: dict[str | None, int] | None = None
+        self._find: Find
+        self._by_text = not feature.hash_buckets and feature.kind != "number"
+        """Whether what is found may be unknown only since it is no text."""
         if feature.hash_buckets:
             buckets = feature.hash_buckets
-            self._look_up = lambda text: FIRST + xxhash.xxh64_intdigest(text.encode()) % buckets
-            return
-        table = vocabulary.read(vocab, feature.vocab)
-        if feature.kind == "number":
+            self._find = lambda texts: [FIRST + xxhash.xxh64_intdigest(text.encode()) % buckets for text in texts]
+        elif feature.kind == "number":
+            table = vocabulary.read(vocab, feature.vocab)
             self._edges = [float(text.rpartition("< ")[2]) for text in table["value"][:-1]]
         else:
-            known: dict[str | None, int] = dict(zip(table["value"].to_list(), table["index"].to_list(), strict=True))
-            known |= {None: MISSING, "": MISSING}
-            self._known = known
-            self._look_up = lambda text: known.get(text, UNKNOWN)
+            shared = {} if shared is None else shared
+            of = feature.vocab, feature.multi_hot
+            if of not in shared:
+                table = vocabulary.read(vocab, feature.vocab)
+                texts = [*table["value"].to_list(), None, ""]
+                index = [*table["index"].to_list(), MISSING, MISSING]
+                shared[of] = finder(texts, index, UNKNOWN, at_once=not feature.multi_hot)
+            self._find = shared[of]
 
     def one(self, values: Sequence[Value]) -> list[int]:
         """Return the index of each value."""
         if self.feature.kind == "number":
             return [self._bucket(value) for value in values]
-        if self._known is not None:
-            found: list[int] = list(map(self._known.get, values, itertools.repeat(UNKNOWN)))  # type: ignore[arg-type]
+        if self._by_text:
+            found = self._find(values)
             if UNKNOWN not in found or TEXTS.issuperset(map(type, values)):
                 return found
-        look_up = self._look_up
-        return [
-            MISSING if text is None else look_up(text)
-            for text in (value if type(value) is str and value else as_text_of(value) for value in values)
-        ]
+        texts = [value if type(value) is str else as_text_of(value) for value in values]
+        index = iter(self._find([text for text in texts if text]))
+        return [next(index) if text else MISSING for text in texts]
 
     def many(self, value: Value | list[Value]) -> list[int]:
         """Return the indexes of a multi-hot feature's values, a list or text that is split at the separator."""
@@ -72,7 +76,7 @@ class Indexer:
         else:
             text = as_text_of(value)
             texts = [] if text is None else list(text.split(self.feature.separator))
-        return [self._look_up(text) for text in texts if text]
+        return self._find([text for text in texts if text])
 
     def _bucket(self, value: Value) -> int:
         """Return the bucket of a number, or of the text of one."""

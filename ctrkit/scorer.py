@@ -19,7 +19,7 @@ from ctrkit import vocabulary
 from ctrkit.batches import Block, Column, Ragged, Schema
 from ctrkit.features import FeatureStore, check_made_alike
 from ctrkit.programs import Programs, as_inputs, lists_side_by_side, of_another_version
-from ctrkit.raw_values import Indexer
+from ctrkit.raw_values import Indexer, Shared
 from ctrkit.request_model import Request, request_model
 from ctrkit.serving_pictures import Names, Pictures
 from ctrkit.vocabulary import FIRST, MISSING, UNKNOWN
@@ -107,7 +107,8 @@ class Scorer:
             for key in ("ad_pictures", "user_pictures")
             if self._reads[key]
         }
-        self._indexer = {name: Indexer(self.schema.features[name], folder / "vocab") for name in ids}
+        shared: Shared = {}
+        self._indexer = {name: Indexer(self.schema.features[name], folder / "vocab", shared) for name in ids}
         self.takes_names = names is not None
         """Whether requests may give pictures by name."""
         self.request = request_model(self.schema.features, self.read, self.picture_width, names=self.takes_names)

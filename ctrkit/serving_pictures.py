@@ -4,7 +4,6 @@ A picture of features.h5 goes through the extractor when it is first asked for, 
 dozen numbers, and stays in memory.
 """
 
-import itertools
 import threading
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 
 from ctrkit.features import FeatureStore
+from ctrkit.known_texts import Find, finder
 from ctrkit.programs import Arrays, Programs
 from ctrkit.raw_values import TEXTS, as_text_of
 
@@ -29,12 +30,10 @@ class Names:
         self.store = store
 
     @cached_property
-    def row(self) -> dict[str, int]:
-        """Name → row, of pictures that have one."""
-        known = self.store.pictures
-        return {
-            name: row for name, row in zip(known["image"].to_list(), known["row"].to_list(), strict=True) if row >= 0
-        }
+    def find(self) -> Find:
+        """Names → rows; `NONE` for a picture that has none."""
+        known = self.store.pictures.filter(pl.col("row") >= 0)
+        return finder(known["image"].to_list(), known["row"].to_list(), NONE)
 
 
 class Pictures:
@@ -75,9 +74,8 @@ class Pictures:
         return self._run(vectors, there), missing, unknown
 
     def _rows(self, values: Sequence[Any]) -> tuple[Ints, int, int]:
-        row = self._names.row if self._names is not None else {}
         texts = values if TEXTS.issuperset(map(type, values)) else [as_text_of(value) for value in values]
-        rows = np.array(list(map(row.get, texts, itertools.repeat(NONE))), np.int64)
+        rows = np.array(self._names.find(texts) if self._names is not None else [NONE] * len(texts), np.int64)
         missing = texts.count(None) + texts.count("")
         return rows, missing, int((rows == NONE).sum()) - missing
 
