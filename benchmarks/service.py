@@ -16,7 +16,9 @@ those shipped. "network" is what left all interfaces of this machine in the step
 and whatever else sent at that time included.
 
 Rates: samples over seconds between the same steps, after --warm steps, by one process with --threads threads and by
-ranks of one thread. CPU time is that of all ranks, the threads that make batches and send included.
+ranks of one thread, in turns, --rounds times, so that what the machine does meanwhile meets all; the share "of one" is
+the median over the rounds, and so are the rates. CPU time is that of all ranks, the threads that make batches and send
+included.
 """
 
 import argparse
@@ -219,6 +221,11 @@ def traffic_of(found: Sequence[dict[str, Any]], wires: Sequence[str]) -> dict[st
     return out
 
 
+def median(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the training whose rate is in the middle."""
+    return sorted(found, key=lambda one: float(one["rate"]))[len(found) // 2]
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         one(json.loads(sys.argv[2]))
@@ -230,6 +237,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the one process (%(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="steps to measure the rate of (%(default)s)")
     parser.add_argument("--warm", type=int, default=10, help="steps before them (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often rates are measured (%(default)s)")
     parser.add_argument("--count-steps", type=int, default=5, help="steps to count bytes in (%(default)s)")
     parser.add_argument("--pictures", type=int, default=50_000)
     parser.add_argument("--device", default="cpu")
@@ -245,21 +253,27 @@ def main() -> None:
         train_data.write_pictures(groups, args.pictures, PICTURE_WIDTH)
         del data
 
-        def run(ranks: int, threads: int) -> list[dict[str, Any]]:
+        def run(ranks: int, threads: int, counting: bool) -> list[dict[str, Any]]:
             config = {**base, "threads": threads}
             trainings: list[dict[str, Any]] = [{"config": config, "warm": args.warm, "steps": args.steps}]
-            if ranks > 1:
+            if counting:
                 counted = {"warm": 0, "steps": args.count_steps, "ship": True}
                 trainings += [{"config": {**config, "exchange_dtype": wire}, **counted} for wire in WIRES]
             return launched(ranks, {"groups": str(groups), "trainings": trainings})
 
-        (alone,) = run(1, args.threads)
-        several = {ranks: run(ranks, 1) for ranks in counts}
+        rounds = []
+        for number in range(args.rounds):
+            (alone,) = run(1, args.threads, False)
+            rounds.append((alone, {ranks: run(ranks, 1, number == 0) for ranks in counts}))
+    shares = {ranks: [found[ranks][0]["rate"] / alone["rate"] for alone, found in rounds] for ranks in counts}
+    alone = median([alone for alone, _ in rounds])
+    several = {ranks: [median([r[ranks][0] for _, r in rounds]), *rounds[0][1][ranks][1:]] for ranks in counts}
     flops = dicm_flops(alone, base) / alone["samples"]
     rows = []
     for found in (alone, *(results[0] for results in several.values())):
         cells = [f"{found['ranks']} × {args.threads if found is alone else 1}", f"{found['rate']:,.0f}"]
-        cells += [f"{found['rate'] / alone['rate']:.2f}", f"{1e6 * found['cpu'] / found['samples']:.1f}"]
+        share = 1.0 if found is alone else statistics.median(shares[found["ranks"]])
+        cells += [f"{share:.2f}", f"{1e6 * found['cpu'] / found['samples']:.1f}"]
         rows.append([*cells, f"{found['network'] / found['samples']:,.0f}"])
     measure.table(["processes × threads", "samples/s", "of one", "µs CPU a sample", "network, bytes a sample"], rows)
     traffic = {ranks: traffic_of(results[1:], WIRES) for ranks, results in several.items()}
@@ -283,7 +297,8 @@ def main() -> None:
         unit="bytes a sample",
         traffic=traffic,
         rates={"one process": alone["rate"], **{n: results[0]["rate"] for n, results in several.items()}},
-        speed={n: round(results[0]["rate"] / alone["rate"], 3) for n, results in several.items()},
+        speed={n: round(statistics.median(found), 3) for n, found in shares.items()},
+        speed_by_round={n: [round(share, 3) for share in found] for n, found in shares.items()},
         cpu={f["ranks"]: f["cpu"] / f["samples"] for f in (alone, *(r[0] for r in several.values()))},
         flops_a_sample=flops,
     )

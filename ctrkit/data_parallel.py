@@ -8,6 +8,7 @@ order, so that none waits for another's.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ class DataParallel:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' tensors. A collective, between steps."""
         return summed(x, self.between)
+
+    def begin_sum(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin what `sum` does; return what waits for it and returns it."""
+        out = x.clone()
+        work = dist.all_reduce(out, group=self.between, async_op=True)
+        assert work is not None
+
+        def ended() -> Tensor:
+            work.wait()
+            return out
+
+        return ended
 
 
 def _sum(parallel: DataParallel, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

@@ -93,19 +93,28 @@ class RowExchange:
         return routes
 
     def all_gather(self, rows_M: Tensor, x_MD: Tensor, of: str) -> tuple[Tensor, Tensor]:
-        """Return ([n] rows, [n, D] gradients): what every rank has, in the order of the ranks. A collective."""
+        """Return ([n] rows, [n, D] gradients): what every rank has, in the order of the ranks. Two messages: lengths,
+        and each row's number beside its gradient. A collective."""
         lengths_W = rows_M.new_empty(self.count)
         dist.all_gather_into_tensor(lengths_W, rows_M.new_full((1,), len(rows_M)), group=self.group)
         lengths = lengths_W.tolist()
-        most = max(lengths)
-        found = []
-        for x, what in ((rows_M, "ids"), (x_MD, "gradients")):
-            padded = torch.cat([x, x.new_zeros((most - len(x), *x.shape[1:]))])
-            all_x = x.new_empty((self.count * most, *x.shape[1:]))
-            dist.all_gather_into_tensor(all_x, padded, group=self.group)
-            self.sends(f"{of} {what}", (self.count - 1) * padded.numel() * padded.element_size())
-            found.append(torch.cat([all_x[r * most : r * most + n] for r, n in enumerate(lengths)]))
-        return found[0], found[1]
+        most, width = max(lengths), x_MD.shape[1]
+        rows_MK = rows_M.unsqueeze(1).view(x_MD.dtype)  # the same bits, as so many numbers of the gradient's dtype
+        padded = x_MD.new_zeros((most, width + rows_MK.shape[1]))
+        padded[: len(x_MD)] = torch.cat([x_MD, rows_MK], 1)
+        all_x = x_MD.new_empty((self.count * most, padded.shape[1]))
+        dist.all_gather_into_tensor(all_x, padded, group=self.group)
+        for what, numbers in (("ids", rows_MK.shape[1]), ("gradients", width)):
+            self.sends(f"{of} {what}", (self.count - 1) * most * numbers * padded.element_size())
+        found = torch.cat([all_x[r * most : r * most + n] for r, n in enumerate(lengths)])
+        return found[:, width:].contiguous().view(rows_M.dtype).squeeze(1), found[:, :width].contiguous()
+
+
+def spread(routes: Sequence["Route"], xs_MD: Sequence[Tensor]) -> list[Tensor]:
+    """Return for each route [U, D], the rows that this rank names, from [M, D], those that it owns: all by one message,
+    for which they have to be of one exchange, dtype and width D. A collective, and so is its gradient: the sum over the
+    ranks that named a row, in their order."""
+    return list(_Spread.apply(tuple(routes), *xs_MD))
 
 
 def _send(x: Tensor, to: list[int], of: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -140,8 +149,7 @@ class Route:
     def spread(self, x_MD: Tensor) -> Tensor:
         """Return [U, D], the rows that this rank names, from [M, D], those that it owns. A collective, and so is its
         gradient: the sum over the ranks that named a row, in their order."""
-        out_UD: Tensor = _Spread.apply(x_MD, self)
-        return out_UD
+        return spread([self], [x_MD])[0]
 
     def sum(self, x_UD: Tensor) -> Tensor:
         """Return [M, …]: the sum, over the ranks that named a row, of what each has for it. A collective."""
@@ -151,17 +159,8 @@ class Route:
         """Return [M, D], the sum of gradients, as the gradient of `spread` gives it. A collective."""
         return self._collect(grad_UD, "gradients", self.ask.wire or grad_UD.dtype)
 
-    def _give(self, x_MD: Tensor) -> Tensor:
-        x_AD = x_MD.index_select(0, self.place_A).to(self.ask.wire or x_MD.dtype)
-        self._count(x_AD, "vectors", self.wanted)
-        x_UD = _send(x_AD, self.wanted, self.asked, self.exchange.group).to(x_MD.dtype)
-        return torch.empty_like(x_UD).index_copy_(0, self.order_U, x_UD)
-
     def _collect(self, x_UD: Tensor, what: str, wire: torch.dtype) -> Tensor:
-        sent_UD = x_UD.index_select(0, self.order_U).to(wire)
-        self._count(sent_UD, what, self.asked)
-        x_AD = _send(sent_UD, self.asked, self.wanted, self.exchange.group).to(x_UD.dtype)
-        return x_AD.new_zeros((len(self.rows_M), *x_AD.shape[1:])).index_add_(0, self.place_A, x_AD)
+        return _collect([self], [x_UD], what, wire)[0]
 
     def _count(self, x: Tensor, what: str, to: list[int]) -> None:
         """Count what leaves this rank."""
@@ -169,16 +168,61 @@ class Route:
         self.exchange.sends(f"{self.ask.of} {what}", (len(x) - to[self.exchange.rank]) * row_bytes)
 
 
+def _give(routes: Sequence[Route], xs_MD: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return for each route [U, D], the rows that this rank names. A collective."""
+    sent = []
+    for route, x_MD in zip(routes, xs_MD, strict=True):
+        sent.append(x_MD.index_select(0, route.place_A).to(route.ask.wire or x_MD.dtype))
+        route._count(sent[-1], "vectors", route.wanted)
+    came = _exchanged(sent, [route.wanted for route in routes], [route.asked for route in routes], routes[0])
+    found = [x_UD.to(x_MD.dtype) for x_UD, x_MD in zip(came, xs_MD, strict=True)]
+    return tuple(
+        torch.empty_like(x_UD).index_copy_(0, route.order_U, x_UD) for route, x_UD in zip(routes, found, strict=True)
+    )
+
+
+def _collect(routes: Sequence[Route], xs_UD: Sequence[Tensor], what: str, wire: torch.dtype) -> list[Tensor]:
+    """Return for each route [M, …], sums over the ranks for the rows that it owns. A collective."""
+    sent = []
+    for route, x_UD in zip(routes, xs_UD, strict=True):
+        sent.append(x_UD.index_select(0, route.order_U).to(wire))
+        route._count(sent[-1], what, route.asked)
+    came = _exchanged(sent, [route.asked for route in routes], [route.wanted for route in routes], routes[0])
+    found = []
+    for route, x, x_UD in zip(routes, came, xs_UD, strict=True):
+        x_AD = x.to(x_UD.dtype)
+        found.append(x_AD.new_zeros((len(route.rows_M), *x_AD.shape[1:])).index_add_(0, route.place_A, x_AD))
+    return found
+
+
+def _exchanged(
+    sent: Sequence[Tensor], to: Sequence[list[int]], of: Sequence[list[int]], route: Route
+) -> tuple[Tensor, ...]:
+    """Send runs of rows of some tensors to the ranks, `to` of these lengths; return those that come, `of` these
+    lengths. One message, in which what is for a rank lies together."""
+    if len(sent) == 1:
+        return (_send(sent[0], to[0], of[0], route.exchange.group),)
+    parts = [torch.split(x, lengths) for x, lengths in zip(sent, to, strict=True)]
+    ranks = range(route.exchange.count)
+    out = torch.cat([part[r] for r in ranks for part in parts])
+    came = _send(
+        out, [sum(n) for n in zip(*to, strict=True)], [sum(n) for n in zip(*of, strict=True)], route.exchange.group
+    )
+    found = torch.split(came, [lengths[r] for r in ranks for lengths in of])
+    return tuple(torch.cat(found[k :: len(of)]) for k in range(len(of)))
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return route._give(x_MD)
+    def forward(ctx: Any, routes: tuple[Route, ...], *xs_MD: Tensor) -> tuple[Tensor, ...]:
+        ctx.routes = routes
+        return _give(routes, xs_MD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_UD: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.collect(dout_UD), None
+    def backward(ctx: Any, *douts_UD: Tensor) -> tuple[Tensor | None, ...]:
+        wire = ctx.routes[0].ask.wire or douts_UD[0].dtype
+        return None, *_collect(ctx.routes, douts_UD, "gradients", wire)
 
 
 def interleave(x_nD: Tensor, n_rows: int, whole: Tensor | None, group: dist.ProcessGroup) -> None:

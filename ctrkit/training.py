@@ -9,7 +9,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -235,8 +235,9 @@ class Trainer:
         if self.service is None:
             self.gradient_norm = self._norm([r.weight_MD for r in own.values()])
         else:
+            over_ranks = self._over_ranks(loss, own)  # and while they sum that, they merge rows
             own = self.service.merge(batch, own)
-            loss, self.gradient_norm = self._over_ranks(loss, own)
+            loss, self.gradient_norm = over_ranks(own)
         frozen = self._freeze(loss, self.gradient_norm)
         if self.config.clip_norm:
             with_gradient = [*self.model.network.parameters(), *(r.weight_MD for r in own.values())]
@@ -255,18 +256,26 @@ class Trainer:
         leaves = [*self.model.network.parameters(), *rows]
         return nn.utils.get_total_norm([p.grad for p in leaves if p.grad is not None])
 
-    def _over_ranks(self, loss: Tensor, own: Mapping[int, Rows]) -> tuple[Tensor, Tensor]:
-        """Return the loss [] over all ranks and the norm [] of the gradient, the same on all; hear from rank 0 whether
-        a checkpoint is overdue. A collective."""
+    def _over_ranks(
+        self, loss: Tensor, own: Mapping[int, Rows]
+    ) -> Callable[[Mapping[int, Rows]], tuple[Tensor, Tensor]]:
+        """Begin to sum what the ranks have of loss and gradient, and to hear from rank 0 whether a checkpoint is
+        overdue: a collective. Return what ends it and, given the rows that are updated here, returns the loss [] over
+        all ranks and the norm [] of the gradient, the same on all."""
         assert self.service is not None
         tables = self.model.tables
         spread = [r.weight_MD.grad for w, r in own.items() if tables[w].sharded and r.weight_MD.grad is not None]
         squares = [g.double().square().sum() for g in spread]
         overdue = self._first and self._minutes >= self.config.checkpoint_minutes
         mine = torch.stack([loss.double(), sum(squares, self._zero()), self._zero() + overdue])
-        total, square, self.overdue = self.service.parallel.sum(mine).unbind()
-        here = self._norm([r.weight_MD for w, r in own.items() if not tables[w].sharded]).double()
-        return total.to(loss.dtype), (here.square() + square).sqrt().to(loss.dtype)
+        summed = self.service.parallel.begin_sum(mine)
+
+        def ended(updated: Mapping[int, Rows]) -> tuple[Tensor, Tensor]:
+            total, square, self.overdue = summed().unbind()
+            here = self._norm([r.weight_MD for w, r in updated.items() if not tables[w].sharded]).double()
+            return total.to(loss.dtype), (here.square() + square).sqrt().to(loss.dtype)
+
+        return ended
 
     @property
     def _minutes(self) -> float:

@@ -99,6 +99,16 @@ class Batch:
         """Return [N, D], rows for what this rank names, from those that lie here; of pictures or of a table."""
         return self.route[name].spread(x_MD) if name in self.route else x_MD
 
+    def spread_pictures(self, xs_MD: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return by picture feature what `spread` does, of vectors of one width: by one message."""
+        names = [name for name in xs_MD if name in self.route]
+        if not names:
+            return dict(xs_MD)
+        from ctrkit.row_exchange import spread  # where there are several ranks
+
+        found = spread([self.route[name] for name in names], [xs_MD[name] for name in names])
+        return {**xs_MD, **dict(zip(names, found, strict=True))}
+
     def collect(self, name: str, x_N: Tensor) -> Tensor:
         """Return [M], sums over the ranks for the pictures that lie here, from what each has for those it names."""
         return self.route[name].sum(x_N) if name in self.route else x_N

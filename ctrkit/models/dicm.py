@@ -66,14 +66,13 @@ class DICM(nn.Module):
                 ad_ND = self.adnet(ad_NW, count_ad)
             if self.usernet is not None:
                 user_ND = self.usernet(user_NW, count_user)
-        ad_SD = user_BD = None
-        if ad_ND is not None:
-            name = self.plan.ad_image
-            ad_SD = nn.functional.embedding(batch.picture_index[name], batch.spread(name, ad_ND))
-        if user_ND is not None:
-            name = self.plan.user_image
-            user_BD = nn.functional.embedding(batch.picture_index[name], batch.spread(name, user_ND))
-        return ad_SD, user_BD
+        names = self.plan.ad_image, self.plan.user_image
+        made = {name: x for name, x in zip(names, (ad_ND, user_ND), strict=True) if x is not None}
+        seen = {
+            name: nn.functional.embedding(batch.picture_index[name], x)
+            for name, x in batch.spread_pictures(made).items()
+        }
+        return seen.get(names[0]), seen.get(names[1])
 
     def _counts(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Return how many samples show, and how many (sample, behaviour) pairs have, each distinct picture.

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ctrkit.models import threads
 from ctrkit.models.compiled_layers import DiceRows, GatherRows, PReLURows, loops
-from ctrkit.models.statistics import Group, moments
+from ctrkit.models.statistics import Group, moments, normalised
 from ctrkit.models.tower_threads import Users, tower, tower_loops
 
 
@@ -236,19 +236,17 @@ class BatchNorm(nn.BatchNorm1d):
         self.num_batches_tracked += 1
 
     def _over_ranks(self, x_RH: Tensor) -> Tensor:
-        n, mean_H, var_H = moments(x_RH, None, self.group)
-        several = n > 1
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        mean_H = torch.where(several, mean_H, self.running_mean)
-        var_H = torch.where(several, var_H, self.running_var)
-        with torch.no_grad():
-            unbiased_H = torch.where(several, var_H * (n / (n - 1).clamp(min=1)), var_H)
-            self.running_mean.lerp_(mean_H, self.momentum or 0.0)
-            self.running_var.lerp_(unbiased_H, self.momentum or 0.0)
-            self.num_batches_tracked += several
-        return (x_RH - mean_H) * (var_H + self.eps).rsqrt() * self.weight + self.bias
+        running = self.running_mean, self.running_var
+        out, n, mean_H, var_H = normalised(x_RH, self.weight, self.bias, self.eps, running, self.group)
+        several = n > 1
+        unbiased_H = torch.where(several, var_H * (n / (n - 1).clamp(min=1)), var_H)
+        self.running_mean.lerp_(mean_H, self.momentum or 0.0)
+        self.running_var.lerp_(unbiased_H, self.momentum or 0.0)
+        self.num_batches_tracked += several
+        return out
 
 
 class Discriminator(nn.Module):

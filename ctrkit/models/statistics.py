@@ -42,11 +42,66 @@ def merged(n: Tensor, mean_H: Tensor, square_H: Tensor, group: Group) -> tuple[T
     return total, all_H, var_H
 
 
+def normalised(
+    x_RH: Tensor, weight_H: Tensor, bias_H: Tensor, eps: float, running: tuple[Tensor, Tensor], group: Group
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ([R, H] BatchNorm of x over the rows of all ranks, [] rows, [H] mean, [H] variance); the first has a
+    gradient. Where all ranks have one row together, mean and variance are the `running` ones. A collective, and so is
+    its gradient."""
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalised.apply(x_RH, weight_H, bias_H, eps, running, group)
+    return out
+
+
 def summed(x: Tensor, group: Group) -> Tensor:
     """Return the sum of the ranks' tensors, without a gradient. A collective."""
     out = x.clone()
     dist.all_reduce(out, group=group)
     return out
+
+
+class _Normalised(torch.autograd.Function):
+    """Few passes over the rows: moments, the normalising, and back the sums and what they add."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RH: Tensor,
+        weight_H: Tensor,
+        bias_H: Tensor,
+        eps: float,
+        running: tuple[Tensor, Tensor],
+        group: Group,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = len(x_RH)
+        var_H, mean_H = torch.var_mean(x_RH, 0, correction=0) if rows else (torch.zeros_like(weight_H),) * 2
+        n = x_RH.new_tensor(rows)
+        n, mean_H, var_H = merged(n, mean_H, var_H * rows, group)
+        several = n > 1
+        mean_H, var_H = torch.where(several, mean_H, running[0]), torch.where(several, var_H, running[1])
+        ctx.save_for_backward(x_RH, weight_H, n, mean_H, var_H)
+        ctx.eps, ctx.group = eps, group
+        ctx.mark_non_differentiable(n, mean_H, var_H)
+        out_RH = (
+            torch.batch_norm(x_RH, weight_H, bias_H, mean_H, var_H, False, 0.0, eps, False) if rows else x_RH.clone()
+        )
+        return out_RH, n, mean_H, var_H
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_RH: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x_RH, weight_H, n, mean_H, var_H = ctx.saved_tensors
+        dx_RH, dweight_H, dbias_H = dout_RH, torch.zeros_like(weight_H), torch.zeros_like(weight_H)
+        if len(x_RH):  # with mean and variance as constants
+            dx_RH, dweight_H, dbias_H = torch.ops.aten.native_batch_norm_backward(
+                dout_RH, x_RH, weight_H, mean_H, var_H, None, None, False, ctx.eps, [True, True, True]
+            )
+        of_weight_H, of_bias_H = summed(torch.stack([dweight_H, dbias_H]), ctx.group)
+        # And as what they are. The gradient of mean and variance is nothing where they are the running ones.
+        per_H = (var_H + ctx.eps).rsqrt()
+        share_H = torch.where(n > 1, weight_H * per_H / n.clamp(min=1), 0.0)
+        slope_H = share_H * per_H * of_weight_H
+        dx_RH = torch.addcmul(dx_RH, x_RH, slope_H, value=-1.0).add_(slope_H * mean_H - share_H * of_bias_H)
+        return dx_RH, dweight_H, dbias_H, None, None, None
 
 
 class _Gather(torch.autograd.Function):
