@@ -206,7 +206,7 @@ def test_the_benchmark_of_what_is_held(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_the_benchmark_of_the_feature_service() -> None:
     small = ("--ranks", 2, "--impressions", 600, "--batch", 60, "--steps", 2, "--warm", 1, "--pictures", 30)
-    found = last_line(script("service", *small, "--count-steps", 1))
+    found = last_line(script("service", *small, "--count-steps", 1, "--rounds", 1))
     assert (found["name"], found["unit"]) == ("service", "bytes a sample")
     wires = found["traffic"]["2"]
     full, half = wires["float32"], wires["bfloat16"]
@@ -218,6 +218,7 @@ def test_the_benchmark_of_the_feature_service() -> None:
     assert full["shipped"] == pytest.approx(full["pictures"] + (8192 - 96) * rows, rel=1e-3)
     assert half["shipped"] == full["shipped"] > full["shipped once"]
     assert 0 < full["extracted"] < full["named"]
+    assert {n: [share] for n, share in found["speed"].items()} == found["speed_by_round"]
     assert found["speed"].keys() == {"2"}
     assert all(rate > 0 for rate in found["rates"].values())
 
