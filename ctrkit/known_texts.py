@@ -9,32 +9,55 @@ known ones with a probability of N / 2^64 (of a million: 5e-14).
 
 import array
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-Find = Callable[[Sequence[Any]], list[int]]
-"""Texts to their numbers, in order."""
 LARGE = 10_000
 """Texts from which on a dictionary of them leaves no cache to anything else."""
 EMPTY = np.uint64(2**64 - 1)
 """Marks a place where no text is: the one number that Python's `hash` never gives (−1)."""
+MASK = 2**64 - 1
 
 
-def finder(texts: Sequence[str | None], numbers: Sequence[int], unknown: int, *, at_once: bool = True) -> Find:
+class Known(Protocol):
+    """Texts and their numbers."""
+
+    def numbers(self, values: Sequence[Any], /) -> list[int]:
+        """Return the number of each text, in order; `unknown` for what is none of them."""
+
+    def number(self, value: Any, /) -> int:
+        """Return the number of one."""
+
+
+def finder(texts: Sequence[str | None], numbers: Sequence[int], unknown: int, *, at_once: bool = True) -> Known:
     """Return what looks up the numbers of texts, `unknown` for what is none of them.
 
     at_once: whether many are asked at once.
     """
     if at_once and len(texts) > LARGE:
         with contextlib.suppress(TwinsError):
-            return functools.partial(KnownTexts(texts, numbers).numbers, unknown=unknown)
-    known = dict(zip(texts, numbers, strict=True))
-    return lambda values: list(map(known.get, values, itertools.repeat(unknown)))
+            return KnownTexts(texts, numbers, unknown)
+    return Dictionary(texts, numbers, unknown)
+
+
+class Dictionary:
+    """Texts and their numbers, in a dictionary."""
+
+    def __init__(self, texts: Sequence[str | None], numbers: Sequence[int], unknown: int) -> None:
+        self._get = dict(zip(texts, numbers, strict=True)).get
+        self._unknown = unknown
+
+    def numbers(self, values: Sequence[Any]) -> list[int]:
+        """Return the number of each text, in order."""
+        return list(map(self._get, values, itertools.repeat(self._unknown)))
+
+    def number(self, value: Any) -> int:
+        """Return the number of one text."""
+        return self._get(value, self._unknown)
 
 
 class TwinsError(ValueError):
@@ -48,12 +71,14 @@ class KnownTexts:
     ----------
     texts: N of them, all different; or None, which has a hash too.
     numbers: [N], below 2^31.
+    unknown: the number of what is none of them.
 
     Raises TwinsError where two texts have one hash, which is so by chance for N² / 2^65 of processes.
     """
 
-    def __init__(self, texts: Sequence[str | None], numbers: Sequence[int]) -> None:
-        self._empty = numbers[texts.index("")] if "" in texts else None
+    def __init__(self, texts: Sequence[str | None], numbers: Sequence[int], unknown: int) -> None:
+        self._unknown = unknown
+        self._empty = numbers[texts.index("")] if "" in texts else unknown
         """The number of "", whose hash is that of 0."""
         hash_N = _hashes(texts)
         bits = max(1, int(4 * len(texts)).bit_length())
@@ -74,18 +99,28 @@ class KnownTexts:
         self._number = np.zeros(size, np.int32)
         self._number[place_N] = np.asarray(numbers, np.int32)[order_N]
 
-    def numbers(self, values: Sequence[object], unknown: int) -> list[int]:
-        """Return the number of each text; `unknown` for one that is not known, and for what is no text."""
+    def numbers(self, values: Sequence[object]) -> list[int]:
+        """Return the number of each text, in order; `unknown` also for what is no text."""
         hash_M1 = _hashes(values)[:, None]
         place_MK = (hash_M1 >> self._shift).astype(np.int64) + self._steps_K
         row, step = np.nonzero(self._hash[place_MK] == hash_M1)
-        number_M = np.full(len(hash_M1), unknown, np.int32)
+        number_M = np.full(len(hash_M1), self._unknown, np.int32)
         number_M[row] = self._number[place_MK[row, step]]
         out: list[int] = number_M.tolist()
         if 0 in hash_M1:
-            empty = unknown if self._empty is None else self._empty
-            out = [empty if value == "" else unknown if value == 0 else n for value, n in zip(values, out, strict=True)]
+            out = [self._of_hash_0(value, number) for value, number in zip(values, out, strict=True)]
         return out
+
+    def number(self, value: object) -> int:
+        """Return the number of one text."""
+        of = hash(value) & MASK
+        begin = of >> int(self._shift)
+        places = self._hash[begin : begin + len(self._steps_K)].tolist()
+        number = int(self._number[begin + places.index(of)]) if of in places else self._unknown
+        return number if of else self._of_hash_0(value, number)
+
+    def _of_hash_0(self, value: object, otherwise: int) -> int:
+        return self._empty if value == "" else self._unknown if value == 0 else otherwise
 
 
 def _hashes(values: Iterable[object]) -> npt.NDArray[np.uint64]:

@@ -13,13 +13,13 @@ import polars as pl
 import xxhash
 
 from ctrkit import vocabulary
-from ctrkit.known_texts import Find, finder
+from ctrkit.known_texts import Known, finder
 from ctrkit.recipe import Feature
 from ctrkit.tables import as_text
 from ctrkit.vocabulary import FIRST, MISSING, UNKNOWN
 
 Value = str | int | float | bool | None
-Shared = dict[tuple[str, bool], Find]
+Shared = dict[tuple[str, bool], Known]
 TEXTS = frozenset([str, type(None)])
 """Types of values that are texts as they are."""
 PLAIN = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")
@@ -38,12 +38,10 @@ class Indexer:
 
     def __init__(self, feature: Feature, vocab: Path, shared: "Shared | None" = None) -> None:
         self.feature = feature
-        self._find: Find
-        self._by_text = not feature.hash_buckets and feature.kind != "number"
-        """Whether what is found may be unknown only since it is no text."""
+        self._known: Known | None = None
+        """Where values are looked up by their texts; what is unknown may be so only since it is no text."""
         if feature.hash_buckets:
-            buckets = feature.hash_buckets
-            self._find = lambda texts: [FIRST + xxhash.xxh64_intdigest(text.encode()) % buckets for text in texts]
+            pass
         elif feature.kind == "number":
             table = vocabulary.read(vocab, feature.vocab)
             self._edges = [float(text.rpartition("< ")[2]) for text in table["value"][:-1]]
@@ -55,14 +53,18 @@ class Indexer:
                 texts = [*table["value"].to_list(), None, ""]
                 index = [*table["index"].to_list(), MISSING, MISSING]
                 shared[of] = finder(texts, index, UNKNOWN, at_once=not feature.multi_hot)
-            self._find = shared[of]
+            self._known = shared[of]
+
+    def index(self, value: Value) -> int:
+        """Return the index of one value."""
+        return self._known.number(value) if self._known is not None and type(value) is str else self.one([value])[0]
 
     def one(self, values: Sequence[Value]) -> list[int]:
         """Return the index of each value."""
         if self.feature.kind == "number":
             return [self._bucket(value) for value in values]
-        if self._by_text:
-            found = self._find(values)
+        if self._known is not None:
+            found = self._known.numbers(values)
             if UNKNOWN not in found or TEXTS.issuperset(map(type, values)):
                 return found
         texts = [value if type(value) is str else as_text_of(value) for value in values]
@@ -77,6 +79,12 @@ class Indexer:
             text = as_text_of(value)
             texts = [] if text is None else list(text.split(self.feature.separator))
         return self._find([text for text in texts if text])
+
+    def _find(self, texts: list[str]) -> list[int]:
+        if self._known is not None:
+            return self._known.numbers(texts)
+        buckets = self.feature.hash_buckets
+        return [FIRST + xxhash.xxh64_intdigest(text.encode()) % buckets for text in texts]
 
     def _bucket(self, value: Value) -> int:
         """Return the bucket of a number, or of the text of one."""

@@ -5,12 +5,14 @@ is wrong where. So msgspec has to take nothing that pydantic would not, and has 
 less.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from ctrkit.known_rows import KnownRows, NewRows, UnsureError
 from ctrkit.recipe import Feature
 from ctrkit.request_model import (
     LONGEST,
@@ -21,8 +23,8 @@ from ctrkit.request_model import (
     KeyTwiceError,
     Request,
     from_json,
-    keys,
 )
+from ctrkit.row_indexer import IndexedRow, Rows
 from ctrkit.service_requests import Refusal
 
 Text = Annotated[str, Meta(max_length=LONGEST)]
@@ -30,20 +32,38 @@ Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Name = Text | Whole | None
 Number = Text | Whole | float | None
 Value = Text | Whole | float | bool | None
-EMPTY: Mapping[str, Any] = {"user": {}, "scene": {}, "behaviours": []}
 Values = Annotated[list[Value], Meta(max_length=MOST_VALUES)] | Value
 
 
+Index = Callable[[Rows], Sequence[IndexedRow]]
+NOT_UNDERSTOOD = msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UnsureError
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request: values of user and scene; behaviours that count, and ads, as the model reads them."""
+
+    user: Mapping[str, Any]
+    scene: Mapping[str, Any]
+    behaviours: Sequence[IndexedRow]
+    ads: Sequence[IndexedRow]
+    known_ads: int = 0
+    """Of the ads, those that were asked for lately."""
+
+
 class RequestReader:
-    """Reads the requests of one model.
+    """Reads the requests of one model. Threads may share it.
 
     Parameters
     ----------
     request: pydantic's type of them.
     features: all of the recipe's, by name.
     read: those that the model reads.
+    of_behaviours, of_ads: rows to what the model reads of them.
     names: whether pictures may be given by name.
     ads, behaviours: how many a request may have.
+    newest: how many behaviours count.
+    most_bytes: memory for ads asked for lately, and as much for behaviours; 0: none is kept.
     """
 
     def __init__(
@@ -51,12 +71,17 @@ class RequestReader:
         request: type[Request],
         features: Mapping[str, Feature],
         read: Sequence[str],
+        of_behaviours: Index,
+        of_ads: Index,
         *,
         names: bool,
         ads: int = MOST_ADS,
         behaviours: int = MOST_BEHAVIOURS,
+        newest: int = MOST_BEHAVIOURS,
+        most_bytes: int = 0,
     ) -> None:
         self.request = request
+        self._newest = newest
 
         def kind(name: str, feature: Feature) -> Any:
             if feature.kind == "image":  # vectors are long: pydantic's
@@ -68,35 +93,55 @@ class RequestReader:
             fields = {name: kind(name, feature) for name, feature in features.items() if feature.of in OWNERS[owner]}
             return make(owner, fields, total=False)
 
-        def rows(owner: str, least: int, most: int) -> Any:
-            kind: Any = list
-            return Annotated[kind[row(owner)], Meta(min_length=least, max_length=most)]
+        def rows(owner: str, index: Index) -> KnownRows | NewRows:
+            return KnownRows(row(owner), index, most_bytes) if most_bytes else NewRows(row(owner), index)
 
+        self._of_behaviours, self._of_ads = of_behaviours, of_ads
+        self._ads: Any = rows("ads", of_ads)
+        self._behaviours: Any = rows("behaviours", of_behaviours)
+        list_of: Any = list
         fields: list[Any] = [
-            ("ads", rows("ads", 1, ads)),
+            ("ads", Annotated[list_of[self._ads.kind], Meta(min_length=1, max_length=ads)]),
             ("user", row("user") | UnsetType, UNSET),
             ("scene", row("scene") | UnsetType, UNSET),
-            ("behaviours", rows("behaviours", 0, behaviours) | UnsetType, UNSET),
+            ("behaviours", Annotated[list_of[self._behaviours.kind], Meta(max_length=behaviours)] | UnsetType, UNSET),
         ]
         self._decode = msgspec.json.Decoder(msgspec.defstruct("Quick", fields)).decode
 
-    def read(self, body: bytes) -> Any:
-        """Return a request: `ads`, `user`, `scene`, `behaviours`, as `Request` has them.
+    def read(self, body: bytes) -> Asked:
+        """Return a request.
 
         Raises pydantic.ValidationError if it is not one of the model, Refusal if an object has a key twice.
         """
         try:
-            quick = self._decode(body)
-        except (ValueError, RecursionError):
-            return self._by_pydantic(body)
-        parts = 4
-        for name, empty in EMPTY.items():
-            if getattr(quick, name) is UNSET:
-                parts -= 1
-                setattr(quick, name, empty)
-        # A colon for each key, and perhaps others in texts. As many as values that were found: no key is there twice,
-        # and none that the model does not know.
-        return quick if body.count(b":") == keys(quick) + parts else self._by_pydantic(body)
+            asked = self._quickly(body)
+        except NOT_UNDERSTOOD:
+            asked = None
+        if asked is not None:
+            return asked
+        request = self._by_pydantic(body)
+        older = max(0, len(request.behaviours) - self._newest)
+        behaviours, ads = self._of_behaviours(request.behaviours[older:]), self._of_ads(request.ads)
+        return Asked(request.user, request.scene, behaviours, ads)
+
+    def _quickly(self, body: bytes) -> Asked | None:
+        """Return a request, or None where pydantic may understand it otherwise. Raises `NOT_UNDERSTOOD` if it is not
+        one of the model."""
+        quick: Any = self._decode(body)
+        user, scene, texts = quick.user, quick.scene, quick.behaviours
+        parts = 1 + (user is not UNSET) + (scene is not UNSET) + (texts is not UNSET)
+        user, scene = user or {}, scene or {}
+        colons = parts + len(user) + len(scene)
+        behaviours: list[IndexedRow] = []
+        if texts:
+            if older := max(0, len(texts) - self._newest):
+                colons += self._behaviours.colons(texts[:older])
+            of_behaviours, behaviours, _ = self._behaviours.read(texts[older:])
+            colons += of_behaviours
+        of_ads, ads, known = self._ads.read(quick.ads)
+        # A colon for each key, and perhaps others in texts. As many as were found: no key is there twice, and none that
+        # the model does not know.
+        return Asked(user, scene, behaviours, ads, known) if body.count(b":") == colons + of_ads else None
 
     def _by_pydantic(self, body: bytes) -> Request:
         try:

@@ -127,7 +127,7 @@ class Service:
         finally:
             self._open -= 1
             self.metrics.open.dec()
-        self.metrics.scored(time.perf_counter() - begun, scored.ads, scored.unknown)
+        self.metrics.scored(time.perf_counter() - begun, scored.ads, scored.known_ads, scored.unknown)
         return Response(scored.body, media_type="application/json")
 
     def _refuse_too_many(self) -> None:

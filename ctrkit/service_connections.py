@@ -13,6 +13,23 @@ THROWN_BYTES = 64 << 20
 _OFFERS = frozenset({b"upgrade", b"connection", b"http2-settings"})
 
 
+class _Answer:
+    """The transport of one answer, whose head goes with the first of its body: each piece that goes by itself is a
+    call of the system, and wakes the client."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing, self.close = transport.is_closing, transport.close
+
+    def write(self, data: bytes) -> None:
+        if self._head or data.startswith(b"HTTP/1.1 100 "):
+            self._transport.write(self._head + data)
+            self._head = b""
+        else:
+            self._head = data
+
+
 class Connection(HttpToolsProtocol):
     """One connection. `most` and `seconds` are set once, for all of a process."""
 
@@ -76,6 +93,8 @@ class Connection(HttpToolsProtocol):
             raise ConnectionRefusedError  # so that the parser does not go on
         if not self.parser.should_upgrade():  # else `_feed` goes on
             super().on_headers_complete()
+            if method != b"HEAD":  # whose answer has no body
+                self.cycle.transport = _Answer(self.transport)  # type: ignore[assignment]
             self._in_head, self._count = False, 0
             self._in_time()
 

@@ -42,6 +42,11 @@ class Metrics:
             registry=registry,
         )
         self._ads = Counter("ctrkit_scored_ads", "Candidate ads scored.", registry=registry)
+        self._known_ads = Counter(
+            "ctrkit_known_ads",
+            "Of the ads scored, those that were asked for lately in the same words.",
+            registry=registry,
+        )
         self._unknown = Counter(
             "ctrkit_unknown_values",
             "Values that were missing or that training did not know, pictures without a vector included, by feature.",
@@ -72,10 +77,12 @@ class Metrics:
         """Count one answer."""
         self._requests.labels(path, str(status)).inc()
 
-    def scored(self, seconds: float, ads: int, unknown: Mapping[str, Mapping[str, int]]) -> None:
-        """Count one request that got scores. unknown: feature → kind → how many such values."""
+    def scored(self, seconds: float, ads: int, known_ads: int, unknown: Mapping[str, Mapping[str, int]]) -> None:
+        """Count one request that got scores. known_ads: ads that were asked for lately; unknown: feature → kind → how
+        many such values."""
         self._seconds.observe(seconds)
         self._ads.inc(ads)
+        self._known_ads.inc(known_ads)
         for feature, kinds in unknown.items():
             for kind, count in kinds.items():
                 self._unknown.labels(feature, kind).inc(count)

@@ -22,10 +22,12 @@ CHANGED = "export elsewhere and rename the folder, or let a link point to it"
 
 @dataclass(frozen=True)
 class Scored:
-    """An answer as JSON, and what is to be counted of it: ads, and by feature what was `missing` and `unknown`."""
+    """An answer as JSON, and what is to be counted of it: ads, of these those that were asked for lately, and by
+    feature what was `missing` and `unknown`."""
 
     body: bytes
     ads: int
+    known_ads: int
     unknown: dict[str, dict[str, int]]
 
 
@@ -48,9 +50,14 @@ class ServedModel:
         if _stamps(folder) != begun:
             raise UserError(f"{folder} changed while it was read: {CHANGED}")
         self.request = limited(self.scorer.request, limits)
-        scorer, most = self.scorer, {"ads": limits.ads, "behaviours": limits.behaviours}
+        scorer = self.scorer
         self._reader = RequestReader(
-            self.request, scorer.schema.features, scorer.read, names=scorer.takes_names, **most
+            *(self.request, scorer.schema.features, scorer.read, scorer.behaviours.index, scorer.ads.index),
+            names=scorer.takes_names,
+            ads=limits.ads,
+            behaviours=limits.behaviours,
+            newest=scorer.most_behaviours,
+            most_bytes=limits.cache_bytes,
         )
         try:
             self.answer(b'{"ads":[{}]}', attention=False)
@@ -60,10 +67,10 @@ class ServedModel:
     def answer(self, body: bytes, *, attention: bool) -> Scored:
         """Score one request, given as JSON. Raises Refusal if it is not one that this model takes."""
         try:
-            request = self._reader.read(body)
+            asked = self._reader.read(body)
         except ValidationError as e:
             raise refusal_of(e, self.scorer.schema.features, self.scorer.picture_width) from None
-        answer = self.scorer.score(request, attention=attention)
+        answer = self.scorer.score_rows(asked.user, asked.scene, asked.behaviours, asked.ads, attention)
         if not np.isfinite(answer.scores_A).all():
             place = int(np.flatnonzero(~np.isfinite(answer.scores_A))[0])
             raise Refusal(422, f"the score of ads[{place}] is not a finite number: look at the sizes of its numbers")
@@ -72,7 +79,7 @@ class ServedModel:
             weights_AL = answer.attention_AL
             content["attention"] = None if weights_AL is None else weights_AL.tolist()
         content["unknown"] = answer.unknown
-        return Scored(to_json(content), len(answer.scores_A), answer.unknown)
+        return Scored(to_json(content), len(answer.scores_A), asked.known_ads, answer.unknown)
 
 
 class Current:

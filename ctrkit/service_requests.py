@@ -30,6 +30,8 @@ class Limits:
     """From the request's first line to its answer."""
     at_once: int = 64
     """Requests for scores that a process has begun and not answered."""
+    cache_bytes: int = 64 << 20
+    """Of a process, for ads that were asked for lately, and as much for behaviours."""
 
 
 @dataclass(eq=False)

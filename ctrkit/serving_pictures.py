@@ -5,7 +5,7 @@ dozen numbers, and stays in memory.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,13 +14,15 @@ import numpy.typing as npt
 import polars as pl
 
 from ctrkit.features import FeatureStore
-from ctrkit.known_texts import Find, finder
+from ctrkit.known_texts import Known, finder
 from ctrkit.programs import Arrays, Programs
 from ctrkit.raw_values import TEXTS, as_text_of
 
 Ints = npt.NDArray[np.int64]
 NONE = -1
 """The row of a picture that has no vector."""
+MISSING = -2
+"""The row where no picture is named."""
 
 
 class Names:
@@ -30,7 +32,7 @@ class Names:
         self.store = store
 
     @cached_property
-    def find(self) -> Find:
+    def known(self) -> Known:
         """Names → rows; `NONE` for a picture that has none."""
         known = self.store.pictures.filter(pl.col("row") >= 0)
         return finder(known["image"].to_list(), known["row"].to_list(), NONE)
@@ -60,24 +62,24 @@ class Pictures:
             self._known = np.zeros(rows + 1, np.bool_)
             self._known[NONE] = True
 
-    def of_request(self, values: Sequence[Any]) -> tuple[Arrays, int, int]:
-        """Return what the program makes of pictures, each a name, a vector or None; how many were missing; and how
-        many had a name that is not in features.h5, or has no vector there."""
-        if list not in set(map(type, values)):
-            rows, missing, unknown = self._rows(values)
-            return self.of_rows(rows), missing, unknown
-        rows, missing, unknown = self._rows([None if type(value) is list else value for value in values])
-        vectors, there = self._read(rows), rows >= 0
-        for i, value in enumerate(values):
-            if type(value) is list:
-                vectors[i], there[i], missing = value, True, missing - 1
-        return self._run(vectors, there), missing, unknown
-
-    def _rows(self, values: Sequence[Any]) -> tuple[Ints, int, int]:
+    def rows_of(self, values: Sequence[Any]) -> list[int]:
+        """Return the row of features.h5 of each picture, a name or None: `NONE` where it has no vector, or is not
+        there, `MISSING` where there is no name."""
         texts = values if TEXTS.issuperset(map(type, values)) else [as_text_of(value) for value in values]
-        rows = np.array(self._names.find(texts) if self._names is not None else [NONE] * len(texts), np.int64)
-        missing = texts.count(None) + texts.count("")
-        return rows, missing, int((rows == NONE).sum()) - missing
+        rows = self._names.known.numbers(texts) if self._names is not None else [NONE] * len(texts)
+        if NONE in rows:
+            return [row if text else MISSING for row, text in zip(rows, texts, strict=True)]
+        return rows
+
+    def of(self, rows: Ints, vectors: Mapping[int, Sequence[float]]) -> Arrays:
+        """Return what the program makes of rows of features.h5 [N]; −1: no vector; and of vectors in the place of
+        some."""
+        if not vectors:
+            return self.of_rows(rows)
+        vectors_NW, there = self._read(rows), rows >= 0
+        for i, vector in vectors.items():
+            vectors_NW[i], there[i] = vector, True
+        return self._run(vectors_NW, there)
 
     def of_rows(self, rows: Ints) -> Arrays:
         """Return what the program makes of rows of features.h5 [N]; −1: no vector. Threads may share it."""

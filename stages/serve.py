@@ -56,6 +56,13 @@ SHORTEST_TOKEN = 16
     help="Requests for scores that a process takes at once; to more it answers 503.",
 )
 @click.option(
+    "--cache-mb",
+    type=FiniteRange(0, 65_536),
+    default=64.0,
+    show_default=True,
+    help="Memory of a process for the ads that it was asked for lately, and as much for behaviours, in MiB; 0: none.",
+)
+@click.option(
     "--timeout",
     type=FiniteRange(0.01, 3600),
     default=10.0,
@@ -74,6 +81,7 @@ def command(
     max_ads: int,
     max_behaviours: int,
     max_at_once: int,
+    cache_mb: float,
     timeout: float,
 ) -> None:
     """Answer requests for scores over HTTP.
@@ -112,6 +120,7 @@ def command(
         behaviours=max_behaviours,
         seconds=timeout,
         at_once=max_at_once,
+        cache_bytes=int(cache_mb * 2**20),
     )
     serving = service_process.Serving(model=model, features=features, token=token, threads=threads, limits=limits)
     with _bound(*address) as sock:

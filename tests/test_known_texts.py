@@ -20,20 +20,21 @@ def test_as_a_dictionary_has_them(n: int) -> None:
     asked: list[Any] = [*of, *(f"{text}x" for text in of), 0, 1, -1, True, 2.5, 1 << 70, None]
     random.Random(1).shuffle(asked)
     known = dict(zip(of, numbers, strict=True))
-    assert KnownTexts(of, numbers).numbers(asked, -7) == [known.get(value, -7) for value in asked]
+    assert KnownTexts(of, numbers, -7).numbers(asked) == [known.get(value, -7) for value in asked]
     for at_once in (True, False):
         find = finder(of, numbers, -7, at_once=at_once)
-        assert find(asked) == [known.get(value, -7) for value in asked]
-        assert find([]) == []
-        assert find(["nobody"]) == [-7]
+        assert find.numbers(asked) == [known.get(value, -7) for value in asked]
+        assert [find.number(value) for value in asked[:500]] == [known.get(value, -7) for value in asked[:500]]
+        assert find.numbers([]) == []
+        assert find.numbers(["nobody"]) == [-7]
 
 
 def test_two_texts_with_one_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     """They cannot be told apart by it: a dictionary tells them."""
     with pytest.raises(TwinsError):
-        KnownTexts(["a", "b", "a"], [1, 2, 3])
+        KnownTexts(["a", "b", "a"], [1, 2, 3], 0)
     monkeypatch.setattr(known_texts, "LARGE", 1)
-    assert finder(["a", "b", "a"], [1, 2, 3], 0)(["b", "c", "a"]) == [2, 0, 3]
+    assert finder(["a", "b", "a"], [1, 2, 3], 0).numbers(["b", "c", "a"]) == [2, 0, 3]
 
 
 def test_texts_whose_hashes_lie_close_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,13 +43,13 @@ def test_texts_whose_hashes_lie_close_together(monkeypatch: pytest.MonkeyPatch) 
     numbers = list(range(len(of)))
     known = dict(zip(of, numbers, strict=True))
     asked = ["a" * n for n in range(1200) if n != 2]  # whose hash would be -1
-    assert KnownTexts([t for t in of if len(t) != 2], [known[t] for t in of if len(t) != 2]).numbers(asked, -7) == [
-        known.get(text, -7) for text in asked
-    ]
+    one = KnownTexts([t for t in of if len(t) != 2], [known[t] for t in of if len(t) != 2], -7)
+    assert one.numbers(asked) == [one.number(text) for text in asked] == [known.get(text, -7) for text in asked]
 
 
 def test_the_last_place_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes at the end of their range, one after the other, run on behind it."""
     monkeypatch.setattr(known_texts, "hash", lambda value: -2 - value, raising=False)
     of: list[Any] = list(range(100))
-    assert KnownTexts(of, of).numbers(range(200), -7) == [*of, *([-7] * 100)]
+    one = KnownTexts(of, of, -7)
+    assert one.numbers(range(200)) == [one.number(i) for i in range(200)] == [*of, *([-7] * 100)]

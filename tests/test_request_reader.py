@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from ctrkit.recipe import Feature
 from ctrkit.request_model import request_model
-from ctrkit.request_reader import RequestReader
+from ctrkit.request_reader import Asked, RequestReader
+from ctrkit.row_indexer import IndexedRow, Rows
 from ctrkit.service_model import limited
 from ctrkit.service_requests import Limits, Refusal
 
@@ -41,13 +42,24 @@ class Watched(RequestReader):
         return super()._by_pydantic(body)
 
 
-def reader(names: bool = True) -> Watched:
+def reader(names: bool = True, memory: int = 1 << 20) -> Watched:
     request = limited(request_model(FEATURES, READ, 2, names=names), Limits(ads=3, behaviours=3))
-    return Watched(request, FEATURES, READ, names=names, ads=3, behaviours=3)
+    limits = {"ads": 3, "behaviours": 3, "most_bytes": memory}
+    return Watched(request, FEATURES, READ, as_they_are, as_they_are, names=names, **limits)
 
 
-def parts(request: Any) -> Any:
-    return [request.ads, request.user, request.scene, request.behaviours]
+def as_they_are(rows: Rows) -> list[IndexedRow]:
+    return [(json.dumps(row).encode(), (), None) for row in rows]
+
+
+def parts(asked: Asked) -> Any:
+    ads, behaviours = ([json.loads(row[0]) for row in rows] for rows in (asked.ads, asked.behaviours))
+    return [ads, asked.user, asked.scene, behaviours]
+
+
+def by_pydantic(one: RequestReader, body: bytes) -> Asked:
+    request = RequestReader._by_pydantic(one, body)
+    return Asked(request.user, request.scene, as_they_are(request.behaviours), as_they_are(request.ads))
 
 
 def outcome(read: Any, body: bytes) -> Any:
@@ -83,14 +95,17 @@ REQUESTS = st.fixed_dictionaries(
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(request=REQUESTS, ascii=st.booleans(), names=st.booleans())
-def test_understands_what_pydantic_does(request: dict[str, Any], ascii: bool, names: bool) -> None:
-    one = READERS[names]
+@given(request=REQUESTS, ascii=st.booleans(), names=st.booleans(), memory=st.sampled_from([0, 2000, 1 << 30]))
+def test_understands_what_pydantic_does(request: dict[str, Any], ascii: bool, names: bool, memory: int) -> None:
+    """Whether rows were asked for before or not."""
+    one = WITH_MEMORY[names, memory]
     try:
         body = json.dumps(request, ensure_ascii=ascii).encode()
     except UnicodeEncodeError:
         return
-    assert outcome(one.read, body) == outcome(lambda b: RequestReader._by_pydantic(one, b), body)
+    expected = outcome(lambda b: by_pydantic(one, b), body)
+    assert outcome(one.read, body) == expected
+    assert outcome(one.read, body) == expected
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -115,18 +130,19 @@ def test_a_vector_has_numbers_only(vector: list[Any]) -> None:
 @pytest.mark.parametrize("vector", [[1, 2], [1.0, -2.5], [0, -65_504]])
 def test_a_vector_may_have_whole_numbers(vector: list[Any]) -> None:
     for one in READERS.values():
-        assert one.read(json.dumps({"ads": [{"image": vector}]}).encode()).ads == [{"image": vector}]
+        assert parts(one.read(json.dumps({"ads": [{"image": vector}]}).encode()))[0] == [{"image": vector}]
 
 
 @pytest.mark.parametrize("name", [7, 7.0, 1e16, "7"])
 def test_a_name_may_be_a_whole_number(name: Any) -> None:
     body = json.dumps({"ads": [{"image": name, "old": name}]}).encode()
-    assert READERS[True].read(body).ads == [{"image": name, "old": name}]
+    assert parts(READERS[True].read(body))[0] == [{"image": name, "old": name}]
     with pytest.raises(ValidationError):
         READERS[False].read(body)
 
 
 READERS = {names: reader(names) for names in (True, False)}
+WITH_MEMORY = {(names, memory): reader(names, memory) for names in (True, False) for memory in (0, 2000, 1 << 30)}
 PAGES = {names: jsonschema_rs.validator_for(one.request.model_json_schema()) for names, one in READERS.items()}
 USUAL = {
     "user": {"gender": "f", "tags": ["a", 1]},
@@ -142,6 +158,8 @@ def test_the_usual_is_not_read_twice() -> None:
     assert parts(one.read(b'{"ads":[{}]}')) == [[{}], {}, {}, []]
     assert one.slow == 0
     assert parts(one.read(b'{"ads":[{"ad_id":"a:b"}]}')) == [[{"ad_id": "a:b"}], {}, {}, []]
+    assert one.slow == 0
+    assert parts(one.read(b'{"ads":[{"ad_id":"a"}],"user":{"gender":":"}}'))[1] == {"gender": ":"}
     assert one.slow == 1
 
 
@@ -187,3 +205,46 @@ def test_what_is_no_request(body: bytes) -> None:
 def test_a_key_twice(body: bytes) -> None:
     with pytest.raises(Refusal, match="twice"):
         READERS[True].read(body)
+
+
+KEY_TWICE = b'{"ad_id":"a","ad_id":"a"}'
+
+
+def test_rows_that_were_asked_for_before_are_known() -> None:
+    """By their JSON to the byte; a row that is refused is not kept."""
+    one = reader()
+    body = json.dumps(USUAL).encode()
+    assert [one.read(body).known_ads for _ in range(3)] == [0, 2, 2]
+    again, new = b'{"ads":[%s]}' % json.dumps(USUAL["ads"][0]).encode(), b'{"ads":[{"ad_id":8,"price":"2","old":null}]}'
+    assert one.read(again).known_ads == 1
+    assert one.read(new).known_ads == 0
+    assert parts(one.read(new))[0] == parts(one.read(body))[0][1:]
+    assert one.read(b'{"ads":[{"ad_id":"n"},{"ad_id":"n"},{"ad_id":"n"}]}').known_ads == 2  # of which the first was new
+    assert reader(memory=0).read(body).known_ads == 0
+    for wrong in (KEY_TWICE, b'{"nobody":1}', b'{"ad_id":{}}', b'{"ad_id":"\xff"}', b'{"ad_id":"\\ud800"}'):
+        for _ in range(2):
+            with pytest.raises((Refusal, ValidationError)):
+                one.read(b'{"ads":[%s]}' % wrong)
+    slow = one.slow
+    for _ in range(2):
+        with pytest.raises(ValidationError):
+            one.read(body[:-1] + b',"nobody":1}')
+    assert one.slow == slow + 2
+
+
+def test_behaviours_that_do_not_count_are_read_all_the_same() -> None:
+    rows = [{"goods": f"g{i}"} for i in range(3)]
+    body = json.dumps({"ads": [{}], "behaviours": rows}).encode()
+    for memory in (0, 1 << 20):
+        newest = {"names": True, "newest": 2, "most_bytes": memory}
+        one = Watched(READERS[True].request, FEATURES, READ, as_they_are, as_they_are, **newest)
+        for _ in range(2):
+            assert parts(one.read(body))[3] == rows[1:]
+        assert one.slow == 0
+        wrong = body.replace(b'"goods": "g0"', b'"nobody": "g0"')
+        with pytest.raises(ValidationError):
+            one.read(wrong)
+        nothing = Watched(READERS[True].request, FEATURES, READ, as_they_are, as_they_are, **{**newest, "newest": 0})
+        assert parts(nothing.read(body))[3] == []
+        with pytest.raises(ValidationError):
+            nothing.read(wrong)

@@ -17,7 +17,8 @@ import pytest
 from ctrkit import exporting, scoring
 from ctrkit.errors import UserError
 from ctrkit.request_model import complaint
-from ctrkit.scorer import Answer, Columns, Scorer
+from ctrkit.row_indexer import Columns
+from ctrkit.scorer import Answer, Scorer
 from tests import requests_of
 from tests.tiny_run import TinyRun
 
@@ -60,24 +61,24 @@ def changed(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) ->
     return out
 
 
-ROWS: list[tuple[list[dict[str, Any]], dict[str, Any]]] = [
-    ([], {"c": 1}),
-    ([{}], {"c": 1}),
-    ([{"a": 1}], {}),
-    ([{"a": 1, "b": 2}, {"b": 4, "a": 3}], {"c": 5}),
-    ([{"a": 1, "b": 2}, {"a": 3, "c": 4}], {"b": 5}),  # as many keys, but others
-    ([{"a": 1, "b": 2}, {"a": 3}, {}], {"b": 4, "c": 5}),
-    ([{"a": 1}, {"a": 3, "b": None}], {"b": 4}),
+ROWS: list[list[dict[str, Any]]] = [
+    [],
+    [{}],
+    [{"a": 1}],
+    [{"a": 1, "b": 2}, {"b": 4, "a": 3}],
+    [{"a": 1, "b": 2}, {"a": 3, "c": 4}],  # as many keys, but others
+    [{"a": 1, "b": 2}, {"a": 3}, {}],
+    [{"a": 1}, {"a": 3, "b": None}],
 ]
 
 
-@pytest.mark.parametrize(("rows", "common"), ROWS)
-def test_rows_as_columns(rows: list[dict[str, Any]], common: dict[str, Any]) -> None:
-    columns = Columns.of(rows, common)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_as_columns(rows: list[dict[str, Any]]) -> None:
+    columns = Columns.of(rows)
     assert columns.rows == len(rows)
     assert set(columns.own) == {name for row in rows for name in row}
     for name in "abcd":
-        assert list(columns.column(name)) == [{**common, **row}.get(name) for row in rows]
+        assert list(columns.column(name)) == [row.get(name) for row in rows]
 
 
 def test_every_ad_is_scored_by_itself(scorer: Scorer, request_: dict[str, Any]) -> None:

@@ -68,18 +68,23 @@ def test_scores_equal_those_of_predict(name: str, models: dict[str, Path], tiny_
     asked = dict(requests_of.samples(tiny_run.groups, tiny_run.convert))
     with Running(models[name], "--features", tiny_run.features) as running:
         connection = running.connected()
-        found = {
-            sample: running.ask("POST", "/score?attention=true", request, connection=connection)[1]
-            for sample, request in asked.items()
-        }
+        found, again = (
+            {
+                sample: running.ask("POST", "/score?attention=true", request, connection=connection)[1]
+                for sample, request in asked.items()
+            }
+            for _ in range(2)
+        )
         connection.close()
+        assert again == found
         assert found.keys() == expected.keys()
         assert len(found) > 200
         for sample, answer in found.items():
             assert answer["scores"] == pytest.approx([expected[sample]], abs=1e-5, rel=0)
             assert len(answer["attention"][0]) == len(asked[sample]["behaviours"])
-        assert running.counted("ctrkit_scored_ads_total") == len(found)
-        assert running.counted('ctrkit_requests_total{path="/score",status="200"}') == len(found)
+        assert running.counted("ctrkit_scored_ads_total") == 2 * len(found)
+        assert len(found) < running.counted("ctrkit_known_ads_total") < 2 * len(found)
+        assert running.counted('ctrkit_requests_total{path="/score",status="200"}') == 2 * len(found)
 
 
 def test_unknown_and_missing_values_are_told_and_counted(models: dict[str, Path]) -> None:
@@ -167,6 +172,7 @@ def test_a_second_sigterm_ends_at_once(models: dict[str, Path]) -> None:
         *(("--max-request-mb", x) for x in ("inf", "nan", "0", "-1", "1025", "1e308")),
         *(("--timeout", x) for x in ("inf", "nan", "0", "-inf", "3601")),
         *(("--workers", x) for x in ("0", "257", "10000")),
+        *(("--cache-mb", x) for x in ("inf", "nan", "-1", "65537")),
         ("--threads", "1025"),
     ],
     ids=" ".join,
