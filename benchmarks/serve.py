@@ -6,15 +6,20 @@
 The models are those of `benchmarks/train.py`, with random weights, a million goods: 10 user, 8 scene and 8 ad features,
 the ad's goods and category (of DICM: goods and picture), embeddings of 12, tower 200-80-2, attention 80-40. A request
 is one user with 32 behaviours (goods and category, or picture) and 100 candidate ads, as JSON with raw values; DICM's
-pictures by name from features.h5, 4096 numbers each, of which the service keeps what the extractors make. There are 64
-different requests, in turn.
+pictures by name from features.h5, 4096 numbers each, of which the service keeps what the extractors make.
+
+Each request has a user, a scene and behaviours of its own, drawn evenly; there are as many as a measurement sends. The
+candidates are of a catalogue of 20,000 ads that run, whose popularity is as 1 / rank. The service knows those that it
+was asked for lately by their JSON; the share of these is printed. "every ad new" is with ads of one request each, where
+that memory is of no use.
 
 ours: answers a second of `ctrkit serve --workers N`, N the number of cores, asked by a client of one thread over
 keep-alive connections, each with one request under way. The client runs on the same cores and takes its share of them.
-reference: calls a second of the programs of the same export folder through onnxruntime, with inputs made before, the
-user's program and then the ads', in one loop, onnxruntime with N threads. There is no client, no JSON and no lookup of
-values in it. "ratio_of_processes" is against N processes of one thread, each with such a loop: all that the cores can
-do, which onnxruntime's threads do not reach with matrices of this size. `--workers 1` compares one process with one.
+reference: calls a second of the programs of the same export folder through onnxruntime, the user's program and then the
+ads', in one loop, onnxruntime with N threads, with the inputs of 512 requests, made before. There is no client, no JSON
+and no lookup of values in it. "ratio_of_processes" is against N processes of one thread, each with such a loop: all
+that the cores can do, which onnxruntime's threads do not reach with matrices of this size. `--workers 1` compares one
+process with one.
 
 Both are measured in turns, so that what the machine does meanwhile meets both. p50 and p99 are of the loaded service,
 and of one at 80% of the load, requests at even intervals. The soak sends those for so many seconds and reads the
@@ -23,6 +28,7 @@ resident memory of the service's processes after a tenth of it at most, and at t
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +47,12 @@ import measure
 import train_data
 from train import PICTURE_WIDTH
 
-BEHAVIOURS, ADS, REQUESTS = 32, 100, 64
+BEHAVIOURS, ADS = 32, 100
 PICTURES = 5_000
+CATALOGUE = 20_000
+"""Ads that run."""
+IN_LOOP = 512
+"""Requests of the reference."""
 HERE = Path(__file__).parent
 
 
@@ -106,37 +117,37 @@ def vocab_of(name: str, feature: Any) -> str:
     return "image" if feature.kind == "image" else feature.vocab or name
 
 
-def requests(kind: str, goods: int, seed: int = 1) -> list[dict[str, Any]]:
-    """Return requests with raw values of known ids, drawn evenly."""
+def requests(kind: str, goods: int, count: int, catalogue: int, seed: int = 1) -> Iterator[str]:
+    """Yield requests as JSON, with raw values of known ids.
+
+    catalogue: ads of which each request has `ADS`; 0: each ad is in one request.
+    """
     import numpy as np
 
     rng = np.random.default_rng(seed)
     sizes = sizes_of_values() | {"goods": goods, "category": train_data.CATEGORIES}
 
-    def value(vocab: str) -> str:
-        return f"{vocab}-{int(rng.integers(sizes[vocab])) + train_data.FIRST}"
+    def values(vocab: str, n: int) -> list[str]:
+        if vocab == "image":
+            return [f"{value}.jpg" for value in rng.integers(PICTURES, size=n).tolist()]
+        return [f"{vocab}-{value}" for value in rng.integers(sizes[vocab], size=n) + train_data.FIRST]
 
-    def picture() -> str:
-        return f"{int(rng.integers(PICTURES))}.jpg"
+    def rows(names: dict[str, str], n: int) -> list[str]:
+        columns = [values(vocab, n) for vocab in names.values()]
+        return [json.dumps(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 
-    def ad() -> dict[str, str]:
-        names = {name: value(name) for name in train_data.ONE_HOT["ad"]} | {"ad_goods": value("goods")}
-        return names | ({"ad_image": picture()} if kind == "dicm" else {"ad_category": value("category")})
-
-    def behaviour() -> dict[str, str]:
-        if kind == "dicm":
-            return {"image": picture()}
-        return {"goods": value("goods"), "category": value("category")}
-
-    return [
-        {
-            "user": {name: value(name) for name in train_data.ONE_HOT["user"]},
-            "scene": {name: value(name) for name in train_data.ONE_HOT["scene"]},
-            "behaviours": [behaviour() for _ in range(BEHAVIOURS)],
-            "ads": [ad() for _ in range(ADS)],
-        }
-        for _ in range(REQUESTS)
-    ]
+    of = {owner: {name: name for name in names} for owner, names in train_data.ONE_HOT.items()}
+    of["ad"] |= {"ad_goods": "goods"} | ({"ad_image": "image"} if kind == "dicm" else {"ad_category": "category"})
+    of["behaviour"] = {"image": "image"} if kind == "dicm" else {"goods": "goods", "category": "category"}
+    listed = rows(of["ad"], catalogue)
+    rank_C = np.arange(1, catalogue + 1)
+    for user, scene in zip(rows(of["user"], count), rows(of["scene"], count), strict=True):
+        if catalogue:  # by popularity, none twice: the first to come of exponential clocks
+            ads = [listed[i] for i in np.argpartition(rng.exponential(size=catalogue) * rank_C, ADS)[:ADS]]
+        else:
+            ads = rows(of["ad"], ADS)
+        behaviours = ", ".join(rows(of["behaviour"], BEHAVIOURS))
+        yield f'{{"user": {user}, "scene": {scene}, "behaviours": [{behaviours}], "ads": [{", ".join(ads)}]}}'
 
 
 class Recorder:
@@ -160,7 +171,8 @@ def direct(folder: Path, features: Path | None, bodies: Path) -> None:
     from ctrkit.scorer import Scorer
 
     scorer = Scorer(folder, features)
-    made = [scorer.request.model_validate_json(body) for body in json.loads(bodies.read_text())]
+    with bodies.open() as lines:
+        made = [scorer.request.model_validate_json(line) for line in itertools.islice(lines, IN_LOOP)]
     for request in made:  # once before, so that pictures are extracted
         scorer.score(request)
     recorder = Recorder(scorer.programs)
@@ -244,6 +256,13 @@ class Service:
             sys.exit(f"the service failed: {found}")
         return found
 
+    def counted(self) -> tuple[float, float]:
+        """Return how many ads it scored, and how many of them it knew."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            text = answer.read().decode()
+        ads, known = (re.findall(rf"^ctrkit_{name}_ads_total (\S+)", text, re.M) for name in ("scored", "known"))
+        return float(ads[0]), float(known[0])
+
     def resident_mib(self) -> float:
         """Return the memory of all its processes, pages that they share counted in each."""
         pids = {self.process.pid}
@@ -257,32 +276,50 @@ def compared(kind: str, args: argparse.Namespace, folder: Path, result: dict[str
     """Measure one model; print it."""
     exported = export(folder / kind, kind, args.goods)
     features = folder / kind / "features.h5" if kind == "dicm" else None
-    bodies = folder / f"{kind}.json"
-    made = [json.dumps(request) for request in requests(kind, args.goods)]
-    bodies.write_text(json.dumps(made))
-    ours, theirs, of_processes, found = [], [], [], {}
+    bodies, new = (folder / f"{kind}-{name}.jsonl" for name in ("catalogue", "new"))
+    for path, catalogue in ((bodies, args.catalogue), (new, 0)):
+        with path.open("w") as out:
+            out.writelines(f"{one}\n" for one in requests(kind, args.goods, args.requests, catalogue))
+    ours, of_new, theirs, of_processes, found, found_new = [], [], [], [], {}, {}
     with reference(exported, features, bodies, args.workers) as rate, Service(exported, features, args.workers) as one:
-        one.asked(bodies, connections=args.connections, seconds=min(args.seconds, 2))
+        one.asked(bodies, connections=args.connections, seconds=args.seconds)
+        ads_known = 0.0
         for _ in range(args.rounds):
             theirs.append(rate(1, args.workers, args.seconds))
             of_processes.append(rate(args.workers, 1, args.seconds))
+            found_new = one.asked(new, connections=args.connections, seconds=args.seconds)
+            of_new.append(found_new["per_second"])
+            one.asked(bodies, connections=args.connections, seconds=args.seconds)  # which it knew before the new ones
+            before = one.counted()
             found = one.asked(bodies, connections=args.connections, seconds=args.seconds)
             ours.append(found["per_second"])
+            ads, known = (b - a for a, b in zip(before, one.counted(), strict=True))
+            ads_known = known / ads
         best = {"ours": statistics.median(ours), "reference": statistics.median(theirs)}
         best["ratio"] = best["ours"] / best["reference"]
+        best["ads_known"] = ads_known
+        best["ours_of_new_ads"] = statistics.median(of_new)
+        best["ratio_of_new_ads"] = best["ours_of_new_ads"] / best["reference"]
         best["reference_of_processes"] = statistics.median(of_processes)
         best["ratio_of_processes"] = best["ours"] / best["reference_of_processes"]
         at_80 = one.asked(bodies, connections=32, seconds=args.seconds, rate=0.8 * best["ours"])
+        served = {
+            f"serve, {args.connections} connections, {ads_known:.0%} of the ads known": found,
+            "serve, every ad new": found_new,
+            "serve at 80% of the load, ads known": at_80,
+        }
         rows = [
             [f"onnxruntime, a loop, threads: {args.workers}", f"{best['reference']:,.0f}", "", "", ""],
             [f"onnxruntime, loops of 1 thread: {args.workers}", f"{best['reference_of_processes']:,.0f}", "", "", ""],
             *[
                 [name, f"{f['per_second']:,.0f}", f"{f['p50_ms']:.1f}", f"{f['p99_ms']:.1f}", f"{f['cpu_ms']:.3f}"]
-                for name, f in ((f"serve, {args.connections} connections", found), ("serve at 80%", at_80))
+                for name, f in served.items()
             ],
         ]
-        print(f"{kind}: {len(made[0]):,} bytes a request")
-        print(f"ratio {best['ratio']:.2f}, of processes {best['ratio_of_processes']:.2f}")
+        with bodies.open() as lines:
+            print(f"{kind}: {len(lines.readline()) - 1:,} bytes a request")
+        of = [f"{name} {best[key]:.2f}" for name, key in (("", "ratio"), ("of new ads", "ratio_of_new_ads"))]
+        print("ratio" + ", ".join(of) + f", of processes {best['ratio_of_processes']:.2f}")
         measure.table([kind, "requests/s", "p50 ms", "p99 ms", "client's CPU ms"], rows)
         result[kind] = best | {key: found[key] for key in ("p50_ms", "p99_ms")}
         result[kind] |= {f"{key}_at_80": at_80[key] for key in ("p50_ms", "p99_ms")}
@@ -309,6 +346,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["din", "dicm"], help="one of the two; default: both")
     parser.add_argument("--goods", type=int, default=1_000_000)
+    parser.add_argument("--catalogue", type=int, default=CATALOGUE, help="ads that run (%(default)s)")
+    parser.add_argument("--requests", type=int, default=8192, help="that differ (%(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--connections", type=int, default=4, help="of the loaded service (%(default)s)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (%(default)s)")

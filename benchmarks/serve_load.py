@@ -2,7 +2,7 @@
 
     python benchmarks/serve_load.py URL BODIES [--connections 4] [--seconds 10] [--rate 500]
 
-BODIES is a JSON file with a list of texts, sent one after the other to URL/score. Without --rate each connection sends
+BODIES is a file of requests, a line each, sent one after the other to URL/score. Without --rate each connection sends
 its next request when it has the answer to the last. With --rate requests are due at even intervals whatever the service
 does, each waits for a free connection, and its latency counts from when it was due. Prints one JSON object.
 """
@@ -55,7 +55,7 @@ class Client:
         return self._parts[0][:12] if self._missing == 0 else None
 
 
-def load(url: str, bodies: list[str], connections: int, seconds: float, rate: float | None) -> dict[str, Any]:
+def load(url: str, bodies: list[bytes], connections: int, seconds: float, rate: float | None) -> dict[str, Any]:
     """Send requests for so long; return how many were answered and in what time, in seconds, and how many were not."""
     where = urlsplit(url)
     assert where.hostname is not None
@@ -63,7 +63,7 @@ def load(url: str, bodies: list[str], connections: int, seconds: float, rate: fl
     head = (
         f"POST /score HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     )
-    requests = [(head % len(data)).encode() + data for data in (body.encode() for body in bodies)]
+    requests = [(head % len(body)).encode() + body for body in bodies]
     clients = [Client((where.hostname, where.port)) for _ in range(connections)]
     by_number = {client.socket.fileno(): client for client in clients}
     ready = select.epoll()
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rate", type=float)
     args = parser.parse_args()
-    found = load(args.url, json.loads(args.bodies.read_text()), args.connections, args.seconds, args.rate)
+    found = load(args.url, args.bodies.read_bytes().splitlines(), args.connections, args.seconds, args.rate)
     json.dump(found, sys.stdout)
     print()
 

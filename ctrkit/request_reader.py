@@ -5,7 +5,7 @@ is wrong where. So msgspec has to take nothing that pydantic would not, and has 
 less.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
@@ -24,7 +24,7 @@ from ctrkit.request_model import (
     Request,
     from_json,
 )
-from ctrkit.row_indexer import IndexedRow, Rows
+from ctrkit.row_indexer import IndexedRows, RowIndexer, Rows
 from ctrkit.service_requests import Refusal
 
 Text = Annotated[str, Meta(max_length=LONGEST)]
@@ -35,7 +35,6 @@ Value = Text | Whole | float | bool | None
 Values = Annotated[list[Value], Meta(max_length=MOST_VALUES)] | Value
 
 
-Index = Callable[[Rows], Sequence[IndexedRow]]
 NOT_UNDERSTOOD = msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UnsureError
 
 
@@ -45,8 +44,8 @@ class Asked:
 
     user: Mapping[str, Any]
     scene: Mapping[str, Any]
-    behaviours: Sequence[IndexedRow]
-    ads: Sequence[IndexedRow]
+    behaviours: IndexedRows
+    ads: IndexedRows
     known_ads: int = 0
     """Of the ads, those that were asked for lately."""
 
@@ -63,7 +62,7 @@ class RequestReader:
     names: whether pictures may be given by name.
     ads, behaviours: how many a request may have.
     newest: how many behaviours count.
-    most_bytes: memory for ads asked for lately, and as much for behaviours; 0: none is kept.
+    most_bytes: memory for ads asked for lately; 0: none is kept.
     """
 
     def __init__(
@@ -71,8 +70,8 @@ class RequestReader:
         request: type[Request],
         features: Mapping[str, Feature],
         read: Sequence[str],
-        of_behaviours: Index,
-        of_ads: Index,
+        of_behaviours: RowIndexer,
+        of_ads: RowIndexer,
         *,
         names: bool,
         ads: int = MOST_ADS,
@@ -93,18 +92,17 @@ class RequestReader:
             fields = {name: kind(name, feature) for name, feature in features.items() if feature.of in OWNERS[owner]}
             return make(owner, fields, total=False)
 
-        def rows(owner: str, index: Index) -> KnownRows | NewRows:
-            return KnownRows(row(owner), index, most_bytes) if most_bytes else NewRows(row(owner), index)
+        def rows(kind: Any, least: int, most: int) -> Any:
+            list_of: Any = list
+            return Annotated[list_of[kind], Meta(min_length=least, max_length=most)]
 
         self._of_behaviours, self._of_ads = of_behaviours, of_ads
-        self._ads: Any = rows("ads", of_ads)
-        self._behaviours: Any = rows("behaviours", of_behaviours)
-        list_of: Any = list
+        self._ads: Any = KnownRows(row("ads"), of_ads, most_bytes) if most_bytes else NewRows(row("ads"), of_ads)
         fields: list[Any] = [
-            ("ads", Annotated[list_of[self._ads.kind], Meta(min_length=1, max_length=ads)]),
+            ("ads", rows(self._ads.kind, 1, ads)),
             ("user", row("user") | UnsetType, UNSET),
             ("scene", row("scene") | UnsetType, UNSET),
-            ("behaviours", Annotated[list_of[self._behaviours.kind], Meta(max_length=behaviours)] | UnsetType, UNSET),
+            ("behaviours", rows(row("behaviours"), 0, behaviours) | UnsetType, UNSET),
         ]
         self._decode = msgspec.json.Decoder(msgspec.defstruct("Quick", fields)).decode
 
@@ -120,28 +118,25 @@ class RequestReader:
         if asked is not None:
             return asked
         request = self._by_pydantic(body)
-        older = max(0, len(request.behaviours) - self._newest)
-        behaviours, ads = self._of_behaviours(request.behaviours[older:]), self._of_ads(request.ads)
-        return Asked(request.user, request.scene, behaviours, ads)
+        return Asked(request.user, request.scene, self._newest_of(request.behaviours), self._of_ads.index(request.ads))
 
     def _quickly(self, body: bytes) -> Asked | None:
         """Return a request, or None where pydantic may understand it otherwise. Raises `NOT_UNDERSTOOD` if it is not
         one of the model."""
         quick: Any = self._decode(body)
-        user, scene, texts = quick.user, quick.scene, quick.behaviours
-        parts = 1 + (user is not UNSET) + (scene is not UNSET) + (texts is not UNSET)
-        user, scene = user or {}, scene or {}
-        colons = parts + len(user) + len(scene)
-        behaviours: list[IndexedRow] = []
-        if texts:
-            if older := max(0, len(texts) - self._newest):
-                colons += self._behaviours.colons(texts[:older])
-            of_behaviours, behaviours, _ = self._behaviours.read(texts[older:])
-            colons += of_behaviours
+        user, scene, behaviours = quick.user, quick.scene, quick.behaviours
+        parts = 1 + (user is not UNSET) + (scene is not UNSET) + (behaviours is not UNSET)
+        user, scene, behaviours = user or {}, scene or {}, behaviours or []
+        keys = parts + len(user) + len(scene) + sum(map(len, behaviours))
         of_ads, ads, known = self._ads.read(quick.ads)
         # A colon for each key, and perhaps others in texts. As many as were found: no key is there twice, and none that
         # the model does not know.
-        return Asked(user, scene, behaviours, ads, known) if body.count(b":") == colons + of_ads else None
+        if body.count(b":") != keys + of_ads:
+            return None
+        return Asked(user, scene, self._newest_of(behaviours), ads, known)
+
+    def _newest_of(self, behaviours: Rows) -> IndexedRows:
+        return self._of_behaviours.index(behaviours[max(0, len(behaviours) - self._newest) :])
 
     def _by_pydantic(self, body: bytes) -> Request:
         try:

@@ -1,10 +1,9 @@
-"""Rows of a request, its behaviours or its ads: each by itself to indexes, and many of them side by side.
+"""Rows of a request, its behaviours or its ads: raw values to indexes, and what the scene adds to them.
 
 What a row is by itself does not change from request to request, so it may be kept (`ctrkit.known_rows`).
 """
 
 import array
-import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ctrkit.programs import LEAST, lists_side_by_side
 from ctrkit.raw_values import Indexer
 from ctrkit.recipe import Feature
 from ctrkit.serving_pictures import MISSING as NO_PICTURE
@@ -24,13 +24,9 @@ Ints = npt.NDArray[np.int64]
 Rows = Sequence[Mapping[str, Any]]
 Counts = dict[str, dict[str, int]]
 """Feature → how many of its values were `missing`, and how many `unknown`."""
-IndexedRow = tuple[bytes, tuple[Sequence[int] | None, ...], list[float] | None]
-"""What a model reads of a row: the indexes of its features, int64, the last the picture's row of features.h5 where it
-looks at one; those of each multi-hot feature; the picture, where it is given as a vector. `ABSENT` or None: the row
-does not have that feature of the scene."""
 ABSENT = -1
+"""In the place of an index: the row does not have that feature of the scene, so that the scene's own counts."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-WIDTH = np.dtype(np.int64).itemsize
 
 
 @dataclass(frozen=True)
@@ -60,20 +56,31 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class SideBySide:
-    """Indexed rows of a request [N]."""
+class IndexedRows:
+    """Rows by themselves [N]."""
 
-    ids_NF: Ints
-    lists: dict[str, list[Sequence[int]]]
-    """Multi-hot feature → the indexes of each row."""
-    picture_N: Ints
-    """Rows of features.h5; −1: none."""
-    vectors: dict[int, list[float]]
-    """Row → its picture's vector, of those that are given so."""
-    unknown: Counts = field(default_factory=dict)
+    index_NC: Ints
+    """Of each one-hot feature, in the model's order; the last, where it looks at a picture, its row of features.h5."""
+    lists: Sequence[Ints] = ()
+    """Of each multi-hot feature [N, V], 2 values at least, filled up with 0; `ABSENT` in the first place."""
+    vectors: Mapping[int, list[float]] = field(default_factory=dict)
+    """Row → its picture, of those that are given as vectors."""
 
     def __len__(self) -> int:
-        return len(self.ids_NF)
+        return len(self.index_NC)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows of a request as the programs take them [N]."""
+
+    ids_NF: Ints
+    lists: dict[str, Ints]
+    """Multi-hot feature → [N, V], filled up with 0."""
+    picture_N: Ints
+    """Rows of features.h5; −1: none."""
+    vectors: Mapping[int, list[float]]
+    unknown: Counts
 
 
 class RowIndexer:
@@ -82,7 +89,7 @@ class RowIndexer:
     Parameters
     ----------
     features: all of the recipe's, by name.
-    ids, lists: the one-hot and multi-hot features that the model reads of a row, F and V of them.
+    ids, lists: the one-hot and multi-hot features that the model reads of a row.
     image: the picture that it looks at, or "".
     indexers: by feature.
     pictures: of `image`.
@@ -97,47 +104,44 @@ class RowIndexer:
         indexers: Mapping[str, Indexer],
         pictures: Pictures | None,
     ) -> None:
-        self._ids, self._lists, self._image = ids, lists, image
+        self._ids, self._multi_hot, self._image = ids, lists, image
         self._indexers, self._pictures = indexers, pictures
         self._of_scene = {name for name in (*ids, *lists) if features[name].of == "scene"}
-        self._columns = len(ids) + bool(image)
+        self.columns, self.lists = len(ids) + bool(image), len(lists)
+        """C, V."""
         absent = [ABSENT if name in self._of_scene else MISSING for name in ids] + [NO_PICTURE] * bool(image)
-        self._absent_F1 = np.array(absent, np.int64)[:, None]
+        self._absent_1C = np.array(absent, np.int64)[None]
         self.reads = bool(ids or lists or image)
         """Whether the model reads anything of a row."""
 
-    def index(self, rows: Rows) -> list[IndexedRow]:
-        """Return each row by itself."""
+    def index(self, rows: Rows) -> IndexedRows:
+        """Return rows by themselves."""
+        n = len(rows)
         if not rows or not self.reads:
-            return [(b"", (), None)] * len(rows)
+            return IndexedRows(np.zeros((n, self.columns), np.int64), [np.zeros((n, LEAST), np.int64)] * self.lists)
         of = Columns.of(rows)
         places, flat = [], list[int]()
         for place, name in enumerate(self._ids):
             if name in of.own:
                 places.append(place)
                 flat += self._index(name, of, rows)
-        vectors: Sequence[list[float] | None] = [None] * len(rows)
+        vectors: dict[int, list[float]] = {}
         if self._pictures is not None:
             pictures = of.column(self._image)
             if list in set(map(type, pictures)):
-                vectors = [value if type(value) is list else None for value in pictures]
-                pictures = [None if type(value) is list else value for value in pictures]
+                vectors = {i: value for i, value in enumerate(pictures) if type(value) is list}
+                pictures = [None if i in vectors else value for i, value in enumerate(pictures)]
             places.append(len(self._ids))
             flat += self._pictures.rows_of(pictures)
-        index_FN = np.repeat(self._absent_F1, len(rows), 1)
-        index_FN[places] = np.asarray(array.array("q", flat)).reshape(-1, len(rows))
-        data, width = index_FN.T.tobytes(), WIDTH * self._columns
-        indexes = [data[i * width : (i + 1) * width] for i in range(len(rows))]
-        lists: Any = itertools.repeat((), len(rows))
-        if self._lists:
-            lists = zip(*[self._index_lists(name, of, rows) for name in self._lists], strict=True)
-        return list(zip(indexes, lists, vectors, strict=True))
+        index_NC = np.repeat(self._absent_1C, n, 0)
+        index_NC[:, places] = np.asarray(array.array("q", flat)).reshape(-1, n).T
+        return IndexedRows(index_NC, [self._index_lists(name, rows) for name in self._multi_hot], vectors)
 
-    def side_by_side(self, rows: Sequence[IndexedRow], scene: Mapping[str, Any] = NOTHING) -> SideBySide:
-        """Return indexed rows as arrays. scene: values of those features of it that a row does not have itself."""
+    def inputs(self, rows: IndexedRows, scene: Mapping[str, Any] = NOTHING) -> Inputs:
+        """Return what the programs take of rows. scene: values of those features of it that a row does not have
+        itself."""
         f, unknown = len(self._ids), Counts()
-        index_NC = np.frombuffer(bytearray().join([row[0] for row in rows]), np.int64).reshape(len(rows), self._columns)
-        ids_NF = index_NC[:, :f]
+        ids_NF = rows.index_NC[:, :f]
         if not self._of_scene.isdisjoint(self._ids):
             of_scene = [self._indexers[n].index(scene.get(n)) if n in self._of_scene else MISSING for n in self._ids]
             ids_NF = np.where(ids_NF == ABSENT, np.array(of_scene, np.int64), ids_NF)
@@ -146,21 +150,19 @@ class RowIndexer:
             for name, missing, other in zip(self._ids, missing_F, unknown_F, strict=True):
                 count(unknown, name, missing, other)
         lists = {}
-        for place, name in enumerate(self._lists):
-            found = [row[1][place] for row in rows]
-            default = self._indexers[name].many(scene.get(name)) if name in self._of_scene else []
-            lists[name] = some = [default if one is None else one for one in found]
-            count(unknown, name, sum(not one for one in some), sum(one.count(UNKNOWN) for one in some))
-        vectors: dict[int, list[float]] = {}
+        for name, index_NV in zip(self._multi_hot, rows.lists, strict=True):
+            if name in self._of_scene:
+                index_NV = self._with_scene(index_NV, self._indexers[name].many(scene.get(name)))
+            count(unknown, name, int((index_NV[:, 0] == MISSING).sum()), int((index_NV == UNKNOWN).sum()))
+            lists[name] = index_NV
         picture_N = np.zeros(0, np.int64)
         if self._image:
-            vectors = {i: row[2] for i, row in enumerate(rows) if row[2] is not None}
-            picture_N = index_NC[:, f]
+            picture_N = rows.index_NC[:, f]
             if picture_N.size and picture_N.min() < 0:
-                missing = int((picture_N == NO_PICTURE).sum()) - len(vectors)
+                missing = int((picture_N == NO_PICTURE).sum()) - len(rows.vectors)
                 count(unknown, self._image, missing, int((picture_N == NONE).sum()))
             picture_N = np.maximum(picture_N, NONE)
-        return SideBySide(np.ascontiguousarray(ids_NF), lists, picture_N, vectors, unknown)
+        return Inputs(np.ascontiguousarray(ids_NF), lists, picture_N, rows.vectors, unknown)
 
     def _index(self, name: str, of: Columns, rows: Rows) -> list[int]:
         values = of.own[name]
@@ -169,11 +171,18 @@ class RowIndexer:
             return [i if name in row else ABSENT for i, row in zip(index, rows, strict=True)]
         return index
 
-    def _index_lists(self, name: str, of: Columns, rows: Rows) -> list[Sequence[int] | None]:
-        many = self._indexers[name].many
-        if name in self._of_scene:
-            return [tuple(many(row[name])) if name in row else None for row in rows]
-        return [tuple(many(value)) for value in of.column(name)]
+    def _index_lists(self, name: str, rows: Rows) -> Ints:
+        many, default = self._indexers[name].many, [ABSENT] if name in self._of_scene else []
+        return lists_side_by_side([many(row[name]) if name in row else default for row in rows])
+
+    def _with_scene(self, index_NV: Ints, of_scene: list[int]) -> Ints:
+        """Return lists of rows, where they have their own, or else that of the scene."""
+        absent_N = index_NV[:, 0] == ABSENT
+        out = np.zeros((len(index_NV), max(index_NV.shape[1], len(of_scene))), np.int64)
+        out[:, : index_NV.shape[1]] = index_NV
+        out[absent_N] = 0
+        out[absent_N, : len(of_scene)] = of_scene
+        return out
 
 
 def count(counts: Counts, name: str, missing: int, unknown: int) -> None:

@@ -18,7 +18,7 @@ from ctrkit.features import FeatureStore, check_made_alike
 from ctrkit.programs import Programs, as_inputs, lists_side_by_side, of_another_version
 from ctrkit.raw_values import Indexer, Shared
 from ctrkit.request_model import Request, request_model
-from ctrkit.row_indexer import Counts, IndexedRow, RowIndexer, SideBySide, count
+from ctrkit.row_indexer import Counts, IndexedRows, Inputs, RowIndexer, count
 from ctrkit.serving_pictures import Names, Pictures
 from ctrkit.vocabulary import MISSING, UNKNOWN
 
@@ -107,19 +107,19 @@ class Scorer:
         self,
         user: Mapping[str, Any],
         scene: Mapping[str, Any],
-        behaviours: Sequence[IndexedRow],
-        ads: Sequence[IndexedRow],
+        behaviours: IndexedRows,
+        ads: IndexedRows,
         attention: bool = False,
     ) -> Answer:
         """Return the click probability of each ad. behaviours: what `self.behaviours` made of them, at most
         `most_behaviours`; ads: what `self.ads` made of them."""
         answer = Answer(np.zeros(0, np.float32))
         given = self._of_user(user, answer.unknown)
-        of_behaviours, of_ads = self.behaviours.side_by_side(behaviours), self.ads.side_by_side(ads, scene)
+        of_behaviours, of_ads = self.behaviours.inputs(behaviours), self.ads.inputs(ads, scene)
         given |= self._given(of_behaviours, "behaviour_ids", "user_pictures")
         state = self.programs.user(given, len(behaviours))
         given = self._given(of_ads, "ad_ids", "ad_pictures")
-        given |= {f"ad.{name}": lists_side_by_side(lists) for name, lists in of_ads.lists.items()}
+        given |= {f"ad.{name}": index_AV for name, index_AV in of_ads.lists.items()}
         answer.unknown |= of_behaviours.unknown | of_ads.unknown
         answer.scores_A, weights_AL = self.programs.score(state, given, len(ads), len(behaviours))
         answer.attention_AL = weights_AL if attention else None
@@ -139,7 +139,7 @@ class Scorer:
             given[f"user.{name}"] = lists_side_by_side([some])[0]
         return given
 
-    def _given(self, rows: SideBySide, ids: str, pictures: str) -> Given:
+    def _given(self, rows: Inputs, ids: str, pictures: str) -> Given:
         """Return ids and pictures of rows by the inputs' names, where the model reads them."""
         given = {ids: rows.ids_NF} if self._reads[ids] else {}
         if self._reads[pictures]:

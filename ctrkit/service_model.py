@@ -52,7 +52,7 @@ class ServedModel:
         self.request = limited(self.scorer.request, limits)
         scorer = self.scorer
         self._reader = RequestReader(
-            *(self.request, scorer.schema.features, scorer.read, scorer.behaviours.index, scorer.ads.index),
+            *(self.request, scorer.schema.features, scorer.read, scorer.behaviours, scorer.ads),
             names=scorer.takes_names,
             ads=limits.ads,
             behaviours=limits.behaviours,

@@ -31,7 +31,7 @@ class Limits:
     at_once: int = 64
     """Requests for scores that a process has begun and not answered."""
     cache_bytes: int = 64 << 20
-    """Of a process, for ads that were asked for lately, and as much for behaviours."""
+    """Of a process, for the ads that were asked for lately."""
 
 
 @dataclass(eq=False)

@@ -60,7 +60,7 @@ SHORTEST_TOKEN = 16
     type=FiniteRange(0, 65_536),
     default=64.0,
     show_default=True,
-    help="Memory of a process for the ads that it was asked for lately, and as much for behaviours, in MiB; 0: none.",
+    help="Memory of a process for the ads that it was asked for lately, in MiB; 0: it knows none.",
 )
 @click.option(
     "--timeout",

@@ -308,9 +308,12 @@ def test_make_has_a_target_for_gauc(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_serving_is_measured_beside_its_model_in_a_loop() -> None:
     words = ("--goods", 300, "--seconds", 0.2, "--rounds", 1, "--workers", 2, "--connections", 2, "--soak", 1)
+    words += ("--catalogue", 200, "--requests", 40)
     found = last_line(script("serve", "--only", "dicm", *words))
     assert (found["name"], found["unit"]) == ("serve", "requests/s")
     assert found["ratio"] == pytest.approx(found["ours"] / found["reference"], abs=1e-3)
+    assert found["dicm"]["ads_known"] == 1
+    assert found["dicm"]["ratio_of_new_ads"] > 0
     assert 0 < found["dicm"]["p50_ms"] <= found["dicm"]["p99_ms"]
     assert found["soak"]["errors"] == 0
     assert found["soak"]["requests"] > 0

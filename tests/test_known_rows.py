@@ -1,7 +1,6 @@
 """Rows known by their JSON: what they say, and how much memory they take."""
 
 import concurrent.futures
-import gc
 import random
 import tracemalloc
 from typing import Any, TypedDict
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 
 from ctrkit.known_rows import KnownRows, UnsureError
-from ctrkit.row_indexer import IndexedRow, Rows
+from ctrkit.programs import lists_side_by_side
+from ctrkit.row_indexer import IndexedRows, Rows
 
 
 class Ad(TypedDict, total=False):
@@ -19,82 +19,95 @@ class Ad(TypedDict, total=False):
     tags: list[int]
 
 
-class Counted:
-    """Indexes rows, and counts how many."""
+class Indexer:
+    """Stands in the place of a RowIndexer: the length of an ad's id, two of its letters, and its tags. Counts rows."""
 
-    def __init__(self) -> None:
-        self.rows = 0
+    columns, lists = 3, 1
+    rows = 0
 
-    def __call__(self, rows: Rows) -> list[IndexedRow]:
+    def index(self, rows: Rows) -> IndexedRows:
         self.rows += len(rows)
-        return [
-            (np.array([len(row.get("id", ""))] * 4).tobytes(), (tuple(row["tags"]) if "tags" in row else None,), None)
-            for row in rows
-        ]
+        ids = [row.get("id", "--") for row in rows]
+        index_NC = np.array([[len(i), ord(i[0]), ord(i[-1])] for i in ids], np.int64).reshape(-1, 3)
+        return IndexedRows(index_NC, [lists_side_by_side([row.get("tags", [-1]) for row in rows])])
 
 
-def ad(i: int) -> bytes:
-    return b'{"id":"%s:%d","tags":[%d,2]}' % (b"x" * (i % 50), i, i)
+def ad(i: int, tags: int = 2) -> bytes:
+    return b'{"id":"%s:%d","tags":%s}' % (b"x" * (i % 50), i, str([i + k for k in range(1, tags + 1)]).encode())
 
 
-def ask(known: KnownRows, texts: list[bytes]) -> tuple[int, Any, int]:
-    return known.read(msgspec.json.decode(b"[%s]" % b", ".join(texts), type=list[msgspec.Raw]))
+def known_rows(most_bytes: int = 1 << 20) -> tuple[KnownRows, Indexer]:
+    indexer: Any = Indexer()
+    return KnownRows(Ad, indexer, most_bytes), indexer
+
+
+def ask(known: KnownRows, texts: list[bytes]) -> tuple[int, list[list[int]], list[list[int]], int]:
+    """Return the number of colons, indexes, tags, and how many were known."""
+    raw = msgspec.json.decode(b"[%s]" % b", ".join(texts), type=list[msgspec.Raw])
+    colons, rows, found = known.read(raw)
+    (tags_NV,) = rows.lists
+    return colons, rows.index_NC.tolist(), [[i for i in some if i] for some in tags_NV.tolist()], found
+
+
+def expected(texts: list[bytes]) -> tuple[int, list[list[int]], list[list[int]]]:
+    rows = [msgspec.json.decode(text) for text in texts]
+    index = [Indexer().index([row]) for row in rows]
+    tags = [[i for i in one.lists[0][0].tolist() if i] for one in index]
+    return sum(text.count(b":") for text in texts), [one.index_NC[0].tolist() for one in index], tags
 
 
 def test_what_is_known_is_read_once() -> None:
-    index = Counted()
-    known = KnownRows(Ad, index, 1 << 20)
-    texts = [ad(i) for i in range(60)] + [b"{}", b'{"id":null}'.replace(b"null", b'"a"')]
-    first, rows, found = ask(known, texts)
-    assert first == sum(text.count(b":") for text in texts)
-    assert (rows, found) == (index([msgspec.json.decode(text) for text in texts]), 0)
-    index.rows = 0
-    assert ask(known, texts) == (first, rows, 62)
-    assert ask(known, texts[5:7] * 3) == (2 * 3 * 3, rows[5:7] * 3, 6)
-    assert index.rows == 0
-    assert ask(known, [texts[0], ad(99), texts[1], ad(99)])[2] == 3
-    assert index.rows == 1
+    known, indexer = known_rows()
+    texts = [*(ad(i, i % 7) for i in range(60)), b"{}", b'{"id":"a"}']
+    assert ask(known, texts) == (*expected(texts), 0)
+    assert ask(known, texts) == (*expected(texts), 62)
+    assert ask(known, texts[5:7] * 3) == (*expected(texts[5:7] * 3), 6)
+    assert indexer.rows == 62
+    mixed = [texts[0], ad(99), texts[1], ad(99, 5), texts[61]]
+    assert ask(known, mixed) == (*expected(mixed), 3)
+    assert ask(known, mixed) == (*expected(mixed), 5)
+    assert indexer.rows == 64
+
+
+def test_rows_that_are_read_each_time() -> None:
+    """Those with more values or larger indexes than there is room for."""
+    known, _ = known_rows()
+    texts = [ad(1), ad(2, 16), ad(3, 17), ad(4, 1000), ad(5), ad(2**31 - 3), ad(2**31 - 2)]
+    for found in (0, 4, 4):
+        assert ask(known, texts) == (*expected(texts), found)
 
 
 @pytest.mark.parametrize("text", [b'{"id":"a","id":"a"}', b'{"id":"a:b","of":1}', b'{"nobody":1}'])
 def test_what_another_may_understand_otherwise(text: bytes) -> None:
-    known = KnownRows(Ad, Counted(), 1 << 20)
+    known, _ = known_rows()
     for _ in range(2):
         for texts in ([text], [ad(1), text, ad(2)]):
             with pytest.raises(UnsureError):
                 ask(known, texts)
 
 
-def test_memory_is_bounded_and_who_is_asked_for_stays() -> None:
-    index = Counted()
-    most = 2 << 20
-    known = KnownRows(Ad, index, most)
-    favourites = [ad(i) for i in range(-50, 0)]
-    ask(known, favourites)
-    gc.collect()
+def test_memory_is_bounded_and_who_is_asked_for_often_stays() -> None:
+    """However many ads there are: 50,000 in the memory of some 13,000."""
     tracemalloc.start()
-    largest = 0
+    known, _ = known_rows(2 << 20)
+    favourites = [ad(i) for i in range(-50, 0)]
+    seen = 0
     for begin in range(0, 50_000, 100):
-        before = index.rows
-        ask(known, [*favourites, *(ad(i) for i in range(begin, begin + 100))])
-        assert index.rows == before + 100
-        if begin % 5000 == 0:
-            gc.collect()
-            largest = max(largest, tracemalloc.get_traced_memory()[0])
+        seen += ask(known, [*favourites, *(ad(i) for i in range(begin, begin + 100))])[3]
+    assert 1 << 20 < tracemalloc.get_traced_memory()[0] < 2.1 * (1 << 20)
     tracemalloc.stop()
-    assert most / 4 < largest < most * 1.1
+    assert seen > 0.9 * 50 * 500
 
 
 def test_threads_share_them() -> None:
-    index = Counted()
-    known = KnownRows(Ad, index, 20_000)  # of which some 15 rows are in a half
-    expected = {ad(i): Counted()([msgspec.json.decode(ad(i))])[0] for i in range(100)}
+    known, _ = known_rows(5000)  # some 30 rows
+    of = {ad(i): expected([ad(i)])[1][0] for i in range(100)}
 
     def some(seed: int) -> None:
         rng = random.Random(seed)
-        for _ in range(300):
-            texts = [ad(rng.randrange(100)) for _ in range(rng.randrange(20))]
-            assert ask(known, texts)[1] == [expected[text] for text in texts]
+        for _ in range(500):
+            texts = [ad(rng.randrange(100)) for _ in range(rng.randrange(1, 20))]
+            assert ask(known, texts)[1] == [of[text] for text in texts]
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(some, range(4)))

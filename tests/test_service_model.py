@@ -30,7 +30,7 @@ def test_with_memory_and_without(folder: Path, tiny_run: TinyRun) -> None:
         ]
         scene = {"position": rng.choice([0, 1, 2])} if rng.random() < 0.8 else {}
         bodies.append(json.dumps({**request, "scene": scene, "ads": some}).encode())
-    models = [ServedModel(folder, tiny_run.features, 1, Limits(cache_bytes=size)) for size in (0, 10_000, 1 << 24)]
+    models = [ServedModel(folder, tiny_run.features, 1, Limits(cache_bytes=size)) for size in (0, 1000, 1 << 24)]
     none, little, much = ([m.answer(body, attention=True) for _ in range(2) for body in bodies] for m in models)
     assert [a.body for a in little] == [a.body for a in none]
     assert [a.body for a in much] == [a.body for a in none]
