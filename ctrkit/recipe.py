@@ -1065,7 +1065,8 @@ def load(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = (
 
     Raises UsageError for a file that is not TOML, an unknown key, a wrong value or an unknown variant.
     """
-    return _validate(read(recipe, variant, sets), str(find(recipe)))
+    where = f"{find(recipe)}{f', variant {variant!r}' if variant else ''}"
+    return _validate(read(recipe, variant, sets), " ".join([where, *(f"--set {one}" for one in sets)]))
 
 
 def read(recipe: str | Path, variant: str | None = None, sets: Sequence[str] = ()) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def test_kills_at_any_moment_change_nothing(built: Run, tmp_path: Path) -> None:
 
 def test_make_with_a_bad_recipe_stops_with_its_message(run: Run) -> None:
     printed = run.make("SET=train.epoch=2", fails=True)
-    assert "Error: tiny.toml: table [train] has no key 'epoch'; did you mean 'epochs'?" in printed
+    assert "Error: tiny.toml --set train.epoch=2: table [train] has no key 'epoch'; did you mean 'epochs'?" in printed
     assert "Traceback" not in printed
     assert "cannot hold an apostrophe" in run.make("RAW=it's", fails=True)
     assert "cannot work with ' ' in their path" in run.make("OUT=a b", fails=True)

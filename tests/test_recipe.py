@@ -215,6 +215,15 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, error: str) -> None:
     assert "\n" not in told.value.message
 
 
+def test_what_is_set_is_told_beside_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, TEXT)
+    for variant, where in ((None, str(path)), ("long", f"{path}, variant 'long'")):
+        with pytest.raises(UsageError) as told:
+            load(path, variant, ["train.seed=2", "train.epoch=7"])
+        expected = f"{where} --set train.seed=2 --set train.epoch=7: table [train] has no key 'epoch'; did you mean"
+        assert told.value.message.startswith(expected)
+
+
 def test_several_faults_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as told:
         load(write(tmp_path, "[train]\nepoch = 2\nbach = 3\n"))
