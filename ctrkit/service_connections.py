@@ -23,7 +23,9 @@ class _Answer:
         self.is_closing, self.close = transport.is_closing, transport.close
 
     def write(self, data: bytes) -> None:
-        if self._head or data.startswith(b"HTTP/1.1 100 "):
+        if self.is_closing():  # the client has gone, which nobody has been told of yet
+            pass
+        elif self._head or data.startswith(b"HTTP/1.1 100 "):
             self._transport.write(self._head + data)
             self._head = b""
         else:
@@ -57,6 +59,13 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what has come whole, though its client sends no more."""
+        waits = self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+        if waits:
+            self.cycle.keep_alive = False
+        return waits
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():

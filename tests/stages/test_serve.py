@@ -1,11 +1,14 @@
 """ctrkit serve, as real processes: the scores of `ctrkit predict`, stops, kills, swaps, tokens and counts."""
 
+import asyncio
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -14,9 +17,11 @@ from typing import Any
 
 import polars as pl
 import pytest
+import uvloop
 from ctrkit.stages.serve import command
 
 from ctrkit.cli import COMMANDS
+from ctrkit.service_connections import _Answer
 from tests import requests_of
 from tests.serving import TOKEN, Callers, Running, exported, workers_of
 from tests.shop import ctrkit
@@ -271,6 +276,54 @@ def test_a_model_is_swapped_in_under_load_without_losing_a_request(
         assert float(loaded[0][1]) > time.time() - 600
         assert running.counted('ctrkit_model_swaps_total{result="swapped"}') == 2
         assert running.counted('ctrkit_model_swaps_total{result="failed"}') == 2
+
+
+HEAD = b"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def test_clients_that_go_away_at_any_moment(models: dict[str, Path]) -> None:
+    """Short requests and long ones, which are scored in a thread, cut anywhere. No traceback: `Running` looks."""
+    rng = random.Random(1)
+    bodies = [json.dumps({**REQUEST, "ads": REQUEST["ads"] * n}).encode() for n in (1, 100, 2000)]
+    with Running(models["din"], "--max-ads", 5000) as running:
+        for _ in range(300):
+            body = rng.choice(bodies)
+            text = HEAD % len(body) + body
+            with socket.create_connection(("127.0.0.1", running.port)) as one:
+                one.sendall(text[: rng.choice([len(text), rng.randrange(1, len(text))])])
+                if rng.random() < 0.7:  # and throw away what has not been sent
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                time.sleep(rng.choice([0, 0, 0.001, 0.003, 0.01]))
+        assert len(running.scores(REQUEST)["scores"]) == 2
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_client_that_sends_no_more_is_answered(models: dict[str, Path], count: int) -> None:
+    body = json.dumps(REQUEST).encode()
+    with Running(models["din"]) as running, socket.create_connection(("127.0.0.1", running.port)) as one:
+        one.sendall((HEAD % len(body) + body) * count)
+        one.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: one.recv(10_000), b""))
+        assert answer.count(b"HTTP/1.1 200 OK") == count
+
+
+def test_an_answer_to_a_closed_connection_is_dropped() -> None:
+    async def write() -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            transport, _ = await asyncio.get_running_loop().create_connection(asyncio.Protocol, sock=ours)
+            answer = _Answer(transport)
+            answer.write(b"head ")
+            answer.write(b"body")
+            assert theirs.recv(100) == b"head body"
+            transport.abort()
+            await asyncio.sleep(0.01)
+            with pytest.raises(RuntimeError):
+                transport.write(b"x")
+            answer.write(b"head ")
+            answer.write(b"body")
+
+    uvloop.run(write())
 
 
 def test_a_token_is_asked_for_but_for_health(models: dict[str, Path], tmp_path: Path) -> None:
